@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which row is which token: the chunk schedule and the routing plan.
+
+Rows are routes in the order in which they travel. With expert parallelism the order is
+
+    chunk, destination rank, local expert, token
+
+so that what one chunk sends to one rank is contiguous, and so is what one expert receives from
+one rank. A chunk is a group of local experts; when a rank has fewer experts than chunks are
+wanted, it is one expert and a part of the tokens.
+
+Worked example: 2 ranks with 2 experts each (rank 0 owns experts 0 and 1, rank 1 owns 2 and 3), 2
+chunks, so chunk 0 is the first expert of every rank and chunk 1 the second. On a rank whose three
+tokens chose experts 3, 0 and 2:
+
+    dispatch order of the experts   0 2 | 1 3        (chunk 0 | chunk 1)
+    rows                            token 1 (to rank 0), token 2 (to rank 1) | token 0 (to rank 1)
+    row_of_route                    [[2], [0], [1]]
+    tokens_per_segment              [1, 1, 0, 1]
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One step of the pipeline.
+
+    Attributes:
+        experts: local experts it computes.
+        first_segment: index, in dispatch order, of its first (rank, expert) segment. Its
+            ep_size * len(experts) segments are contiguous, rank-major.
+    """
+
+    experts: range
+    first_segment: int
+
+
+@dataclass(frozen=True)
+class ChunkSchedule:
+    """How the routes of an EP group are cut into chunks; the same on all its ranks.
+
+    Attributes:
+        ep_size: ranks in the EP group.
+        num_local_experts: experts on each of them.
+        num_chunks: chunks wanted; ``len(chunks)`` may be larger so that every chunk is whole
+            experts or equal parts of one.
+    """
+
+    ep_size: int
+    num_local_experts: int
+    num_chunks: int
+
+    @property
+    def num_token_parts(self) -> int:
+        """Parts the tokens are cut into: 1 unless there are fewer local experts than chunks."""
+        return -(-self.num_chunks // self.num_local_experts)
+
+    @cached_property
+    def expert_groups(self) -> list[range]:
+        """Contiguous groups of local experts, sizes differing by at most one."""
+        num_groups = min(self.num_chunks, self.num_local_experts)
+        cuts = [i * self.num_local_experts // num_groups for i in range(num_groups + 1)]
+        return [range(lo, hi) for lo, hi in itertools.pairwise(cuts)]
+
+    @cached_property
+    def chunks(self) -> list[Chunk]:
+        """The chunks in the order in which they travel."""
+        chunks, first = [], 0
+        for experts in self.expert_groups:
+            for _ in range(self.num_token_parts):
+                chunks.append(Chunk(experts, first))
+                first += self.ep_size * len(experts)
+        return chunks
+
+    @property
+    def num_segments(self) -> int:
+        """Number of (chunk, rank, expert) segments."""
+        return self.num_token_parts * self.ep_size * self.num_local_experts
+
+    @cached_property
+    def segment_of_expert(self) -> Tensor:
+        """[num_token_parts, E] int64, CPU; the segment of a global expert and a token part."""
+        table = torch.empty(
+            self.num_token_parts, self.ep_size, self.num_local_experts, dtype=torch.int64
+        )
+        for i, chunk in enumerate(self.chunks):
+            size = len(chunk.experts)
+            segments = chunk.first_segment + torch.arange(self.ep_size * size)
+            part = i % self.num_token_parts
+            columns = slice(chunk.experts.start, chunk.experts.stop)
+            table[part, :, columns] = segments.view(self.ep_size, size)
+        return table.flatten(1)
+
+
+@dataclass(frozen=True)
+class RoutingPlan:
+    """The row order of one forward, reused in its backward.
+
+    Attributes:
+        row_of_route: [T, K] int64; row of each route, -1 = dropped.
+        token_of_row: [T * K] int64; token whose activation a row carries. The rows of dropped
+            routes come last and do not travel.
+        tokens_per_segment: [num_segments] int64; rows of each segment, in dispatch order.
+    """
+
+    row_of_route: Tensor
+    token_of_row: Tensor
+    tokens_per_segment: Tensor
+
+
+def plan_routes(topk_ids: Tensor, segment_of_expert: Tensor) -> RoutingPlan:
+    """Order the routes by segment, tokens ascending within one.
+
+    Args:
+        topk_ids: [T, K] int64, -1 = dropped.
+        segment_of_expert: [P, E] int64 on the same device; tokens are cut into P equal parts.
+
+    Returns:
+        The plan. No host synchronisation.
+    """
+    num_tokens, top_k = topk_ids.shape
+    num_parts, num_experts = segment_of_expert.shape
+    num_routes, num_segments = num_tokens * top_k, num_parts * num_experts
+    device = topk_ids.device
+    if num_parts > 1:
+        part = torch.arange(num_tokens, device=device) * num_parts // max(num_tokens, 1)
+        topk_ids = torch.where(topk_ids < 0, -1, topk_ids + part.unsqueeze(1) * num_experts)
+    # Index -1, a dropped route, picks the entry behind the last segment.
+    table = F.pad(segment_of_expert.flatten(), (0, 1), value=num_segments)
+    segment = table[topk_ids.flatten()]
+    sorted_segment, route_of_row = torch.sort(segment, stable=True)
+    rows = torch.arange(num_routes, device=device)
+    rows_or_dropped = rows.masked_fill(sorted_segment == num_segments, -1)
+    row_of_route = torch.empty_like(rows).scatter_(0, route_of_row, rows_or_dropped)
+    counts = torch.zeros(num_segments + 1, dtype=torch.int64, device=device)
+    counts.scatter_add_(0, segment, torch.ones_like(segment))
+    return RoutingPlan(
+        row_of_route=row_of_route.view(num_tokens, top_k),
+        token_of_row=route_of_row // top_k,
+        tokens_per_segment=counts[:-1],
+    )
+
+
+def expert_major_order(counts: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Return the index that turns rank-major segments into expert-major ones, and its inverse.
+
+    Args:
+        counts: [W, n] int64; rows that arrived from each rank for each of n experts.
+        num_rows: their sum, known on the host.
+
+    Returns:
+        (order, inverse), each [num_rows] int64: ``rows[order]`` is expert-major, ranks ascending
+        within an expert, and ``[inverse]`` undoes it. counts [[1, 2], [1, 0]], that is rows
+        e0r0 e1r0 e1r0 e0r1, gives order [0, 3, 1, 2].
+    """
+    flat = counts.flatten()
+    start = (flat.cumsum(0) - flat).view_as(counts).t().flatten()
+    sizes = counts.t().flatten()
+    shift = start - (sizes.cumsum(0) - sizes)
+    rows = torch.arange(num_rows, device=counts.device)
+    order = torch.repeat_interleave(shift, sizes, output_size=num_rows) + rows
+    return order, torch.empty_like(order).scatter_(0, order, rows)
