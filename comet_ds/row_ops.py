@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Summing a token's rows, forward and backward: CUDA kernels, and the same in plain PyTorch.
+
+Neither version uses atomics and both sum routes in order of k, in fp32 (fp64 for fp64 rows), with
+one rounding at the end.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from deepspeed.utils import logger
+from torch import Tensor
+
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType in csrc
+
+
+def sum_rows(rows: Tensor, row_of_route: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return out[t] = sum over k of weights[t, k] * rows[row_of_route[t, k]].
+
+    Args:
+        rows: [R, H] floating point, contiguous.
+        row_of_route: [T, K] int64, contiguous; -1 = dropped, contributes nothing.
+        weights: [T, K] fp32, contiguous, or None for 1.
+
+    Returns:
+        [T, H] in rows' dtype.
+    """
+    kernels = _kernels_for(rows)
+    if kernels is None:
+        total = rows.new_zeros(row_of_route.shape[0], rows.shape[1], dtype=_wide(rows.dtype))
+        for k, route in enumerate(_routes(rows, row_of_route)):
+            total.add_(route) if weights is None else total.addcmul_(route, weights[:, k : k + 1])
+        return total.to(rows.dtype)
+    output = rows.new_empty(row_of_route.shape[0], rows.shape[1])
+    kernels.combine_forward(
+        rows.data_ptr(),
+        row_of_route.data_ptr(),
+        0 if weights is None else weights.data_ptr(),
+        output.data_ptr(),
+        *row_of_route.shape,
+        rows.shape[1],
+        DTYPE_CODES[rows.dtype],
+        torch.cuda.current_stream(rows.device).cuda_stream,
+    )
+    return output
+
+
+def sum_rows_backward(
+    grad: Tensor, rows: Tensor, row_of_route: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of ``sum_rows`` with weights.
+
+    Args:
+        grad: [T, H] in rows' dtype, contiguous.
+        rows, row_of_route, weights: as in ``sum_rows``.
+
+    Returns:
+        grad_rows [R, H] in rows' dtype, undefined for rows of no route; grad_weights [T, K] fp32.
+    """
+    kernels = _kernels_for(rows)
+    if kernels is None:
+        grad = grad.to(_wide(grad.dtype))
+        columns = [(grad * route).sum(dim=1) for route in _routes(rows, row_of_route)]
+        num_rows = rows.shape[0]
+        grad_rows = rows.new_empty(num_rows + 1, rows.shape[1])  # the last for dropped routes
+        for k, column in enumerate(row_of_route.unbind(dim=1)):
+            target = torch.where(column < 0, num_rows, column)
+            grad_rows.index_copy_(0, target, (grad * weights[:, k : k + 1]).to(rows.dtype))
+        return grad_rows[:num_rows], torch.stack(columns, dim=1).to(weights.dtype)
+    grad_rows, grad_weights = torch.empty_like(rows), torch.empty_like(weights)
+    kernels.combine_backward(
+        rows.data_ptr(),
+        row_of_route.data_ptr(),
+        weights.data_ptr(),
+        grad.data_ptr(),
+        grad_rows.data_ptr(),
+        grad_weights.data_ptr(),
+        *row_of_route.shape,
+        rows.shape[1],
+        DTYPE_CODES[rows.dtype],
+        torch.cuda.current_stream(rows.device).cuda_stream,
+    )
+    return grad_rows, grad_weights
+
+
+def describe(rows: Tensor) -> str:
+    """Return which version runs for rows like these, for the log line."""
+    return "CUDA row kernels" if _kernels_for(rows) is not None else "PyTorch row operations"
+
+
+def _kernels_for(rows: Tensor) -> Any | None:
+    if not rows.is_cuda or rows.dtype not in DTYPE_CODES:
+        return None
+    return _load_kernels()
+
+
+@functools.cache
+def _load_kernels() -> Any | None:
+    """Return the compiled kernels, building them at first use; None, with a warning, if not."""
+    from comet_ds.op_builder.comet_moe import CometMoEBuilder
+
+    builder = CometMoEBuilder()
+    reason = builder.why_not()
+    if reason is None:
+        try:
+            return builder.load(verbose=False)
+        except (RuntimeError, OSError, ImportError) as error:
+            reason = f"the build failed: {error}"
+    logger.warning(f"comet_ds: PyTorch operations instead of CUDA row kernels: {reason}")
+    return None
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _routes(rows: Tensor, row_of_route: Tensor) -> Iterator[Tensor]:
+    """Yield, for k = 0 ... K - 1, the [T, H] rows of every token's k-th route, 0 where dropped."""
+    for column in row_of_route.unbind(dim=1):
+        if rows.shape[0] == 0:
+            yield rows.new_zeros(column.shape[0], rows.shape[1])
+            continue
+        # Not a product with 0: the row picked for a dropped route may hold anything.
+        picked = rows.index_select(0, column.clamp(min=0))
+        yield picked.masked_fill_((column < 0).unsqueeze(1), 0)
