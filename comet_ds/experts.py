@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The user's experts: DeepSpeed's parameter tags, calling one, recognising an MLP.
+
+Experts stay the user's own modules with their own parameters. A module is recognised as an MLP by
+what it computes, never by its class name: it is traced, the graph must be one of
+
+    down(act(up(x)))                 two-matrix MLP
+    down(act(gate(x)) * up(x))       gated MLP
+
+and the recognised form must reproduce the module on a probe input.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+# Relative L2 error between the module and the recognised form: both round in the same dtype.
+PROBE_TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.float16: 5e-3,
+    torch.bfloat16: 2e-2,
+}
+
+
+def tag_expert_parameters(experts: Iterable[nn.Module], group_name: str) -> None:
+    """Mark parameters as experts' for DeepSpeed: not all-reduced, owned by ``group_name``.
+
+    ``copy.deepcopy`` drops these attributes, and modules put in later never had them.
+    """
+    for expert in experts:
+        for param in expert.parameters():
+            param.allreduce = False
+            param.group_name = group_name
+
+
+def run_expert(expert: nn.Module, rows: Tensor) -> Tensor:
+    """Apply one expert to its rows.
+
+    Args:
+        expert: any module; called with [1, 1, n, H], the rank DeepSpeed calls it with. An expert
+            without rows is called with one zero row whose output is discarded, so that all its
+            parameters still get a gradient, zero, on every rank.
+        rows: [n, H], n may be 0.
+
+    Returns:
+        [n, H]; the first item where the module returns a tuple.
+
+    Raises:
+        ValueError: the output's shape is not the input's.
+    """
+    num_rows, hidden = rows.shape
+    inputs = rows if num_rows else F.pad(rows, (0, 0, 0, 1))
+    output = expert(inputs.view(1, 1, -1, hidden))
+    if isinstance(output, tuple):
+        output = output[0]
+    expected = (1, 1, inputs.shape[0], hidden)
+    if output.shape != expected:
+        raise ValueError(
+            f"an expert must return the shape it was given, {expected}, "
+            f"got {tuple(output.shape)} from {type(expert).__name__}"
+        )
+    return output.view(-1, hidden)[:num_rows]
+
+
+def run_experts(
+    experts: Sequence[nn.Module], rows: Tensor, rows_per_expert: Sequence[int]
+) -> Tensor:
+    """Apply experts one after the other to contiguous rows.
+
+    Args:
+        experts: n modules.
+        rows: [R, H], expert-major.
+        rows_per_expert: n counts with sum R.
+
+    Returns:
+        [R, H] in the same order.
+    """
+    pieces = rows.split(list(rows_per_expert))
+    outputs = [run_expert(e, piece) for e, piece in zip(experts, pieces, strict=True)]
+    return torch.cat(outputs)
+
+
+@dataclass(frozen=True)
+class ExpertMLP:
+    """An expert recognised as an MLP.
+
+    Attributes:
+        up: H -> F.
+        gate: H -> F, or None for the two-matrix form.
+        down: F -> H.
+        activation: key of ``ACTIVATIONS``.
+        structure: what the module was when recognised.
+    """
+
+    up: nn.Linear
+    gate: nn.Linear | None
+    down: nn.Linear
+    activation: str
+    structure: ModuleStructure
+
+    def describe(self) -> str:
+        """Return a phrase for the log line."""
+        return f"{'gated ' if self.gate else ''}{self.activation} MLP"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Compute the recognised form on [..., H]."""
+        act = ACTIVATIONS[self.activation]
+        hidden = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
+        return self.down(hidden)
+
+
+class ModuleStructure:
+    """A module's tree, to be compared with later in about a microsecond."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self._children = [(m._modules, n, c) for m in root.modules() for n, c in m.named_children()]
+        # Whatever replaces or surrounds a module's forward: hooks, and a forward of its own.
+        self._hooks = [
+            hooks
+            for m in root.modules()
+            for hooks in (
+                m._forward_hooks,
+                m._forward_pre_hooks,
+                m._backward_hooks,
+                m._backward_pre_hooks,
+            )
+        ]
+        self._attributes = [m.__dict__ for m in root.modules()]
+
+    def is_plain(self) -> bool:
+        """Whether no module has hooks or a patched forward."""
+        return not any(self._hooks) and not any("forward" in a for a in self._attributes)
+
+    def holds(self, root: nn.Module) -> bool:
+        """Whether ``root`` is the module seen then, with the same plain modules below it."""
+        return (
+            root is self.root
+            and self.is_plain()
+            and all(modules.get(name) is child for modules, name, child in self._children)
+        )
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def recognise_mlp(expert: nn.Module) -> ExpertMLP | str:
+    """Recognise what an expert computes.
+
+    Args:
+        expert: any module.
+
+    Returns:
+        The MLP, or a phrase saying why it is not one: a module or operation outside the two
+        forms (dropout with p > 0 and normalisation among them), a subclass of nn.Linear, hooks,
+        parametrizations, shared matrices, a tuple result, or a probe that disagrees.
+    """
+    structure = ModuleStructure(expert)
+    if not structure.is_plain():
+        return "it has hooks or a patched forward"
+    if any(parametrize.is_parametrized(module) for module in expert.modules()):
+        return "it has parametrizations"
+    try:
+        graph = fx.Tracer().trace(expert)
+    except Exception as error:  # a module may do anything while it is traced
+        return f"it cannot be traced ({type(error).__name__})"
+    try:
+        mlp = _match(graph, expert, structure)
+        _check_probe(mlp, expert)
+    except _Unrecognised as reason:
+        return str(reason)
+    return mlp
+
+
+class _Unrecognised(Exception):
+    """Why a module is not a recognised MLP."""
+
+
+def _match(graph: fx.Graph, expert: nn.Module, structure: ModuleStructure) -> ExpertMLP:
+    modules = dict(expert.named_modules())
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    result = next(n for n in graph.nodes if n.op == "output").args[0]
+    if not isinstance(result, fx.Node):
+        raise _Unrecognised(f"it returns a {type(result).__name__}")
+
+    def linear(node: fx.Node) -> tuple[nn.Linear, fx.Node]:
+        node = _skip_identity(node, modules)
+        module = modules.get(node.target) if node.op == "call_module" else None
+        if type(module) is not nn.Linear:
+            raise _Unrecognised(f"{_name(node, modules)} where a Linear is expected")
+        return module, node.args[0]
+
+    def linear_of_input(node: fx.Node) -> nn.Linear:
+        module, source = linear(node)
+        if _skip_identity(source, modules) is not inputs[0]:
+            raise _Unrecognised("a matrix more than its two or three")
+        return module
+
+    down, hidden = linear(result)
+    hidden = _skip_identity(hidden, modules)
+    gate = None
+    if _is_product(hidden):
+        factors = hidden.args[:2]
+        if not all(isinstance(f, fx.Node) for f in factors):
+            raise _Unrecognised("a product with a constant")
+        gated = [_activation(f, modules) for f in factors]
+        if (gated[0] is None) == (gated[1] is None):
+            raise _Unrecognised("a product that is not activation times linear")
+        act_index = 0 if gated[0] else 1
+        activation, source = gated[act_index]
+        gate, up = linear_of_input(source), linear_of_input(factors[1 - act_index])
+    else:
+        found = _activation(hidden, modules)
+        if found is None:
+            raise _Unrecognised(f"{_name(hidden, modules)} where an activation is expected")
+        activation, source = found
+        up = linear_of_input(source)
+
+    matrices = [m for m in (up, gate, down) if m is not None]
+    if len({id(m.weight) for m in matrices}) < len(matrices):
+        raise _Unrecognised("two of its matrices share a parameter")
+    if len(list(expert.parameters())) != sum(1 + (m.bias is not None) for m in matrices):
+        raise _Unrecognised("it has parameters outside its matrices")
+    return ExpertMLP(up, gate, down, activation, structure)
+
+
+def _skip_identity(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node:
+    while node.op == "call_module":
+        module = modules[node.target]
+        if not (type(module) is nn.Identity or (type(module) is nn.Dropout and module.p == 0)):
+            break
+        node = node.args[0]
+    return node
+
+
+def _is_product(node: fx.Node) -> bool:
+    by_function = node.op == "call_function" and node.target in (operator.mul, torch.mul)
+    return by_function or (node.op == "call_method" and node.target == "mul")
+
+
+def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, fx.Node] | None:
+    """Return the activation's key and its input, or None where the node is something else."""
+    node = _skip_identity(node, modules)
+    name = None
+    if node.op == "call_module":
+        module = modules[node.target]
+        plain = {nn.ReLU: "relu", nn.SiLU: "silu"}
+        if type(module) is nn.GELU:
+            name = {"none": "gelu", "tanh": "gelu_tanh"}[module.approximate]
+        else:
+            name = plain.get(type(module))
+    elif node.op == "call_function" and node.target is F.gelu:
+        name = "gelu_tanh" if node.kwargs.get("approximate", "none") == "tanh" else "gelu"
+    elif node.op == "call_function":
+        name = {F.relu: "relu", torch.relu: "relu", F.silu: "silu"}.get(node.target)
+    elif node.op == "call_method" and node.target == "relu":
+        name = "relu"
+    return (name, node.args[0]) if name else None
+
+
+def _name(node: fx.Node, modules: dict[str, nn.Module]) -> str:
+    if node.op == "call_module":
+        return type(modules[node.target]).__name__
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _check_probe(mlp: ExpertMLP, expert: nn.Module) -> None:
+    """Compare the recognised form with the module on 4 rows; draws no random number."""
+    weight = mlp.up.weight
+    count = 4 * mlp.up.in_features
+    probe = torch.sin(torch.arange(count, device=weight.device) * 0.7).to(weight.dtype)
+    probe = probe.view(1, 1, 4, -1)
+    with torch.no_grad():
+        expected, got = expert(probe).double(), mlp(probe).double()
+    error = torch.linalg.vector_norm(got - expected)
+    if not error <= PROBE_TOLERANCE.get(weight.dtype, 0) * torch.linalg.vector_norm(expected):
+        raise _Unrecognised("the recognised form disagrees with the module on a probe")
