@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""comet_ds: DeepSpeed's MoE layer with communication and computation overlapped."""
+
+from comet_ds.config import CometConfig
+from comet_ds.engine import initialize
+from comet_ds.layer import MoE
+from comet_ds.monitor import attach_metrics
+
+__version__ = "0.1.0"
+__all__ = ["CometConfig", "MoE", "attach_metrics", "initialize"]

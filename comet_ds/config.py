@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The optional "comet_ds" block of the DeepSpeed JSON."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import hjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+CONFIG_KEY = "comet_ds"
+
+
+class CometConfig(BaseModel):
+    """Options of comet_ds; every one has a default that suits most runs.
+
+    Attributes:
+        path: "auto" takes the best path that can run; "reference" or "pipelined" pins one.
+        num_chunks: chunks a layer's rows are cut into to overlap communication with computation;
+            "auto" takes 1 where nothing is communicated.
+        grouped_gemm: use torch's grouped GEMM where it applies.
+        metrics: write metrics to DeepSpeed's monitor when one is enabled.
+        metrics_interval: steps between two writes; None takes DeepSpeed's steps_per_print.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    path: Literal["auto", "reference", "pipelined"] = "auto"
+    num_chunks: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    grouped_gemm: bool = True
+    metrics: bool = True
+    metrics_interval: int | None = Field(default=None, ge=1)
+
+    @classmethod
+    def parse(cls, block: Mapping[str, Any] | CometConfig | None) -> CometConfig:
+        """Validate a block.
+
+        Raises:
+            ValueError: naming every unknown key and every bad value.
+        """
+        if isinstance(block, cls):
+            return block
+        if not isinstance(block, Mapping | None):
+            raise ValueError(f'"{CONFIG_KEY}" must be an object, got {block!r}')
+        try:
+            return cls(**(block or {}))
+        except ValidationError as error:
+            known = ", ".join(cls.model_fields)
+            faults = [
+                f"unknown key {item['loc'][0]!r} (known: {known})"
+                if item["type"] == "extra_forbidden"
+                else f"{item['loc'][0]}: {item['msg']}, got {item['input']!r}"
+                for item in error.errors()
+            ]
+            raise ValueError(f'"{CONFIG_KEY}": ' + "; ".join(dict.fromkeys(faults))) from error
+
+
+def read_block(config: Any) -> Mapping[str, Any] | None:
+    """Return the "comet_ds" block of a DeepSpeed configuration, None where there is none.
+
+    Args:
+        config: what ``deepspeed.initialize`` accepts: a dict, the path of a JSON file, or a JSON
+            document in URL-safe base64.
+    """
+    if config is None:
+        return None
+    if not isinstance(config, Mapping):
+        if os.path.exists(config):
+            with open(config) as file:
+                config = hjson.load(file)
+        else:
+            try:
+                config = json.loads(base64.urlsafe_b64decode(config))
+            except ValueError as error:
+                raise ValueError(f"no DeepSpeed configuration at {config!r}") from error
+    return config.get(CONFIG_KEY)

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""comet_ds.initialize: deepspeed.initialize that also reads the "comet_ds" block."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import deepspeed
+from deepspeed.utils import logger
+
+from comet_ds.config import CONFIG_KEY, CometConfig, read_block
+from comet_ds.layer import MoE
+from comet_ds.monitor import attach_metrics
+
+
+def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    """Initialize a DeepSpeed engine; apply the "comet_ds" block to the model's MoE layers.
+
+    Signature and result are ``deepspeed.initialize``'s. Metrics are attached when the
+    configuration enables a monitor (W&B, TensorBoard, CSV) and does not switch them off.
+
+    Raises:
+        ValueError: unknown key or bad value in the block, before the engine is built.
+    """
+    call = inspect.signature(deepspeed.initialize).bind(*args, **kwargs)
+    given = call.arguments
+    config = given.get("config")
+    if config is None:
+        config = given.get("config_params")
+    if config is None:
+        config = getattr(given.get("args"), "deepspeed_config", None)
+    block = read_block(config)
+    options = CometConfig.parse(block)
+    model = given.get("model")
+    layers = [m for m in model.modules() if isinstance(m, MoE)] if model is not None else []
+    if block is not None:
+        if not layers:
+            logger.warning(f'"{CONFIG_KEY}" is set, but the model has no comet_ds.MoE layer')
+        for layer in layers:
+            layer.configure(options)
+    result = deepspeed.initialize(*args, **kwargs)
+    engine = result[0]
+    if options.metrics and getattr(engine, "monitor", None) and engine.monitor.enabled:
+        attach_metrics(engine, interval=options.metrics_interval)
+    return result
+
+
+initialize.__signature__ = inspect.signature(deepspeed.initialize)

@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MoE: DeepSpeed's constructor, attribute tree and result; picks the path and runs it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from deepspeed import comm as dist
+from deepspeed.moe import layer as deepspeed_layer
+from deepspeed.moe import sharded_moe
+from deepspeed.moe.experts import Experts
+from deepspeed.moe.mappings import drop_tokens, gather_tokens
+from deepspeed.utils import groups, log_dist, logger
+from deepspeed.utils.bwc import (
+    bwc_pipeline_parallel_world_size,
+    bwc_tensor_model_parallel_world_size,
+)
+from torch import Tensor, nn
+
+from comet_ds import row_ops
+from comet_ds.agreement import DTYPES, CountExchange, InputFault, agree_on_setup
+from comet_ds.config import CometConfig
+from comet_ds.experts import tag_expert_parameters
+from comet_ds.gate import Routing, TopKGate
+from comet_ds.grouped_mlp import ExpertRunner
+from comet_ds.pipelined import pipelined_forward
+from comet_ds.reference import reference_forward
+from comet_ds.routing import ChunkSchedule, plan_routes
+
+# More chunks hide more of the communication until messages get too small for the link.
+DEFAULT_NUM_CHUNKS = 2
+
+
+class MoE(deepspeed_layer.MoE):
+    """Mixture-of-experts layer: ``deepspeed.moe.layer.MoE`` with overlapped communication.
+
+    Arguments, attributes, parameter names, random draws and result are DeepSpeed's, so the import
+    is all that changes; see DeepSpeed's documentation for them. Tokens need not be spread evenly:
+    ranks may bring different numbers of tokens, also none.
+
+    Args:
+        hidden_size: H, size of a token's activation.
+        expert: module [..., H] -> [..., H]; copied for every local expert.
+        num_experts: E, experts of the layer over all ranks; a multiple of ``ep_size``.
+        ep_size: W, ranks the experts are spread over.
+        k: routes per token, 1 to ``num_experts``.
+        capacity_factor, eval_capacity_factor, min_capacity, use_residual, noisy_gate_policy,
+            drop_tokens, use_rts, enable_expert_tensor_parallelism, top2_2nd_expert_sampling: as in
+            DeepSpeed.
+        use_tutel: accepted and ignored: Tutel's kernels serve the padded layout, which is not used.
+        comet_ds: options, see ``CometConfig``; the "comet_ds" block of the DeepSpeed JSON, read by
+            ``comet_ds.initialize``, replaces them.
+
+    Raises:
+        AssertionError: ``num_experts`` not divisible by ``ep_size``, unknown noise policy.
+        ValueError: ``k`` out of range, bad option.
+
+    Source: ``deepspeed/moe/layer.py``.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert: nn.Module,
+        num_experts: int = 1,
+        ep_size: int = 1,
+        k: int = 1,
+        capacity_factor: float = 1.0,
+        eval_capacity_factor: float = 1.0,
+        min_capacity: int = 4,
+        use_residual: bool = False,
+        noisy_gate_policy: str | None = None,
+        drop_tokens: bool = True,
+        use_rts: bool = True,
+        use_tutel: bool = False,
+        enable_expert_tensor_parallelism: bool = False,
+        top2_2nd_expert_sampling: bool = True,
+        *,
+        comet_ds: CometConfig | Mapping[str, Any] | None = None,
+    ) -> None:
+        # DeepSpeed's constructor would draw the weights of a gate of its own: skip it, and build
+        # in its order, which fixes the initial weights for a seed.
+        super(deepspeed_layer.MoE, self).__init__()
+        assert num_experts % ep_size == 0, (
+            f"Number of experts ({num_experts}) should be divisible by "
+            f"expert parallel size ({ep_size})"
+        )
+        assert noisy_gate_policy in (None, "None", "Jitter", "RSample"), (
+            f"Unsupported noisy_gate_policy: {noisy_gate_policy}"
+        )
+        if not 1 <= k <= num_experts:
+            raise ValueError(f"k must be between 1 and num_experts ({num_experts}), got {k}")
+        self.use_residual = use_residual
+        self.enable_expert_tensor_parallelism = enable_expert_tensor_parallelism
+        self.ep_size = ep_size
+        self.expert_group_name = f"ep_size_{ep_size}"
+        self.num_experts = num_experts
+        self.num_local_experts = num_experts // ep_size
+        log_dist(
+            f"Creating MoE layer with num_experts: {num_experts} | num_local_experts: "
+            f"{self.num_local_experts} | expert_parallel_size: {ep_size}",
+            [0],
+        )
+        if use_tutel:
+            log_dist("comet_ds: use_tutel is ignored", [0])
+        experts = Experts(expert, self.num_local_experts, self.expert_group_name)
+        gate = TopKGate(
+            hidden_size,
+            num_experts,
+            k,
+            capacity_factor,
+            eval_capacity_factor,
+            min_capacity,
+            noisy_gate_policy,
+            drop_tokens,
+            use_rts,
+            None,
+            top2_2nd_expert_sampling,
+        )
+        self.deepspeed_moe = MOELayer(
+            gate, experts, self.expert_group_name, ep_size, self.num_local_experts
+        )
+        if use_residual:
+            self.mlp = expert
+            self.coefficient = nn.Linear(hidden_size, 2)
+        self.configure(CometConfig.parse(comet_ds))
+
+    def configure(self, config: CometConfig) -> None:
+        """Set the options; before ``set_deepspeed_parallelism``, the same on all ranks."""
+        self.deepspeed_moe.configure(config)
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Create or join the expert parallel groups; DeepSpeed's engine calls this.
+
+        Collective over the ranks that hold the layer.
+
+        Raises:
+            ValueError: on all of them, if they disagree about the layer or ``ep_size`` does not
+                divide their number.
+        """
+        num_stages = bwc_pipeline_parallel_world_size(groups.mpu)
+        stage_size = dist.get_world_size() // num_stages
+        first = dist.get_rank() // stage_size * stage_size
+        agree_on_setup(self._facts(), range(first, first + stage_size))
+        if stage_size % self.ep_size:
+            raise ValueError(
+                f"ep_size must divide the number of ranks that hold the layer ({stage_size}), "
+                f"got {self.ep_size}"
+            )
+        self._tag_experts()
+        super().set_deepspeed_parallelism(use_data_before_expert_parallel_)
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what all ranks that hold the layer must agree on."""
+        gate, config = self.deepspeed_moe.gate, self.deepspeed_moe.config
+        names = ("k", "capacity_factor", "eval_capacity_factor", "min_capacity", "drop_tokens")
+        names += ("noisy_gate_policy", "use_rts", "top2_2nd_expert_sampling")
+        experts = self.deepspeed_moe.experts.deepspeed_experts
+        return {
+            "hidden_size": gate.wg.in_features,
+            "num_experts": self.num_experts,
+            "ep_size": self.ep_size,
+            "use_residual": self.use_residual,
+            "enable_expert_tensor_parallelism": self.enable_expert_tensor_parallelism,
+            **{name: getattr(gate, name) for name in names},
+            "expert parameters": [
+                [name, list(p.shape), str(p.dtype)] for name, p in experts[0].named_parameters()
+            ],
+            "path": config.path,
+            "num_chunks": config.num_chunks,
+        }
+
+    def _tag_experts(self) -> None:
+        experts = self.deepspeed_moe.experts.deepspeed_experts
+        tag_expert_parameters(experts, self.expert_group_name)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._tag_experts()  # copy.deepcopy of a parameter loses them
+
+
+class MOELayer(sharded_moe.MOELayer):
+    """Gate, dispatch, experts, combine.
+
+    Attributes beyond DeepSpeed's:
+        config: the options.
+        path: "reference" or "pipelined".
+        routing: the last forward's ``Routing``, detached; None before the first.
+    """
+
+    def configure(self, config: CometConfig) -> None:
+        """Set the options."""
+        self.config = config
+        self.path = "pipelined" if config.path == "auto" else config.path
+        num_chunks = config.num_chunks
+        if num_chunks == "auto":
+            num_chunks = DEFAULT_NUM_CHUNKS
+        self.schedule = ChunkSchedule(
+            self.ep_size, self.num_local_experts, num_chunks if self.ep_size > 1 else 1
+        )
+        self.runner = ExpertRunner(self.experts.deepspeed_experts, grouped_gemm=config.grouped_gemm)
+        self.routing: Routing | None = None
+        self.num_tokens_seen = 0
+        self._announced: str | None = None
+        self._segment_of_expert = self.schedule.segment_of_expert
+
+    @torch.compiler.disable
+    def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> Tensor:
+        """Compute the layer for this rank's tokens.
+
+        Args:
+            hidden_states: [..., H] in the experts' dtype, on the layer's device. Ranks may bring
+                different numbers of tokens, also none.
+            used_token: see ``TopKGate.route``.
+
+        Returns:
+            [..., H]; sets ``l_aux`` and ``exp_counts``. Collective over the EP group.
+
+        Raises:
+            ValueError: input of wrong size, dtype or device (on every rank of the EP group,
+                whichever rank it happened on); an expert that returns a wrong shape.
+            RuntimeError: ep_size > 1 without process groups.
+        """
+        group = self._group()
+        fault = self._input_fault(hidden_states)
+        if fault is not None:
+            self._raise_everywhere(fault, group)
+        with self._timed(sharded_moe.MOE_TIMER):
+            x = hidden_states.reshape(-1, hidden_states.shape[-1])
+            routing = self.gate.route(x, used_token)
+            self.l_aux, self.exp_counts = routing.l_aux, routing.exp_counts
+            self._remember(routing)
+            output = self._run_tensor_parallel(x, routing, group)
+        if self.wall_clock_breakdown:
+            self._read_timers()
+        return output.reshape(hidden_states.shape)
+
+    def _run_tensor_parallel(self, x: Tensor, routing: Routing, group: Any) -> Tensor:
+        """Run the path, on this rank's share of the tokens where all of a TP group hold them.
+
+        Ranks of a tensor parallel group hold the same tokens. With whole experts, each takes an
+        equal part and the outputs are gathered. With tensor parallel experts every rank needs all
+        rows, and gets them by sending its own copy through its own EP group.
+        """
+        ids, weights = routing.topk_ids, routing.topk_weights
+        tp_size = bwc_tensor_model_parallel_world_size(groups.mpu)
+        if tp_size == 1 or groups._get_expert_model_parallel_world_size() > 1:
+            return self._run(x, ids, weights, group)
+        num_tokens = x.shape[0]
+        padding = (0, 0, 0, -num_tokens % tp_size)
+        parts = (F.pad(x, padding), F.pad(ids, padding, value=-1), F.pad(weights, padding))
+        # DeepSpeed's mappings take flat tensors everywhere, others not on gloo.
+        parts = [drop_tokens(p.reshape(-1)).view(-1, p.shape[1]) for p in parts]
+        output = self._run(*parts, group)
+        return gather_tokens(output.reshape(-1)).view(-1, x.shape[1])[:num_tokens]
+
+    def _run(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, group: Any) -> Tensor:
+        if self.path == "reference":
+            return self._run_reference(x, topk_ids, topk_weights, group)
+        self.runner.refresh(x, expected_rows=topk_ids.numel() / self.num_local_experts)
+        self._announce(f"{self.runner.describe()}, {row_ops.describe(x)}")
+        if self._segment_of_expert.device != x.device:
+            self._segment_of_expert = self._segment_of_expert.to(x.device)
+        plan = plan_routes(topk_ids, self._segment_of_expert)
+        exchange = None
+        if self.ep_size > 1:
+            exchange = CountExchange(plan.tokens_per_segment, None, self._layer(), group)
+        return pipelined_forward(
+            x, topk_weights, plan, self.runner, self.schedule, exchange, self._timed
+        )
+
+    def _run_reference(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, group: Any):
+        self._announce("plain PyTorch")
+        num_tokens = [x.shape[0]]
+        if self.ep_size > 1:
+            count = topk_ids.new_full((1,), x.shape[0])
+            exchange = CountExchange(count, None, self._layer(), group)
+            num_tokens = exchange.wait()[0].flatten().tolist()
+        return reference_forward(
+            x,
+            topk_ids,
+            topk_weights,
+            self.experts.deepspeed_experts,
+            ep_group=group,
+            ep_size=self.ep_size,
+            num_tokens=num_tokens,
+        )
+
+    def _group(self) -> Any:
+        """Return the EP group, the world where DeepSpeed's inference engine set none."""
+        if self.ep_size == 1 or self.ep_group is not None:
+            return self.ep_group
+        if not dist.is_initialized() or dist.get_world_size() != self.ep_size:
+            raise RuntimeError(
+                f"ep_size is {self.ep_size}: call set_deepspeed_parallelism() before the first "
+                "forward (deepspeed.initialize does)"
+            )
+        return dist.get_world_group()
+
+    def _layer(self) -> dict[str, Any]:
+        weight = self.gate.wg.weight
+        dtypes = {p.dtype for p in self.experts.deepspeed_experts[0].parameters()}
+        dtype = dtypes.pop() if len(dtypes) == 1 else None
+        return {"hidden": self.gate.wg.in_features, "dtype": dtype, "device": weight.device}
+
+    def _input_fault(self, hidden_states: Tensor) -> InputFault | None:
+        layer = self._layer()
+        if hidden_states.shape[-1:] != (layer["hidden"],):
+            size = hidden_states.shape[-1] if hidden_states.dim() else 0
+            return InputFault(InputFault.HIDDEN, size)
+        if hidden_states.device != layer["device"]:
+            return InputFault(InputFault.DEVICE, 0)
+        dtype = layer["dtype"]
+        free = dtype is None or torch.is_autocast_enabled(hidden_states.device.type)
+        if not free and hidden_states.dtype != dtype:
+            known = hidden_states.dtype in DTYPES
+            value = DTYPES.index(hidden_states.dtype) if known else -1
+            return InputFault(InputFault.DTYPE, value)
+        return None
+
+    def _raise_everywhere(self, fault: InputFault, group: Any) -> None:
+        """Raise, after telling the peers, which wait for this rank's counts."""
+        if self.ep_size > 1:
+            size = 1 if self.path == "reference" else self.schedule.num_segments
+            device = self.gate.wg.weight.device
+            counts = torch.zeros(size, dtype=torch.int64, device=device)
+            CountExchange(counts, fault, self._layer(), group).wait()
+        raise ValueError(fault.message(self._layer()))
+
+    def _remember(self, routing: Routing) -> None:
+        """Keep what metrics read; a recomputed forward (activation checkpointing) is not new."""
+        self.routing = Routing(
+            routing.topk_ids,
+            routing.topk_weights.detach(),
+            routing.l_aux.detach(),
+            routing.exp_counts,
+        )
+        if self.training and torch._C._current_graph_task_id() == -1:
+            self.num_tokens_seen += routing.topk_ids.shape[0]
+
+    def _announce(self, how: str) -> None:
+        """Say which path runs, once for all layers alike, and again if it changes."""
+        if how == self._announced:
+            return
+        self._announced = how
+        pinned = "" if self.config.path == "auto" else ", pinned by the configuration"
+        chunks = f", {len(self.schedule.chunks)} chunks" if self.ep_size > 1 else ""
+        message = f"comet_ds: MoE path {self.path}{pinned}: {how}{chunks}"
+        # DeepSpeed's logger hides everything below a warning.
+        logger.log_dist_once(message, ranks=[0], level=logging.WARNING)
+
+    @contextmanager
+    def _timed(self, name: str):
+        if self.wall_clock_breakdown:
+            self.timers(name).start()
+        yield
+        if self.wall_clock_breakdown:
+            self.timers(name).stop()
+
+    def _read_timers(self) -> None:
+        """Publish this forward's times in ms (DeepSpeed's own layer publishes running sums)."""
+        first, second = sharded_moe.FIRST_ALLTOALL_TIMER, sharded_moe.SECOND_ALLTOALL_TIMER
+        self.time_moe = self.timers(sharded_moe.MOE_TIMER).elapsed(reset=True)
+        if self.ep_size > 1 and self.path == "pipelined":
+            self.time_falltoall = self.timers(first).elapsed(reset=True)
+            self.time_salltoall = self.timers(second).elapsed(reset=True)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user installs: the wheel's contents, and the op builder's flags and reasons."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from comet_ds.op_builder.comet_moe import CSRC, CometMoEBuilder
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_wheel_carries_everything(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(
+        ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info")
+    )
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", tmp_path, source]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    expected = {f"comet_ds/{p.relative_to(ROOT / 'comet_ds')}" for p in ROOT.glob("comet_ds/*.py")}
+    expected |= {str("comet_ds" / p.relative_to(ROOT)) for p in ROOT.glob("op_builder/*.py")}
+    expected |= {str("comet_ds" / p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.*")}
+    assert expected <= names, expected - names
+    tops = {name.split("/")[0] for name in names if "dist-info" not in name}
+    assert tops == {"comet_ds"}, tops  # a top-level op_builder would shadow DeepSpeed's
+
+
+def test_builder_targets_sm_90a_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a")
+    builder = CometMoEBuilder()
+    flags = builder.nvcc_args()
+    assert [f for f in flags if "arch" in f] == ["-gencode=arch=compute_90a,code=sm_90a"]
+    assert "--use_fast_math" not in flags
+    for path in [*builder.sources(), *builder.include_paths()]:
+        assert Path(path).is_absolute() and Path(path).exists(), path
+
+
+def test_builder_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    from comet_ds.op_builder import comet_moe
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert CometMoEBuilder().why_not() == "no CUDA device"
+    assert not CometMoEBuilder().is_compatible()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert "compute capability 9.0, this GPU has (8, 0)" in CometMoEBuilder().why_not()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(comet_moe, "CUDA_HOME", "/nowhere")
+    assert "nvcc not found" in CometMoEBuilder().why_not()
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("source", sorted(CSRC.rglob("*.cu")), ids=lambda p: p.name)
+def test_kernels_compile_without_spills(source: Path, tmp_path: Path) -> None:
+    builder = CometMoEBuilder()
+    command = ["nvcc", *builder.nvcc_args(), "-I", str(CSRC), "-Xptxas", "-v", "-Werror"]
+    command += ["all-warnings", "-c", str(source), "-o", str(tmp_path / "kernel.o")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    spills = re.findall(r"(\d+) bytes spill", done.stderr)
+    assert spills and set(spills) == {"0"}, done.stderr
+
+
+def test_importing_needs_no_cuda_and_no_build() -> None:
+    code = "import torch, comet_ds; assert not torch.cuda.is_initialized(); print(comet_ds.MoE)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
