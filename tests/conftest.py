@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared fixtures: worlds of ranks, and the gpu(n) marker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from distributed import World
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker."""
+    config.addinivalue_line("markers", "gpu(n): needs n CUDA devices of compute capability 9.0")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip GPU tests, with the reason, where the GPUs are missing."""
+    for mark in item.iter_markers("gpu"):
+        wanted, found = mark.args[0], torch.cuda.device_count()
+        if found < wanted:
+            pytest.skip(f"needs {wanted} CUDA device(s), found {found}")
+        if torch.cuda.get_device_capability() < (9, 0):
+            pytest.skip("needs compute capability 9.0")
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[Callable[..., World]]:
+    """Give ``world(size, backend="gloo")``: a running world, started where there is none."""
+    worlds: dict[tuple[int, str], World] = {}
+
+    def get(size: int, backend: str = "gloo") -> World:
+        key = size, backend
+        if key not in worlds or not worlds[key].is_open:
+            worlds[key] = World(size, backend)
+        return worlds[key]
+
+    yield get
+    for started in worlds.values():
+        started.close()

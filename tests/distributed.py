@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running test functions on several ranks: persistent gloo worlds of spawned processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import wait
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+CALL_TIMEOUT_S = 240
+GRACE_S = 5
+
+
+class World:
+    """W processes with one process group, which run functions until closed.
+
+    Importing torch and DeepSpeed takes seconds, so tests share a world; every call starts with
+    DeepSpeed's group tables empty.
+    """
+
+    def __init__(self, size: int, backend: str = "gloo") -> None:
+        self.size = size
+        context = mp.get_context("spawn")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self._pipes, self._processes = [], []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, size, port, backend, theirs), daemon=True
+            )
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(
+        self, function: Callable[..., Any], *args: Any, timeout: float = CALL_TIMEOUT_S
+    ) -> list[Any]:
+        """Run ``function(rank, size, *args)`` on every rank; return the results by rank.
+
+        Raises:
+            AssertionError: with every rank's traceback, where one raised or did not return in time;
+                the world is then closed.
+        """
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        waiting = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        results, failures = [None] * self.size, []
+        deadline = time.monotonic() + timeout
+        while waiting:
+            ready = wait(list(waiting), timeout=max(deadline - time.monotonic(), 0))
+            if not ready:
+                failures += [f"rank {rank}: no answer" for rank in waiting.values()]
+                break
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                ok, value = pipe.recv()
+                results[rank] = value
+                if not ok:
+                    failures.append(f"rank {rank}:\n{value}")
+                    # The others may now wait in a collective for good.
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+        if failures:
+            self.close()
+            raise AssertionError("\n".join(failures))
+        return results
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the processes can still be used."""
+        return bool(self._processes)
+
+    def close(self) -> None:
+        """Kill the processes."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes = []
+
+
+def _serve(rank: int, size: int, port: int, backend: str, pipe: Any) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    import deepspeed
+
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    deepspeed.init_distributed(
+        dist_backend=backend, timeout=timedelta(seconds=CALL_TIMEOUT_S), verbose=False
+    )
+    while True:
+        function, args = pipe.recv()
+        _reset_deepspeed()
+        try:
+            answer = True, function(rank, size, *args)
+        except BaseException:
+            answer = False, traceback.format_exc()
+        pipe.send(answer)
+
+
+def _reset_deepspeed() -> None:
+    """Forget the groups and the model parallel unit of the call before."""
+    from deepspeed.utils import groups
+
+    for name in dir(groups):
+        table = getattr(groups, name)
+        if name.startswith("_EXPERT") and isinstance(table, dict):
+            table.clear()
+    groups.mpu = None
+    groups.expert_tensor_parallel_world_size = 1

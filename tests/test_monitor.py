@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics reach DeepSpeed's monitors with the right values: CSV, and a W&B run read back."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import struct
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from training import NUM_EXPERTS, build_engine, config, train
+
+import comet_ds
+
+INTERVAL, STEPS = 2, 6
+TOKENS_PER_STEP = 2 * 2 * 12  # ranks, batch, sequence
+
+
+def logged_values(rank: int, size: int, settings: dict, folder: str) -> dict:
+    """Train; return what the metrics of the last write must be, computed here from the routing."""
+    os.chdir(folder)
+    os.environ.update(WANDB_MODE="offline", WANDB_DIR=folder, WANDB_SILENT="true")
+    settings = config(size, comet_ds={"metrics_interval": INTERVAL}, **settings)
+    engine = build_engine("comet_ds", settings, ep_size=size, k=2, capacity_factor=0.75)
+    train(engine, rank, STEPS)
+    expected = {}
+    for index, moe in enumerate(engine.module.moe):
+        routing = moe.deepspeed_moe.routing
+        rows = torch.zeros(NUM_EXPERTS)
+        for expert in routing.topk_ids.flatten().tolist():
+            if expert >= 0:
+                rows[expert] += 1
+        l_aux = routing.l_aux.clone()
+        torch.distributed.all_reduce(rows)
+        torch.distributed.all_reduce(l_aux)
+        wanted = size * routing.topk_ids.numel()
+        own = rows.view(size, -1)[0].sum().item()
+        expected[f"comet_ds/layer_{index}/path"] = 1.0
+        expected[f"comet_ds/layer_{index}/l_aux"] = l_aux.item() / size
+        expected[f"comet_ds/layer_{index}/load_imbalance"] = (rows.max() / rows.mean()).item()
+        expected[f"comet_ds/layer_{index}/dropped_share"] = 1 - rows.sum().item() / wanted
+        expected[f"comet_ds/layer_{index}/rows_received"] = own
+        assert 0 < expected[f"comet_ds/layer_{index}/dropped_share"] < 0.6
+    if rank == 0 and "wandb" in settings:
+        import wandb
+
+        wandb.finish()
+    return expected
+
+
+def check_history(history: dict[str, dict[int, float]], expected: dict[str, float]) -> None:
+    """``history`` maps label to {global_samples: value}."""
+    steps = [2 * 2 * i for i in range(INTERVAL, STEPS + 1, INTERVAL)]
+    for label, value in expected.items():
+        assert list(history[label]) == steps, label
+        assert history[label][steps[-1]] == pytest.approx(value, rel=1e-6), label
+    rate, time = history["comet_ds/tokens_per_s"], history["comet_ds/step_time_ms"]
+    assert list(rate) == list(time) == steps
+    for step in steps:
+        # Two views of one interval: tokens a step over seconds a step.
+        assert rate[step] == pytest.approx(TOKENS_PER_STEP / (time[step] / 1e3), rel=1e-6)
+    assert list(history["Train/Samples/lr"])[-1] == steps[-1]  # DeepSpeed's own x-axis
+
+
+def test_csv(world, tmp_path: Path) -> None:
+    settings = {"csv_monitor": {"enabled": True, "output_path": str(tmp_path), "job_name": "run"}}
+    expected = world(2).run(logged_values, settings, str(tmp_path))[0]
+    history = {}
+    for label in [*expected, "comet_ds/tokens_per_s", "comet_ds/step_time_ms", "Train/Samples/lr"]:
+        with open(tmp_path / "run" / (label.replace("/", "_") + ".csv")) as file:
+            rows = list(csv.reader(file))[1:]
+        history[label] = {int(step): float(value) for step, value in rows}
+    check_history(history, expected)
+
+
+def read_records(log: bytes) -> Iterator[bytes]:
+    """Yield the records of a W&B file: LevelDB's log format behind a header of 7 bytes.
+
+    Blocks of 32 KiB hold fragments: checksum (4 bytes), length (2), type (1), data. A record is one
+    fragment of type 1, or fragments of types 2, 3 ..., 4; less than 7 bytes of a block are padding.
+    """
+    block, header = 32768, 7
+    position, record = header, b""
+    while position + header <= len(log):
+        if block - position % block < header:
+            position += block - position % block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", log, position)
+        record += log[position + header : position + header + length]
+        position += header + length
+        if kind in (1, 4):
+            yield record
+            record = b""
+
+
+def test_wandb(world, tmp_path: Path) -> None:
+    """Read an offline run's own file back: what a later ``wandb sync`` would upload."""
+    from wandb.proto import wandb_internal_pb2
+
+    settings = {"wandb": {"enabled": True, "project": "comet_ds"}}
+    expected = world(2).run(logged_values, settings, str(tmp_path))[0]
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    history = defaultdict(dict)
+    for data in read_records(file.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        items = {
+            "/".join(i.nested_key) if i.nested_key else i.key: json.loads(i.value_json)
+            for i in record.history.item
+        }
+        for label, value in items.items():
+            if not label.startswith("_"):
+                history[label][items["_step"]] = value
+    check_history(history, expected)
+
+
+def count_syncs(rank: int, size: int) -> int:
+    """Count values read from tensors between two writes."""
+    settings = config(size, csv_monitor={"enabled": True, "output_path": "", "job_name": "x"})
+    engine = build_engine("comet_ds", settings, ep_size=size, k=2)
+    writer = comet_ds.attach_metrics(engine, interval=100)
+    writes = []
+    writer.write = lambda: writes.append(engine.global_steps)
+    train(engine, rank, 3)
+    return len(writes)
+
+
+def test_steps_in_between_write_nothing(world) -> None:
+    assert world(2).run(count_syncs) == [0, 0]
+
+
+def attach_without_monitor(rank: int, size: int) -> str:
+    engine = build_engine("comet_ds", config(size), ep_size=size)
+    try:
+        comet_ds.attach_metrics(engine)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_no_monitor_is_an_error(world) -> None:
+    for answer in world(2).run(attach_without_monitor):
+        assert "no monitor is enabled" in answer

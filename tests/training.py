@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small MoE model and its training through DeepSpeed's engine, with either layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.moe.layer import MoE as DeepSpeedMoE
+from experts_zoo import sequential
+from torch import Tensor, nn
+
+import comet_ds
+
+HIDDEN, FFN, NUM_EXPERTS = 16, 32, 4
+CLASSES = {"deepspeed": DeepSpeedMoE, "comet_ds": comet_ds.MoE}
+
+
+class Model(nn.Module):
+    """Two MoE layers between linear ones; the loss adds their auxiliary losses."""
+
+    def __init__(self, cls: type[DeepSpeedMoE], *, checkpointing: bool = False, **options: Any):
+        super().__init__()
+        self.first = nn.Linear(HIDDEN, HIDDEN)
+        self.moe = nn.ModuleList(
+            cls(HIDDEN, sequential(HIDDEN, FFN), num_experts=NUM_EXPERTS, **options)
+            for _ in range(2)
+        )
+        self.last = nn.Linear(HIDDEN, HIDDEN)
+        self.checkpointing = checkpointing
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        x, loss = self.first(x), 0.0
+        for moe in self.moe:
+            if self.checkpointing:
+                y, l_aux, _ = torch.utils.checkpoint.checkpoint(moe, x, use_reentrant=False)
+            else:
+                y, l_aux, _ = moe(x)
+            x, loss = x + y, loss + 0.01 * l_aux
+        return nn.functional.mse_loss(self.last(x).float(), target.float()) + loss
+
+
+def config(size: int, **overrides: Any) -> dict[str, Any]:
+    """Return a DeepSpeed configuration; nested dicts replace whole blocks."""
+    accumulation = overrides.get("gradient_accumulation_steps", 1)
+    return {
+        "train_batch_size": 2 * size * accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "optimizer": {"type": "Adam", "params": {"lr": 1e-2, "torch_adam": True}},
+        "steps_per_print": 1000,
+        **overrides,
+    }
+
+
+def batches(rank: int, count: int, dtype: torch.dtype = torch.float32):
+    """Yield inputs and targets of a fixed function, different on every rank."""
+    generator = torch.Generator().manual_seed(1000 + rank)
+    teacher = torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(1))
+    for _ in range(count):
+        x = torch.randn(2, 12, HIDDEN, generator=generator)
+        yield x.to(dtype), torch.tanh(x @ teacher).to(dtype)
+
+
+def build_engine(kind: str, settings: dict[str, Any], **options: Any):
+    """Initialise an engine on the same weights whatever the layer's class."""
+    torch.manual_seed(0)
+    model = Model(CLASSES[kind], **options)
+    return comet_ds.initialize(model=model, config=settings)[0]
+
+
+def train(engine: Any, rank: int, steps: int, dtype: torch.dtype = torch.float32) -> list[float]:
+    """Train for some optimizer steps; return the loss of every micro-batch."""
+    torch.manual_seed(5 + rank)
+    losses = []
+    for x, target in batches(rank, steps * engine.gradient_accumulation_steps(), dtype):
+        loss = engine(x, target)
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
