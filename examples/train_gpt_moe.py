@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train a byte-level GPT with mixture-of-experts layers through the deepspeed launcher.
+
+    deepspeed --num_gpus 2 examples/train_gpt_moe.py --deepspeed_config examples/ds_config.json
+
+``--moe deepspeed`` runs the same script with DeepSpeed's own layer: the import below is the only
+difference. The text is Python's standard library, or a file given with ``--data``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sysconfig
+import time
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import comet_ds
+
+NUM_BYTES = 256
+L_AUX_WEIGHT = 0.01
+
+
+class ExpertMLP(nn.Module):
+    """SwiGLU MLP, [..., H] -> [..., H]."""
+
+    def __init__(self, hidden: int, ffn: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, ffn, bias=False)
+        self.up_proj = nn.Linear(hidden, ffn, bias=False)
+        self.down_proj = nn.Linear(ffn, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Attention(nn.Module):
+    """Causal self-attention."""
+
+    def __init__(self, hidden: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.proj = nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, hidden = x.shape
+        heads = self.qkv(x).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(*heads, is_causal=True)
+        return self.proj(y.transpose(1, 2).reshape(batch, length, hidden))
+
+
+class Block(nn.Module):
+    """Attention and a mixture-of-experts MLP, each behind a norm."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__()
+        moe_class = comet_ds.MoE if args.moe == "comet_ds" else deepspeed.moe.layer.MoE
+        self.norm1, self.norm2 = nn.LayerNorm(args.hidden), nn.LayerNorm(args.hidden)
+        self.attention = Attention(args.hidden, args.heads)
+        self.moe = moe_class(
+            args.hidden,
+            ExpertMLP(args.hidden, args.ffn),
+            num_experts=args.experts,
+            ep_size=args.ep_size,
+            k=args.top_k,
+            capacity_factor=args.capacity_factor,
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + self.attention(self.norm1(x))
+        y, l_aux, _ = self.moe(self.norm2(x))
+        return x + y, l_aux
+
+
+class GPT(nn.Module):
+    """Byte-level language model; returns the cross entropy and the mean auxiliary loss."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(NUM_BYTES, args.hidden)
+        self.position = nn.Embedding(args.seq_len, args.hidden)
+        self.blocks = nn.ModuleList(Block(args) for _ in range(args.layers))
+        self.norm = nn.LayerNorm(args.hidden)
+        self.head = nn.Linear(args.hidden, NUM_BYTES, bias=False)
+        for embedding in (self.embed, self.position):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        x = self.embed(inputs) + self.position.weight[: inputs.shape[1]]
+        l_aux = 0.0
+        for block in self.blocks:
+            x, block_l_aux = block(x)
+            l_aux = l_aux + block_l_aux
+        logits = self.head(self.norm(x)).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return loss, l_aux / len(self.blocks)
+
+
+def load_text(path: str | None) -> Tensor:
+    """Return the training text as bytes, [N] uint8."""
+    if path is not None:
+        text = Path(path).read_bytes()
+    else:
+        sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+        text = b"".join(source.read_bytes() for source in sources)
+    if not text:
+        raise ValueError(f"no text in {path or 'the standard library'}")
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def sample_batch(text: Tensor, step: int, rank: int, batch: int, seq_len: int) -> Tensor:
+    """Return [batch, seq_len + 1] random windows; a function of step and rank, so runs resume."""
+    generator = torch.Generator().manual_seed(1_000_003 * step + rank)
+    starts = torch.randint(len(text) - seq_len - 1, (batch,), generator=generator)
+    return torch.stack([text[s : s + seq_len + 1] for s in starts.tolist()]).long()
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line, DeepSpeed's own options included."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--moe", choices=["comet_ds", "deepspeed"], default="comet_ds")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps in all")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--ffn", type=int, default=256, help="FFN width of an expert")
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--experts", type=int, default=8, help="experts of a layer, all ranks")
+    parser.add_argument("--ep-size", type=int, default=None, help="default: all ranks")
+    parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--capacity-factor", type=float, default=1.25)
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--data", help="text file to train on; default: Python's standard library")
+    parser.add_argument("--save", help="folder for checkpoints; resumes from it if it has one")
+    parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
+    parser = deepspeed.add_config_arguments(parser)
+    args = parser.parse_args()
+    if args.deepspeed_config is None:
+        args.deepspeed_config = str(Path(__file__).with_name("ds_config.json"))
+    return args
+
+
+def main() -> None:
+    """Train."""
+    args = parse_args()
+    deepspeed.init_distributed()
+    rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
+    args.ep_size = args.ep_size or world_size
+    torch.manual_seed(0)
+    model = GPT(args)
+    engine, *_ = comet_ds.initialize(
+        model=model, model_parameters=model.parameters(), config=args.deepspeed_config
+    )
+    if args.save and (Path(args.save) / "latest").exists():
+        engine.load_checkpoint(args.save)
+    first_step = engine.global_steps
+    text = load_text(args.data)
+    batch = engine.train_micro_batch_size_per_gpu()
+    tokens_per_step = engine.train_batch_size() * args.seq_len
+    torch.manual_seed(1 + rank + first_step)
+
+    bar = tqdm(
+        range(first_step, args.steps), initial=first_step, total=args.steps, disable=rank > 0
+    )
+    losses: list[float] = []
+    start, timed_from = time.perf_counter(), first_step
+    for step in bar:
+        for micro in range(engine.gradient_accumulation_steps()):
+            index = step * engine.gradient_accumulation_steps() + micro
+            tokens = sample_batch(text, index, rank, batch, args.seq_len).to(engine.device)
+            loss, l_aux = engine(tokens)
+            engine.backward(loss + L_AUX_WEIGHT * l_aux)
+            engine.step()
+        if step % 10 == 9 or step == args.steps - 1:
+            losses.append(loss.item())
+            if engine.monitor.enabled:
+                engine.monitor.write_events([("Train/loss", losses[-1], engine.global_samples)])
+            # The first ten steps warm up and are left out of the rate.
+            if timed_from == first_step:
+                start, timed_from = time.perf_counter(), step + 1
+                continue
+            rate = (step + 1 - timed_from) * tokens_per_step / (time.perf_counter() - start)
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", tokens_per_s=f"{rate:,.0f}")
+        if args.save and ((step + 1) % args.save_every == 0 or step == args.steps - 1):
+            engine.save_checkpoint(args.save)
+    if rank == 0 and losses:
+        summary = f"{args.moe}: loss {losses[0]:.3f} -> {losses[-1]:.3f}"
+        if timed_from not in (first_step, args.steps):
+            summary += f", {rate:,.0f} tokens/s"
+        if torch.cuda.is_available():
+            summary += f", peak memory {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB a GPU"
+        print(summary)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Lints and tests in a virtual environment of its own ($VENV, default .venv). Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. examples/venv.sh test,examples
+ruff check .
+ruff format --check .
+exec python -m pytest "$@"
