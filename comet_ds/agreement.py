@@ -84,7 +84,7 @@ class InputFault:
     """What is wrong with a rank's input, in a form that fits in two integers.
 
     Attributes:
-        code: index into ``RULES``.
+        code: one of the constants.
         value: what was given: a size, or an index into ``DTYPES`` (-1 = another dtype).
     """
 
@@ -94,6 +94,7 @@ class InputFault:
     HIDDEN = 1
     DTYPE = 2
     DEVICE = 3
+    USED_TOKEN = 4
 
     def message(self, layer: Mapping[str, Any]) -> str:
         """Return rule and value. ``layer`` holds hidden, dtype and device of the layer."""
@@ -102,6 +103,8 @@ class InputFault:
         if self.code == self.DTYPE:
             got = DTYPES[self.value] if self.value >= 0 else "another dtype"
             return f"hidden_states must have the experts' dtype {layer['dtype']}, got {got}"
+        if self.code == self.USED_TOKEN:
+            return f"used_token must have one entry per token, got {self.value}"
         return f"hidden_states must be on the layer's device {layer['device']}, got another one"
 
 

@@ -54,7 +54,7 @@ class TopKGate(sharded_moe.TopKGate):
 
         Args:
             x: [T, H] floating point; T may be 0.
-            used_token: [T], k = 1 only (ignored for larger k, as in DeepSpeed); a token whose
+            used_token: T entries, k = 1 only (ignored for larger k, as in DeepSpeed); a token whose
                 entry is 0 gets no route and counts neither in ``exp_counts`` nor in ``l_aux``.
 
         Returns:
@@ -110,7 +110,7 @@ def top1_routing(
     Args:
         logits: [T, E] fp32.
         capacity: rows per expert, or None to keep every route.
-        used_token: [T] or None; see ``TopKGate.route``.
+        used_token: T entries or None; see ``TopKGate.route``.
         rsample: choose the expert from logits + Gumbel noise instead of the probabilities.
         use_rts: random token selection. The [T, E] draw is made even when nothing can be dropped,
             so that the generator advances as DeepSpeed's does.
@@ -125,11 +125,6 @@ def top1_routing(
     ids = torch.argmax(noisy if rsample else probs, dim=1)
     routed = _one_hot(ids, num_experts)
     if used_token is not None:
-        if used_token.numel() != num_tokens:
-            raise ValueError(
-                f"used_token must have one entry per token ({num_tokens}), "
-                f"got shape {tuple(used_token.shape)}"
-            )
         routed = routed & (used_token.reshape(-1, 1) != 0)
     l_aux = torch.sum(_mean_over_tokens(probs) * _mean_over_tokens(routed.float())) * num_experts
 

@@ -32,8 +32,9 @@ from comet_ds.pipelined import pipelined_forward
 from comet_ds.reference import reference_forward
 from comet_ds.routing import ChunkSchedule, plan_routes
 
-# More chunks hide more of the communication until messages get too small for the link.
-DEFAULT_NUM_CHUNKS = 2
+# On a GPU more chunks hide more of the communication, until messages get too small for the link
+# and launches too many for the host. On a CPU the cores that would communicate are computing.
+DEFAULT_NUM_CHUNKS = {"cuda": 2, "cpu": 1}
 
 
 class MoE(deepspeed_layer.MoE):
@@ -197,17 +198,11 @@ class MOELayer(sharded_moe.MOELayer):
         """Set the options."""
         self.config = config
         self.path = "pipelined" if config.path == "auto" else config.path
-        num_chunks = config.num_chunks
-        if num_chunks == "auto":
-            num_chunks = DEFAULT_NUM_CHUNKS
-        self.schedule = ChunkSchedule(
-            self.ep_size, self.num_local_experts, num_chunks if self.ep_size > 1 else 1
-        )
         self.runner = ExpertRunner(self.experts.deepspeed_experts, grouped_gemm=config.grouped_gemm)
         self.routing: Routing | None = None
         self.num_tokens_seen = 0
         self._announced: str | None = None
-        self._segment_of_expert = self.schedule.segment_of_expert
+        self._schedule: tuple[torch.device, ChunkSchedule, Tensor] | None = None
 
     @torch.compiler.disable
     def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> Tensor:
@@ -227,7 +222,7 @@ class MOELayer(sharded_moe.MOELayer):
             RuntimeError: ep_size > 1 without process groups.
         """
         group = self._group()
-        fault = self._input_fault(hidden_states)
+        fault = self._input_fault(hidden_states, used_token)
         if fault is not None:
             self._raise_everywhere(fault, group)
         with self._timed(sharded_moe.MOE_TIMER):
@@ -264,14 +259,13 @@ class MOELayer(sharded_moe.MOELayer):
             return self._run_reference(x, topk_ids, topk_weights, group)
         self.runner.refresh(x, expected_rows=topk_ids.numel() / self.num_local_experts)
         self._announce(f"{self.runner.describe()}, {row_ops.describe(x)}")
-        if self._segment_of_expert.device != x.device:
-            self._segment_of_expert = self._segment_of_expert.to(x.device)
-        plan = plan_routes(topk_ids, self._segment_of_expert)
+        schedule, segment_of_expert = self._chunk_schedule()
+        plan = plan_routes(topk_ids, segment_of_expert)
         exchange = None
         if self.ep_size > 1:
             exchange = CountExchange(plan.tokens_per_segment, None, self._layer(), group)
         return pipelined_forward(
-            x, topk_weights, plan, self.runner, self.schedule, exchange, self._timed
+            x, topk_weights, plan, self.runner, schedule, exchange, self._timed
         )
 
     def _run_reference(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, group: Any):
@@ -291,6 +285,19 @@ class MOELayer(sharded_moe.MOELayer):
             num_tokens=num_tokens,
         )
 
+    def _chunk_schedule(self) -> tuple[ChunkSchedule, Tensor]:
+        """Return the schedule, and its segment table on the layer's device."""
+        device = self.gate.wg.weight.device
+        if self._schedule is None or self._schedule[0] != device:
+            num_chunks = self.config.num_chunks
+            if num_chunks == "auto":
+                num_chunks = DEFAULT_NUM_CHUNKS.get(device.type, 1)
+            if self.ep_size == 1:
+                num_chunks = 1
+            schedule = ChunkSchedule(self.ep_size, self.num_local_experts, num_chunks)
+            self._schedule = device, schedule, schedule.segment_of_expert.to(device)
+        return self._schedule[1:]
+
     def _group(self) -> Any:
         """Return the EP group, the world where DeepSpeed's inference engine set none."""
         if self.ep_size == 1 or self.ep_group is not None:
@@ -308,7 +315,7 @@ class MOELayer(sharded_moe.MOELayer):
         dtype = dtypes.pop() if len(dtypes) == 1 else None
         return {"hidden": self.gate.wg.in_features, "dtype": dtype, "device": weight.device}
 
-    def _input_fault(self, hidden_states: Tensor) -> InputFault | None:
+    def _input_fault(self, hidden_states: Tensor, used_token: Tensor | None) -> InputFault | None:
         layer = self._layer()
         if hidden_states.shape[-1:] != (layer["hidden"],):
             size = hidden_states.shape[-1] if hidden_states.dim() else 0
@@ -321,12 +328,15 @@ class MOELayer(sharded_moe.MOELayer):
             known = hidden_states.dtype in DTYPES
             value = DTYPES.index(hidden_states.dtype) if known else -1
             return InputFault(InputFault.DTYPE, value)
+        is_masked = used_token is not None and self.gate.k == 1
+        if is_masked and used_token.numel() * layer["hidden"] != hidden_states.numel():
+            return InputFault(InputFault.USED_TOKEN, used_token.numel())
         return None
 
     def _raise_everywhere(self, fault: InputFault, group: Any) -> None:
         """Raise, after telling the peers, which wait for this rank's counts."""
         if self.ep_size > 1:
-            size = 1 if self.path == "reference" else self.schedule.num_segments
+            size = 1 if self.path == "reference" else self._chunk_schedule()[0].num_segments
             device = self.gate.wg.weight.device
             counts = torch.zeros(size, dtype=torch.int64, device=device)
             CountExchange(counts, fault, self._layer(), group).wait()
@@ -349,7 +359,9 @@ class MOELayer(sharded_moe.MOELayer):
             return
         self._announced = how
         pinned = "" if self.config.path == "auto" else ", pinned by the configuration"
-        chunks = f", {len(self.schedule.chunks)} chunks" if self.ep_size > 1 else ""
+        chunks = ""
+        if self.ep_size > 1 and self.path == "pipelined":
+            chunks = f", {len(self._chunk_schedule()[0].chunks)} chunk(s)"
         message = f"comet_ds: MoE path {self.path}{pinned}: {how}{chunks}"
         # DeepSpeed's logger hides everything below a warning.
         logger.log_dist_once(message, ranks=[0], level=logging.WARNING)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from deepspeed.utils import logger
 from torch import Tensor
 
@@ -120,10 +121,6 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _routes(rows: Tensor, row_of_route: Tensor) -> Iterator[Tensor]:
     """Yield, for k = 0 ... K - 1, the [T, H] rows of every token's k-th route, 0 where dropped."""
+    padded = F.pad(rows, (0, 0, 0, 1))
     for column in row_of_route.unbind(dim=1):
-        if rows.shape[0] == 0:
-            yield rows.new_zeros(column.shape[0], rows.shape[1])
-            continue
-        # Not a product with 0: the row picked for a dropped route may hold anything.
-        picked = rows.index_select(0, column.clamp(min=0))
-        yield picked.masked_fill_((column < 0).unsqueeze(1), 0)
+        yield padded.index_select(0, torch.where(column < 0, rows.shape[0], column))

@@ -10,6 +10,7 @@ difference. The text is Python's standard library, or a file given with ``--data
 from __future__ import annotations
 
 import argparse
+import os
 import sysconfig
 import time
 from pathlib import Path
@@ -153,6 +154,8 @@ def main() -> None:
     deepspeed.init_distributed()
     rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     args.ep_size = args.ep_size or world_size
+    if not torch.cuda.is_available():  # ranks that share cores stall each other's threads
+        torch.set_num_threads(max(1, os.cpu_count() // world_size))
     torch.manual_seed(0)
     model = GPT(args)
     engine, *_ = comet_ds.initialize(

@@ -97,6 +97,8 @@ def _serve(rank: int, size: int, port: int, backend: str, pipe: Any) -> None:
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
+    if backend == "gloo":
+        os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
     if backend == "nccl":

@@ -255,6 +255,22 @@ def test_bad_input(x: torch.Tensor, message: str, path: str) -> None:
         build(MoE, 0, comet_ds={"path": path})(x)
 
 
+def test_used_token_of_wrong_length() -> None:
+    with pytest.raises(ValueError, match="one entry per token, got 63"):
+        build(MoE, 0)(torch.randn(8, 8, HIDDEN), torch.ones(63))
+
+
+def test_torch_compile() -> None:
+    """The layer is a graph break, not an error."""
+    layer = build(MoE, 0, k=2).eval()
+    compiled = torch.compile(nn.Sequential(nn.Identity(), layer), backend="eager")
+    x, outputs = torch.randn(9, HIDDEN), []
+    for module in (layer, compiled):
+        torch.manual_seed(0)
+        outputs.append(module(x)[0])
+    assert torch.equal(*outputs)
+
+
 def test_expert_of_wrong_shape() -> None:
     layer = build(MoE, 0, expert=nn.Linear(HIDDEN, HIDDEN + 8))
     with pytest.raises(ValueError, match="must return the shape it was given"):

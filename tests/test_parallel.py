@@ -194,7 +194,8 @@ def check_only_kept_routes_travel(rank: int, size: int) -> None:
         sent.append(rows.numel())
         return original(output, rows, receive, send, **kwargs)
 
-    layer = build(MoE, rank, ep_size=size, k=2, capacity_factor=0.5, parallel=True)
+    block = {"num_chunks": 2}
+    layer = build(MoE, rank, ep_size=size, k=2, capacity_factor=0.5, parallel=True, comet_ds=block)
     x, grad = tokens(rank, (64, HIDDEN))
     dist.all_to_all_single = spy
     try:
@@ -236,7 +237,13 @@ def check_overlap_order(rank: int, size: int) -> None:
     original, pipelined.Transfer = pipelined.Transfer, Recorded
     try:
         layer = build(
-            MoE, rank, expert=Expert(HIDDEN, HIDDEN), num_experts=4, ep_size=size, parallel=True
+            MoE,
+            rank,
+            expert=Expert(HIDDEN, HIDDEN),
+            num_experts=4,
+            ep_size=size,
+            parallel=True,
+            comet_ds={"num_chunks": 2},
         )
         run(layer, *tokens(rank, (32, HIDDEN)))
     finally:

@@ -71,6 +71,13 @@ ENGINES = {
     ),
     "optimizer offload": (2, OFFLOAD, {"ep_size": 2, "k": 2}, torch.float32, 1e-5),
     "overlap_comm": (2, zero(2, overlap_comm=True), {"ep_size": 2, "k": 2}, torch.float32, 1e-5),
+    "comms_logger": (
+        2,
+        {**zero(1), "comms_logger": {"enabled": True}},
+        {"ep_size": 2, "k": 2},
+        torch.float32,
+        1e-5,
+    ),
     "checkpointing": (
         2,
         zero(1),

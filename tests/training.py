@@ -73,7 +73,7 @@ def train(engine: Any, rank: int, steps: int, dtype: torch.dtype = torch.float32
     torch.manual_seed(5 + rank)
     losses = []
     for x, target in batches(rank, steps * engine.gradient_accumulation_steps(), dtype):
-        loss = engine(x, target)
+        loss = engine(x.to(engine.device), target.to(engine.device))
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
