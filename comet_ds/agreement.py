@@ -27,15 +27,15 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 def agree_on_setup(
     facts: Mapping[str, Any], ranks: range, *, timeout: timedelta = default_pg_timeout
 ) -> None:
-    """Check that a range of ranks builds the same layer.
+    """Check that a range of ranks is set up alike.
 
     Goes through the process group's key-value store, not through a collective: ranks that disagree
     would not issue the same collectives.
 
     Args:
         facts: JSON values that must be equal on all ranks, by name.
-        ranks: global ranks taking part, this one included. The n-th call of each is compared
-            with the n-th call of the others.
+        ranks: global ranks taking part, this one included. The n-th call of each for this range
+            is compared with the n-th call of the others.
         timeout: how long to wait for the others.
 
     Raises:
@@ -44,8 +44,9 @@ def agree_on_setup(
     """
     rank, first = dist.get_rank(), ranks.start
     store = torch.distributed.distributed_c10d._get_default_store()
-    ordinal = store.add(f"comet_ds/calls/{rank}", 1)
-    key = f"comet_ds/setup/{ranks.start}-{ranks.stop}/{ordinal}"
+    span = f"comet_ds/{ranks.start}-{ranks.stop}"
+    ordinal = store.add(f"{span}/calls/{rank}", 1)
+    key = f"{span}/{ordinal}"
     store.set(f"{key}/{rank}", json.dumps(dict(facts)))
     if rank == first:
         store.set(f"{key}/verdict", _compare(store, key, facts, ranks, timeout))
@@ -53,10 +54,10 @@ def agree_on_setup(
         try:
             store.wait([f"{key}/verdict"], 2 * timeout)
         except torch.distributed.DistError as error:
-            raise ValueError(f"rank {first} did not set up its MoE layer {ordinal}") from error
+            raise ValueError(f"rank {first} did not reach set-up {ordinal}") from error
     verdict = store.get(f"{key}/verdict").decode()
     if verdict:
-        raise ValueError(f"MoE layer {ordinal}: {verdict}")
+        raise ValueError(f"set-up {ordinal}: {verdict}")
 
 
 def _compare(
@@ -68,7 +69,7 @@ def _compare(
         try:
             store.wait([f"{key}/{rank}"], timeout)
         except torch.distributed.DistError:
-            return f"rank {rank} has no such layer, or did not set it up within {timeout}"
+            return f"rank {rank} did not take part within {timeout}"
         theirs = json.loads(store.get(f"{key}/{rank}"))
         for name, value in mine.items():
             if theirs.get(name) != value:
@@ -80,32 +81,53 @@ def _compare(
 
 
 @dataclass(frozen=True)
-class InputFault:
-    """What is wrong with a rank's input, in a form that fits in two integers.
+class InputRules:
+    """What a layer's input must be.
+
+    A broken rule is a fault: its code and what was given, two integers that fit in the message
+    every rank waits for anyway.
 
     Attributes:
-        code: one of the constants.
-        value: what was given: a size, or an index into ``DTYPES`` (-1 = another dtype).
+        hidden: size of the last dimension.
+        dtype: the experts' dtype; None where any will do (mixed parameters, autocast).
+        device: the layer's.
+        takes_used_token: whether ``used_token`` is looked at.
     """
 
-    code: int
-    value: int
+    hidden: int
+    dtype: torch.dtype | None
+    device: torch.device
+    takes_used_token: bool
 
-    HIDDEN = 1
-    DTYPE = 2
-    DEVICE = 3
-    USED_TOKEN = 4
+    OK, HIDDEN, DTYPE, DEVICE, USED_TOKEN = range(5)
 
-    def message(self, layer: Mapping[str, Any]) -> str:
-        """Return rule and value. ``layer`` holds hidden, dtype and device of the layer."""
-        if self.code == self.HIDDEN:
-            return f"hidden_states must end in hidden size {layer['hidden']}, got {self.value}"
-        if self.code == self.DTYPE:
-            got = DTYPES[self.value] if self.value >= 0 else "another dtype"
-            return f"hidden_states must have the experts' dtype {layer['dtype']}, got {got}"
-        if self.code == self.USED_TOKEN:
-            return f"used_token must have one entry per token, got {self.value}"
-        return f"hidden_states must be on the layer's device {layer['device']}, got another one"
+    def check(self, x: Tensor, used_token: Tensor | None) -> tuple[int, int]:
+        """Return code and value of the first rule broken, ``(OK, 0)`` if none is."""
+        if x.shape[-1:] != (self.hidden,):
+            return self.HIDDEN, x.shape[-1] if x.dim() else 0
+        if x.device != self.device:
+            return self.DEVICE, 0
+        if self.dtype is not None and x.dtype != self.dtype:
+            return self.DTYPE, DTYPES.index(x.dtype) if x.dtype in DTYPES else -1
+        if self.takes_used_token and used_token is not None:
+            fits = used_token.numel() * self.hidden == x.numel()
+            if not fits or used_token.device != self.device:
+                return self.USED_TOKEN, used_token.numel()
+        return self.OK, 0
+
+    def message(self, code: int, value: int) -> str:
+        """Return the rule and what was given."""
+        if code == self.HIDDEN:
+            return f"hidden_states must end in hidden size {self.hidden}, got {value}"
+        if code == self.DTYPE:
+            got = DTYPES[value] if value >= 0 else "another dtype"
+            return f"hidden_states must have the experts' dtype {self.dtype}, got {got}"
+        if code == self.DEVICE:
+            return f"hidden_states must be on the layer's device {self.device}, got another one"
+        return (
+            f"used_token must have one entry per token, on the layer's device {self.device}, "
+            f"got {value} entries"
+        )
 
 
 class CountExchange:
@@ -113,20 +135,20 @@ class CountExchange:
 
     Args:
         counts: [n] int64 on the layer's device; this rank's.
-        fault: what is wrong with this rank's input, if anything.
-        layer: see ``InputFault.message``.
         group: expert parallel group, whose ranks all construct one.
+        rules: what ``fault`` is about.
+        fault: code and value of the rule this rank's input breaks, if any.
     """
 
     def __init__(
-        self, counts: Tensor, fault: InputFault | None, layer: Mapping[str, Any], group: Any
+        self, counts: Tensor, group: Any, rules: InputRules, *, fault: tuple[int, int] | None = None
     ) -> None:
-        self.group, self.layer = group, layer
+        self.group, self.rules = group, rules
         self.rank, self.ep_size = dist.get_rank(group=group), dist.get_world_size(group=group)
         message = F.pad(counts, (2, 0))
         if fault is not None:
-            message[0].fill_(fault.code)
-            message[1].fill_(fault.value)
+            message[0].fill_(fault[0])
+            message[1].fill_(fault[1])
         self._gathered = message.new_empty(self.ep_size * message.numel())
         dist.all_gather_into_tensor(self._gathered, message, group=group)
         self._host = self._gathered.to("cpu", non_blocking=True)
@@ -148,7 +170,7 @@ class CountExchange:
             self._arrived.synchronize()
         host = self._host.view(self.ep_size, -1).numpy()
         for rank, (code, value) in enumerate(host[:, :2].tolist()):
-            if code:
+            if code != self.rules.OK:
                 where = f"rank {rank} of the expert parallel group"
-                raise ValueError(f"{where}: {InputFault(code, value).message(self.layer)}")
+                raise ValueError(f"{where}: {self.rules.message(code, value)}")
         return host[:, 2:], self._gathered.view(self.ep_size, -1)[:, 2:]

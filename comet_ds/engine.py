@@ -7,8 +7,10 @@ import inspect
 from typing import Any
 
 import deepspeed
+from deepspeed import comm as dist
 from deepspeed.utils import logger
 
+from comet_ds.agreement import agree_on_setup
 from comet_ds.config import CONFIG_KEY, CometConfig, read_block
 from comet_ds.layer import MoE
 from comet_ds.monitor import attach_metrics
@@ -21,7 +23,8 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
     configuration enables a monitor (W&B, TensorBoard, CSV) and does not switch them off.
 
     Raises:
-        ValueError: unknown key or bad value in the block, before the engine is built.
+        ValueError: unknown key or bad value in the block, before the engine is built; ranks that
+            disagree about it.
     """
     call = inspect.signature(deepspeed.initialize).bind(*args, **kwargs)
     given = call.arguments
@@ -41,6 +44,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
             layer.configure(options)
     result = deepspeed.initialize(*args, **kwargs)
     engine = result[0]
+    agree_on_setup(options.model_dump(), range(dist.get_world_size()))
     if options.metrics and getattr(engine, "monitor", None) and engine.monitor.enabled:
         attach_metrics(engine, interval=options.metrics_interval)
     return result

@@ -118,15 +118,19 @@ class ExpertMLP:
 
 
 class ModuleStructure:
-    """A module's tree, to be compared with later in about a microsecond."""
+    """A module's tree, cheap to compare with later (64 experts: 60 us).
+
+    Remembered is what can change what a recognised module computes: its children, hooks, patched
+    forwards, train or eval mode, dropout probabilities.
+    """
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
-        self._children = [(m._modules, n, c) for m in root.modules() for n, c in m.named_children()]
-        # Whatever replaces or surrounds a module's forward: hooks, and a forward of its own.
+        modules = list(root.modules())
+        self._children = [(m._modules, n, c) for m in modules for n, c in m.named_children()]
         self._hooks = [
             hooks
-            for m in root.modules()
+            for m in modules
             for hooks in (
                 m._forward_hooks,
                 m._forward_pre_hooks,
@@ -134,18 +138,19 @@ class ModuleStructure:
                 m._backward_pre_hooks,
             )
         ]
-        self._attributes = [m.__dict__ for m in root.modules()]
+        self._attributes = [(m.__dict__, m.training, m.__dict__.get("p")) for m in modules]
 
     def is_plain(self) -> bool:
         """Whether no module has hooks or a patched forward."""
-        return not any(self._hooks) and not any("forward" in a for a in self._attributes)
+        return not any(self._hooks) and not any("forward" in a for a, _, _ in self._attributes)
 
     def holds(self, root: nn.Module) -> bool:
-        """Whether ``root`` is the module seen then, with the same plain modules below it."""
+        """Whether ``root`` is the module seen then, unchanged."""
         return (
             root is self.root
             and self.is_plain()
             and all(modules.get(name) is child for modules, name, child in self._children)
+            and all(a["training"] is t and a.get("p") == p for a, t, p in self._attributes)
         )
 
 
@@ -174,14 +179,12 @@ def recognise_mlp(expert: nn.Module) -> ExpertMLP | str:
     if any(parametrize.is_parametrized(module) for module in expert.modules()):
         return "it has parametrizations"
     try:
-        graph = fx.Tracer().trace(expert)
-    except Exception as error:  # a module may do anything while it is traced
-        return f"it cannot be traced ({type(error).__name__})"
-    try:
-        mlp = _match(graph, expert, structure)
+        mlp = _Matcher(expert, structure).match()
         _check_probe(mlp, expert)
     except _Unrecognised as reason:
         return str(reason)
+    except Exception as error:  # a module may do anything while it is traced or probed
+        return f"it cannot be traced ({type(error).__name__})"
     return mlp
 
 
@@ -189,92 +192,115 @@ class _Unrecognised(Exception):
     """Why a module is not a recognised MLP."""
 
 
-def _match(graph: fx.Graph, expert: nn.Module, structure: ModuleStructure) -> ExpertMLP:
-    modules = dict(expert.named_modules())
-    inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    result = next(n for n in graph.nodes if n.op == "output").args[0]
-    if not isinstance(result, fx.Node):
-        raise _Unrecognised(f"it returns a {type(result).__name__}")
+class _Matcher:
+    """Matches a traced module against the two forms; every node must belong to the match."""
 
-    def linear(node: fx.Node) -> tuple[nn.Linear, fx.Node]:
-        node = _skip_identity(node, modules)
-        module = modules.get(node.target) if node.op == "call_module" else None
-        if type(module) is not nn.Linear:
-            raise _Unrecognised(f"{_name(node, modules)} where a Linear is expected")
+    def __init__(self, expert: nn.Module, structure: ModuleStructure) -> None:
+        self.expert, self.structure = expert, structure
+        self.modules = dict(expert.named_modules())
+        self.graph = fx.Tracer().trace(expert)
+        self.seen: set[fx.Node] = set()
+
+    def match(self) -> ExpertMLP:
+        inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
+        output = next(n for n in self.graph.nodes if n.op == "output")
+        if not isinstance(output.args[0], fx.Node):
+            raise _Unrecognised(f"it returns a {type(output.args[0]).__name__}")
+        self.seen.update((output, inputs[0]))
+        down, hidden = self._linear(output.args[0])
+        hidden = self._skip_identity(hidden)
+        gate = None
+        if self._is_product(hidden):
+            activation, gate, up = self._gated(hidden, inputs[0])
+        else:
+            found = self._activation(hidden)
+            if found is None:
+                raise _Unrecognised(f"{self._name(hidden)} where an activation is expected")
+            activation, up = found[0], self._linear_of(found[1], inputs[0])
+        # A node outside the match may still act, in place.
+        if strays := [n for n in self.graph.nodes if n not in self.seen]:
+            raise _Unrecognised(f"{self._name(strays[0])} beside the MLP")
+        matrices = [m for m in (up, gate, down) if m is not None]
+        if len({id(m.weight) for m in matrices}) < len(matrices):
+            raise _Unrecognised("two of its matrices share a parameter")
+        num_parameters = sum(1 + (m.bias is not None) for m in matrices)
+        if len(list(self.expert.parameters())) != num_parameters:
+            raise _Unrecognised("it has parameters outside its matrices")
+        return ExpertMLP(up, gate, down, activation, self.structure)
+
+    def _gated(self, product: fx.Node, source: fx.Node) -> tuple[str, nn.Linear, nn.Linear]:
+        factors = [self._skip_identity(f) for f in product.args if isinstance(f, fx.Node)]
+        if len(factors) != 2 or product.kwargs:
+            raise _Unrecognised("a product of something else than two results")
+        found = [self._activation(f) for f in factors]
+        if (found[0] is None) == (found[1] is None):
+            raise _Unrecognised("a product that is not activation times linear")
+        act = 0 if found[0] else 1
+        activation, gated = found[act]
+        gate, up = self._linear_of(gated, source), self._linear_of(factors[1 - act], source)
+        return activation, gate, up
+
+    def _linear(self, node: fx.Node) -> tuple[nn.Linear, fx.Node]:
+        node = self._skip_identity(node)
+        module = self.modules.get(node.target) if node.op == "call_module" else None
+        is_plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter
+        if not is_plain or not self._is_unary(node):
+            raise _Unrecognised(f"{self._name(node)} where a Linear is expected")
+        self.seen.add(node)
         return module, node.args[0]
 
-    def linear_of_input(node: fx.Node) -> nn.Linear:
-        module, source = linear(node)
-        if _skip_identity(source, modules) is not inputs[0]:
+    def _linear_of(self, node: fx.Node, source: fx.Node) -> nn.Linear:
+        module, argument = self._linear(node)
+        if self._skip_identity(argument) is not source:
             raise _Unrecognised("a matrix more than its two or three")
         return module
 
-    down, hidden = linear(result)
-    hidden = _skip_identity(hidden, modules)
-    gate = None
-    if _is_product(hidden):
-        factors = hidden.args[:2]
-        if not all(isinstance(f, fx.Node) for f in factors):
-            raise _Unrecognised("a product with a constant")
-        gated = [_activation(f, modules) for f in factors]
-        if (gated[0] is None) == (gated[1] is None):
-            raise _Unrecognised("a product that is not activation times linear")
-        act_index = 0 if gated[0] else 1
-        activation, source = gated[act_index]
-        gate, up = linear_of_input(source), linear_of_input(factors[1 - act_index])
-    else:
-        found = _activation(hidden, modules)
-        if found is None:
-            raise _Unrecognised(f"{_name(hidden, modules)} where an activation is expected")
-        activation, source = found
-        up = linear_of_input(source)
+    def _activation(self, node: fx.Node) -> tuple[str, fx.Node] | None:
+        """Return the activation's key and its input, or None where the node is something else."""
+        name = None
+        if not self._is_unary(node, "approximate", "inplace"):
+            return None
+        if node.op == "call_module":
+            module = self.modules[node.target]
+            if type(module) is nn.GELU:
+                name = {"none": "gelu", "tanh": "gelu_tanh"}[module.approximate]
+            else:
+                name = {nn.ReLU: "relu", nn.SiLU: "silu"}.get(type(module))
+        elif node.op == "call_function" and node.target is F.gelu:
+            name = "gelu_tanh" if node.kwargs.get("approximate", "none") == "tanh" else "gelu"
+        elif node.op == "call_function":
+            name = {F.relu: "relu", torch.relu: "relu", F.silu: "silu"}.get(node.target)
+        elif node.op == "call_method" and node.target == "relu":
+            name = "relu"
+        if name is None:
+            return None
+        self.seen.add(node)
+        return name, self._skip_identity(node.args[0])
 
-    matrices = [m for m in (up, gate, down) if m is not None]
-    if len({id(m.weight) for m in matrices}) < len(matrices):
-        raise _Unrecognised("two of its matrices share a parameter")
-    if len(list(expert.parameters())) != sum(1 + (m.bias is not None) for m in matrices):
-        raise _Unrecognised("it has parameters outside its matrices")
-    return ExpertMLP(up, gate, down, activation, structure)
+    def _is_product(self, node: fx.Node) -> bool:
+        by_function = node.op == "call_function" and node.target in (operator.mul, torch.mul)
+        if is_product := by_function or (node.op == "call_method" and node.target == "mul"):
+            self.seen.add(node)
+        return is_product
 
+    def _skip_identity(self, node: fx.Node) -> fx.Node:
+        while node.op == "call_module" and self._is_unary(node):
+            module = self.modules[node.target]
+            if not (type(module) is nn.Identity or (type(module) is nn.Dropout and module.p == 0)):
+                break
+            self.seen.add(node)
+            node = node.args[0]
+        return node
 
-def _skip_identity(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node:
-    while node.op == "call_module":
-        module = modules[node.target]
-        if not (type(module) is nn.Identity or (type(module) is nn.Dropout and module.p == 0)):
-            break
-        node = node.args[0]
-    return node
+    @staticmethod
+    def _is_unary(node: fx.Node, *keywords: str) -> bool:
+        alone = len(node.args) == 1 and isinstance(node.args[0], fx.Node)
+        return alone and set(node.kwargs) <= set(keywords)
 
-
-def _is_product(node: fx.Node) -> bool:
-    by_function = node.op == "call_function" and node.target in (operator.mul, torch.mul)
-    return by_function or (node.op == "call_method" and node.target == "mul")
-
-
-def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, fx.Node] | None:
-    """Return the activation's key and its input, or None where the node is something else."""
-    node = _skip_identity(node, modules)
-    name = None
-    if node.op == "call_module":
-        module = modules[node.target]
-        plain = {nn.ReLU: "relu", nn.SiLU: "silu"}
-        if type(module) is nn.GELU:
-            name = {"none": "gelu", "tanh": "gelu_tanh"}[module.approximate]
-        else:
-            name = plain.get(type(module))
-    elif node.op == "call_function" and node.target is F.gelu:
-        name = "gelu_tanh" if node.kwargs.get("approximate", "none") == "tanh" else "gelu"
-    elif node.op == "call_function":
-        name = {F.relu: "relu", torch.relu: "relu", F.silu: "silu"}.get(node.target)
-    elif node.op == "call_method" and node.target == "relu":
-        name = "relu"
-    return (name, node.args[0]) if name else None
-
-
-def _name(node: fx.Node, modules: dict[str, nn.Module]) -> str:
-    if node.op == "call_module":
-        return type(modules[node.target]).__name__
-    return str(getattr(node.target, "__name__", node.target))
+    def _name(self, node: fx.Node) -> str:
+        if node.op == "call_module":
+            return type(self.modules[node.target]).__name__
+        return str(getattr(node.target, "__name__", node.target))
 
 
 def _check_probe(mlp: ExpertMLP, expert: nn.Module) -> None:

@@ -36,6 +36,12 @@ class Routing:
     l_aux: Tensor
     exp_counts: Tensor
 
+    def detach(self) -> Routing:
+        """Return the same without gradients."""
+        return Routing(
+            self.topk_ids, self.topk_weights.detach(), self.l_aux.detach(), self.exp_counts
+        )
+
 
 class TopKGate(sharded_moe.TopKGate):
     """DeepSpeed's gate with a packed result.
@@ -119,10 +125,11 @@ def top1_routing(
         Routing with K = 1 and weights not normalised.
     """
     num_tokens, num_experts = logits.shape
-    if rsample:
-        noisy = logits + sharded_moe.gumbel_rsample(logits.shape, device=logits.device)
     probs = F.softmax(logits, dim=1)
-    ids = torch.argmax(noisy if rsample else probs, dim=1)
+    scores = probs
+    if rsample:
+        scores = logits + sharded_moe.gumbel_rsample(logits.shape, device=logits.device)
+    ids = torch.argmax(scores, dim=1)
     routed = _one_hot(ids, num_experts)
     if used_token is not None:
         routed = routed & (used_token.reshape(-1, 1) != 0)

@@ -38,8 +38,8 @@ class ExpertRunner:
         self.experts = experts
         self.grouped_gemm = grouped_gemm
         self.reason: str | None = "not looked at yet"
-        self._mlps: list[ExpertMLP] | None = None
-        self._unrecognised: str | None = None
+        self._mlps: list[ExpertMLP] = []
+        self._recognised: dict[bool, list[ExpertMLP]] = {}  # by train or eval mode
 
     def refresh(self, x: Tensor, expected_rows: float) -> None:
         """Decide how to run; recognise the experts if they have changed.
@@ -118,19 +118,22 @@ class ExpertRunner:
         return self._recognise()
 
     def _recognise(self) -> str | None:
-        known = self._mlps or []
-        if len(known) == len(self.experts) and all(
-            mlp.structure.holds(expert) for mlp, expert in zip(known, self.experts, strict=True)
+        """Recognise all experts, or find that they are as when last recognised in this mode."""
+        mode = self.experts[0].training
+        self._mlps = self._recognised.get(mode, [])
+        if len(self._mlps) == len(self.experts) and all(
+            mlp.structure.holds(expert)
+            for mlp, expert in zip(self._mlps, self.experts, strict=True)
         ):
             return None
-        self._mlps = None
+        self._recognised.pop(mode, None)
         found = [recognise_mlp(expert) for expert in self.experts]
         for mlp in found:
             if isinstance(mlp, str):
                 return f"not a recognised MLP: {mlp}"
         if reason := _why_not_stackable(found):
             return reason
-        self._mlps = found
+        self._mlps = self._recognised[mode] = found
         return None
 
 

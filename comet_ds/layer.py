@@ -23,7 +23,7 @@ from deepspeed.utils.bwc import (
 from torch import Tensor, nn
 
 from comet_ds import row_ops
-from comet_ds.agreement import DTYPES, CountExchange, InputFault, agree_on_setup
+from comet_ds.agreement import CountExchange, InputRules, agree_on_setup
 from comet_ds.config import CometConfig
 from comet_ds.experts import tag_expert_parameters
 from comet_ds.gate import Routing, TopKGate
@@ -159,18 +159,27 @@ class MoE(deepspeed_layer.MoE):
     def _facts(self) -> dict[str, Any]:
         """Return what all ranks that hold the layer must agree on."""
         gate, config = self.deepspeed_moe.gate, self.deepspeed_moe.config
-        names = ("k", "capacity_factor", "eval_capacity_factor", "min_capacity", "drop_tokens")
-        names += ("noisy_gate_policy", "use_rts", "top2_2nd_expert_sampling")
-        experts = self.deepspeed_moe.experts.deepspeed_experts
+        expert = self.deepspeed_moe.experts.deepspeed_experts[0]
+        options = (
+            "k",
+            "capacity_factor",
+            "eval_capacity_factor",
+            "min_capacity",
+            "drop_tokens",
+            "noisy_gate_policy",
+            "use_rts",
+            "top2_2nd_expert_sampling",
+        )
         return {
             "hidden_size": gate.wg.in_features,
             "num_experts": self.num_experts,
             "ep_size": self.ep_size,
             "use_residual": self.use_residual,
             "enable_expert_tensor_parallelism": self.enable_expert_tensor_parallelism,
-            **{name: getattr(gate, name) for name in names},
+            **{name: getattr(gate, name) for name in options},
+            "expert class": type(expert).__qualname__,
             "expert parameters": [
-                [name, list(p.shape), str(p.dtype)] for name, p in experts[0].named_parameters()
+                [name, list(p.shape), str(p.dtype)] for name, p in expert.named_parameters()
             ],
             "path": config.path,
             "num_chunks": config.num_chunks,
@@ -200,7 +209,6 @@ class MOELayer(sharded_moe.MOELayer):
         self.path = "pipelined" if config.path == "auto" else config.path
         self.runner = ExpertRunner(self.experts.deepspeed_experts, grouped_gemm=config.grouped_gemm)
         self.routing: Routing | None = None
-        self.num_tokens_seen = 0
         self._announced: str | None = None
         self._schedule: tuple[torch.device, ChunkSchedule, Tensor] | None = None
 
@@ -222,20 +230,23 @@ class MOELayer(sharded_moe.MOELayer):
             RuntimeError: ep_size > 1 without process groups.
         """
         group = self._group()
-        fault = self._input_fault(hidden_states, used_token)
-        if fault is not None:
-            self._raise_everywhere(fault, group)
+        rules = self._input_rules(hidden_states)
+        fault = rules.check(hidden_states, used_token)
+        if fault[0] != rules.OK:
+            self._raise_everywhere(fault, rules, group)
         with self._timed(sharded_moe.MOE_TIMER):
             x = hidden_states.reshape(-1, hidden_states.shape[-1])
             routing = self.gate.route(x, used_token)
             self.l_aux, self.exp_counts = routing.l_aux, routing.exp_counts
-            self._remember(routing)
-            output = self._run_tensor_parallel(x, routing, group)
+            self.routing = routing.detach()
+            output = self._run_tensor_parallel(x, routing, group, rules)
         if self.wall_clock_breakdown:
             self._read_timers()
         return output.reshape(hidden_states.shape)
 
-    def _run_tensor_parallel(self, x: Tensor, routing: Routing, group: Any) -> Tensor:
+    def _run_tensor_parallel(
+        self, x: Tensor, routing: Routing, group: Any, rules: InputRules
+    ) -> Tensor:
         """Run the path, on this rank's share of the tokens where all of a TP group hold them.
 
         Ranks of a tensor parallel group hold the same tokens. With whole experts, each takes an
@@ -245,36 +256,39 @@ class MOELayer(sharded_moe.MOELayer):
         ids, weights = routing.topk_ids, routing.topk_weights
         tp_size = bwc_tensor_model_parallel_world_size(groups.mpu)
         if tp_size == 1 or groups._get_expert_model_parallel_world_size() > 1:
-            return self._run(x, ids, weights, group)
+            return self._run(x, ids, weights, group, rules)
         num_tokens = x.shape[0]
         padding = (0, 0, 0, -num_tokens % tp_size)
         parts = (F.pad(x, padding), F.pad(ids, padding, value=-1), F.pad(weights, padding))
         # DeepSpeed's mappings take flat tensors everywhere, others not on gloo.
         parts = [drop_tokens(p.reshape(-1)).view(-1, p.shape[1]) for p in parts]
-        output = self._run(*parts, group)
+        output = self._run(*parts, group, rules)
         return gather_tokens(output.reshape(-1)).view(-1, x.shape[1])[:num_tokens]
 
-    def _run(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, group: Any) -> Tensor:
+    def _run(
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, group: Any, rules: InputRules
+    ) -> Tensor:
         if self.path == "reference":
-            return self._run_reference(x, topk_ids, topk_weights, group)
+            return self._run_reference(x, topk_ids, topk_weights, group, rules)
         self.runner.refresh(x, expected_rows=topk_ids.numel() / self.num_local_experts)
         self._announce(f"{self.runner.describe()}, {row_ops.describe(x)}")
         schedule, segment_of_expert = self._chunk_schedule()
         plan = plan_routes(topk_ids, segment_of_expert)
         exchange = None
         if self.ep_size > 1:
-            exchange = CountExchange(plan.tokens_per_segment, None, self._layer(), group)
+            exchange = CountExchange(plan.tokens_per_segment, group, rules)
         return pipelined_forward(
             x, topk_weights, plan, self.runner, schedule, exchange, self._timed
         )
 
-    def _run_reference(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, group: Any):
+    def _run_reference(
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, group: Any, rules: InputRules
+    ) -> Tensor:
         self._announce("plain PyTorch")
         num_tokens = [x.shape[0]]
         if self.ep_size > 1:
             count = topk_ids.new_full((1,), x.shape[0])
-            exchange = CountExchange(count, None, self._layer(), group)
-            num_tokens = exchange.wait()[0].flatten().tolist()
+            num_tokens = CountExchange(count, group, rules).wait()[0].flatten().tolist()
         return reference_forward(
             x,
             topk_ids,
@@ -309,49 +323,24 @@ class MOELayer(sharded_moe.MOELayer):
             )
         return dist.get_world_group()
 
-    def _layer(self) -> dict[str, Any]:
-        weight = self.gate.wg.weight
+    def _input_rules(self, hidden_states: Tensor) -> InputRules:
         dtypes = {p.dtype for p in self.experts.deepspeed_experts[0].parameters()}
-        dtype = dtypes.pop() if len(dtypes) == 1 else None
-        return {"hidden": self.gate.wg.in_features, "dtype": dtype, "device": weight.device}
+        is_free = len(dtypes) != 1 or torch.is_autocast_enabled(hidden_states.device.type)
+        wg = self.gate.wg
+        return InputRules(
+            hidden=wg.in_features,
+            dtype=None if is_free else dtypes.pop(),
+            device=wg.weight.device,
+            takes_used_token=self.gate.k == 1,
+        )
 
-    def _input_fault(self, hidden_states: Tensor, used_token: Tensor | None) -> InputFault | None:
-        layer = self._layer()
-        if hidden_states.shape[-1:] != (layer["hidden"],):
-            size = hidden_states.shape[-1] if hidden_states.dim() else 0
-            return InputFault(InputFault.HIDDEN, size)
-        if hidden_states.device != layer["device"]:
-            return InputFault(InputFault.DEVICE, 0)
-        dtype = layer["dtype"]
-        free = dtype is None or torch.is_autocast_enabled(hidden_states.device.type)
-        if not free and hidden_states.dtype != dtype:
-            known = hidden_states.dtype in DTYPES
-            value = DTYPES.index(hidden_states.dtype) if known else -1
-            return InputFault(InputFault.DTYPE, value)
-        is_masked = used_token is not None and self.gate.k == 1
-        if is_masked and used_token.numel() * layer["hidden"] != hidden_states.numel():
-            return InputFault(InputFault.USED_TOKEN, used_token.numel())
-        return None
-
-    def _raise_everywhere(self, fault: InputFault, group: Any) -> None:
+    def _raise_everywhere(self, fault: tuple[int, int], rules: InputRules, group: Any) -> None:
         """Raise, after telling the peers, which wait for this rank's counts."""
         if self.ep_size > 1:
             size = 1 if self.path == "reference" else self._chunk_schedule()[0].num_segments
-            device = self.gate.wg.weight.device
-            counts = torch.zeros(size, dtype=torch.int64, device=device)
-            CountExchange(counts, fault, self._layer(), group).wait()
-        raise ValueError(fault.message(self._layer()))
-
-    def _remember(self, routing: Routing) -> None:
-        """Keep what metrics read; a recomputed forward (activation checkpointing) is not new."""
-        self.routing = Routing(
-            routing.topk_ids,
-            routing.topk_weights.detach(),
-            routing.l_aux.detach(),
-            routing.exp_counts,
-        )
-        if self.training and torch._C._current_graph_task_id() == -1:
-            self.num_tokens_seen += routing.topk_ids.shape[0]
+            counts = torch.zeros(size, dtype=torch.int64, device=rules.device)
+            CountExchange(counts, group, rules, fault=fault).wait()
+        raise ValueError(rules.message(*fault))
 
     def _announce(self, how: str) -> None:
         """Say which path runs, once for all layers alike, and again if it changes."""
@@ -368,10 +357,13 @@ class MOELayer(sharded_moe.MOELayer):
 
     @contextmanager
     def _timed(self, name: str):
-        if self.wall_clock_breakdown:
-            self.timers(name).start()
-        yield
-        if self.wall_clock_breakdown:
+        if not self.wall_clock_breakdown:
+            yield
+            return
+        self.timers(name).start()
+        try:
+            yield
+        finally:
             self.timers(name).stop()
 
     def _read_timers(self) -> None:

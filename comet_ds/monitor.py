@@ -11,8 +11,10 @@ Labels, at the x-axis value DeepSpeed uses (``engine.global_samples``):
     comet_ds/layer_<i>/dropped_share    routes dropped over routes wanted
     comet_ds/layer_<i>/rows_received    rows that reached this rank's experts
 
-Throughput is the mean since the last write; layer values are of the last forward before it, over
-rank 0's expert parallel group. <i> counts the MoE layers of rank 0's pipeline stage.
+Throughput is the mean since the last write; tokens are counted at the first MoE layer, of either
+class, and are not written where there is none. Layer values are those of comet_ds layers in the
+last forward before the write, over rank 0's expert parallel group. <i> counts the MoE layers of
+rank 0's pipeline stage.
 """
 
 from __future__ import annotations
@@ -22,11 +24,16 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.utils import groups
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
+from torch import Tensor, nn
 
-from comet_ds.layer import MoE, MOELayer
+from comet_ds.agreement import agree_on_setup
+from comet_ds.layer import MOELayer
 
 PATH_CODES = {"reference": 0, "pipelined": 1}
+DEFAULT_INTERVAL = 10
 
 
 def attach_metrics(engine: Any, *, interval: int | None = None) -> MetricsWriter:
@@ -36,37 +43,61 @@ def attach_metrics(engine: Any, *, interval: int | None = None) -> MetricsWriter
 
     Args:
         engine: a DeepSpeed engine whose configuration enables a monitor.
-        interval: optimizer steps between two writes; None takes ``steps_per_print``.
+        interval: optimizer steps between two writes; None takes ``steps_per_print``, or 10 where
+            that is not set either.
 
     Raises:
-        ValueError: no monitor is enabled.
+        ValueError: no monitor is enabled, the engine has metrics already, or the ranks disagree
+            about the interval.
     """
     if not engine.monitor.enabled:
         raise ValueError("no monitor is enabled: set wandb, tensorboard or csv_monitor in the JSON")
-    return MetricsWriter(engine, interval or engine.steps_per_print())
+    if isinstance(getattr(engine._take_model_step, "__self__", None), MetricsWriter):
+        raise ValueError("the engine has metrics already")
+    interval = interval or engine.steps_per_print() or DEFAULT_INTERVAL
+    agree_on_setup({"metrics_interval": interval}, range(dist.get_world_size()))
+    return MetricsWriter(engine, interval)
+
+
+class TokenCounter:
+    """Counts the tokens that enter a layer in training, on this rank.
+
+    Attributes:
+        num_tokens: tokens so far. A forward that activation checkpointing runs again, in backward,
+            is not counted again.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.num_tokens = 0
+        layer.register_forward_pre_hook(self._count)
+
+    def _count(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if layer.training and torch._C._current_graph_task_id() == -1:
+            self.num_tokens += inputs[0][..., 0].numel()
 
 
 class MetricsWriter:
     """Writes an event per metric every ``interval`` optimizer steps.
 
-    Steps in between cost two integer comparisons on the host; a step that writes waits for the
-    device once and issues two small all-reduces.
+    Steps in between cost some integer arithmetic on the host and never wait for the device; a step
+    that writes does, and issues a small all-reduce a layer and one more.
     """
 
     def __init__(self, engine: Any, interval: int) -> None:
         self.engine, self.interval = engine, interval
-        modules = [m for m in engine.module.modules() if isinstance(m, MoE)]
-        self.layers: list[MOELayer] = [m.deepspeed_moe for m in modules]
+        modules = [m for m in engine.module.modules() if isinstance(m, DeepSpeedMoE)]
+        self.layers = [m.deepspeed_moe for m in modules]
+        self._counter = TokenCounter(modules[0]) if modules else None
+        self._num_steps = 0
         self._since = time.perf_counter()
-        self._step_since = engine.global_steps
-        self._tokens_since = self._tokens_seen()
         # Both DeepSpeed's engine and its pipeline engine take their optimizer step here.
         self._take_model_step = engine._take_model_step
         engine._take_model_step = self._step
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         result = self._take_model_step(*args, **kwargs)
-        if self.engine.global_steps - self._step_since >= self.interval:
+        self._num_steps += 1
+        if self._num_steps == self.interval:
             self.write()
         return result
 
@@ -74,45 +105,47 @@ class MetricsWriter:
         """Collect and write now. Collective over all ranks; waits for the device."""
         step, events = self.engine.global_samples, []
         for index, layer in enumerate(self.layers):
-            if layer.routing is not None:
+            if isinstance(layer, MOELayer) and layer.routing is not None:
                 values = _layer_metrics(layer)
                 events += [(f"comet_ds/layer_{index}/{k}", v, step) for k, v in values.items()]
-        # Read last: the layers' values have waited for the device.
-        tokens = self._tokens_seen()
-        num_tokens = torch.tensor([tokens - self._tokens_since], device=self.engine.device)
+        counted = self._counter.num_tokens if self._counter else 0
+        num_tokens = torch.tensor([counted], device=self.engine.device)
         dist.all_reduce(num_tokens, group=groups._get_data_parallel_group())
-        total, now = int(num_tokens), time.perf_counter()
+        total = int(num_tokens)  # waits for the device, so the time is read behind it
+        now = time.perf_counter()
         seconds = now - self._since
-        steps = self.engine.global_steps - self._step_since
-        events.append(("comet_ds/tokens_per_s", total / seconds, step))
-        events.append(("comet_ds/step_time_ms", 1e3 * seconds / max(steps, 1), step))
-        self._since, self._step_since = now, self.engine.global_steps
-        self._tokens_since = tokens
+        if total:
+            events.append(("comet_ds/tokens_per_s", total / seconds, step))
+        events.append(("comet_ds/step_time_ms", 1e3 * seconds / max(self._num_steps, 1), step))
+        self._since, self._num_steps = now, 0
+        if self._counter:
+            self._counter.num_tokens = 0
         self.engine.monitor.write_events(events)
-
-    def _tokens_seen(self) -> int:
-        return self.layers[0].num_tokens_seen if self.layers else 0
 
 
 def _layer_metrics(layer: MOELayer) -> dict[str, float]:
     """Return a layer's metrics over its EP group; one all-reduce, one wait."""
     routing = layer.routing
-    kept = routing.topk_ids[routing.topk_ids >= 0]
     num_experts = routing.exp_counts.numel()
-    rows = torch.zeros(num_experts, dtype=torch.float64, device=kept.device)
-    rows.scatter_add_(0, kept, torch.ones_like(kept, dtype=rows.dtype))
-    wanted = routing.exp_counts.sum(dtype=rows.dtype).view(1)
-    message = torch.cat([rows, wanted, routing.l_aux.to(rows.dtype).view(1)])
+    ids = routing.topk_ids.flatten() + 1  # bin 0 takes the dropped routes
+    bins = torch.zeros(num_experts + 1, dtype=torch.float64, device=ids.device)
+    bins.scatter_add_(0, ids, torch.ones_like(ids, dtype=bins.dtype))
+    wanted = routing.exp_counts.sum(dtype=bins.dtype).view(1)
+    message = torch.cat([bins[1:], wanted, routing.l_aux.to(bins.dtype).view(1)])
     if layer.ep_size > 1:
-        dist.all_reduce(message, group=layer.ep_group)
+        dist.all_reduce(message, group=layer._group())
     *rows, wanted, l_aux = message.tolist()
     total = sum(rows)
     local = layer.num_local_experts
-    first = local * dist.get_rank(group=layer.ep_group) if layer.ep_size > 1 else 0
+    first = local * dist.get_rank(group=layer._group()) if layer.ep_size > 1 else 0
+    received = sum(rows[first : first + local])
+    if groups._get_expert_model_parallel_world_size() == 1:
+        # The ranks of a tensor parallel group hold the same routes and share them.
+        received /= bwc_tensor_model_parallel_world_size(groups.mpu)
     return {
         "path": PATH_CODES[layer.path],
         "l_aux": l_aux / layer.ep_size,
         "load_imbalance": max(rows) * num_experts / total if total else 0.0,
         "dropped_share": 1 - total / wanted if wanted else 0.0,
-        "rows_received": sum(rows[first : first + local]),
+        "rows_received": received,
     }

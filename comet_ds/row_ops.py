@@ -8,8 +8,8 @@ one rounding at the end.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -37,16 +37,7 @@ def sum_rows(rows: Tensor, row_of_route: Tensor, weights: Tensor | None = None) 
             total.add_(route) if weights is None else total.addcmul_(route, weights[:, k : k + 1])
         return total.to(rows.dtype)
     output = rows.new_empty(row_of_route.shape[0], rows.shape[1])
-    kernels.combine_forward(
-        rows.data_ptr(),
-        row_of_route.data_ptr(),
-        0 if weights is None else weights.data_ptr(),
-        output.data_ptr(),
-        *row_of_route.shape,
-        rows.shape[1],
-        DTYPE_CODES[rows.dtype],
-        torch.cuda.current_stream(rows.device).cuda_stream,
-    )
+    _launch(kernels.combine_forward, rows, row_of_route, weights, output)
     return output
 
 
@@ -73,18 +64,8 @@ def sum_rows_backward(
             grad_rows.index_copy_(0, target, (grad * weights[:, k : k + 1]).to(rows.dtype))
         return grad_rows[:num_rows], torch.stack(columns, dim=1).to(weights.dtype)
     grad_rows, grad_weights = torch.empty_like(rows), torch.empty_like(weights)
-    kernels.combine_backward(
-        rows.data_ptr(),
-        row_of_route.data_ptr(),
-        weights.data_ptr(),
-        grad.data_ptr(),
-        grad_rows.data_ptr(),
-        grad_weights.data_ptr(),
-        *row_of_route.shape,
-        rows.shape[1],
-        DTYPE_CODES[rows.dtype],
-        torch.cuda.current_stream(rows.device).cuda_stream,
-    )
+    tensors = (weights, grad, grad_rows, grad_weights)
+    _launch(kernels.combine_backward, rows, row_of_route, *tensors)
     return grad_rows, grad_weights
 
 
@@ -93,14 +74,28 @@ def describe(rows: Tensor) -> str:
     return "CUDA row kernels" if _kernels_for(rows) is not None else "PyTorch row operations"
 
 
-def _kernels_for(rows: Tensor) -> Any | None:
+def _launch(
+    kernel: Callable[..., None], rows: Tensor, row_of_route: Tensor, *tensors: Tensor | None
+) -> None:
+    """Launch a kernel of csrc/bindings.cpp on the current stream of the rows' device."""
+    with torch.cuda.device(rows.device):
+        kernel(
+            *(0 if t is None else t.data_ptr() for t in (rows, row_of_route, *tensors)),
+            *row_of_route.shape,
+            rows.shape[1],
+            DTYPE_CODES[rows.dtype],
+            torch.cuda.current_stream().cuda_stream,
+        )
+
+
+def _kernels_for(rows: Tensor) -> ModuleType | None:
     if not rows.is_cuda or rows.dtype not in DTYPE_CODES:
         return None
     return _load_kernels()
 
 
 @functools.cache
-def _load_kernels() -> Any | None:
+def _load_kernels() -> ModuleType | None:
     """Return the compiled kernels, building them at first use; None, with a warning, if not."""
     from comet_ds.op_builder.comet_moe import CometMoEBuilder
 

@@ -111,8 +111,6 @@ def load_text(path: str | None) -> Tensor:
     else:
         sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
         text = b"".join(source.read_bytes() for source in sources)
-    if not text:
-        raise ValueError(f"no text in {path or 'the standard library'}")
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
@@ -165,6 +163,8 @@ def main() -> None:
         engine.load_checkpoint(args.save)
     first_step = engine.global_steps
     text = load_text(args.data)
+    if len(text) < args.seq_len + 2:
+        raise ValueError(f"the text must be longer than --seq-len + 1, got {len(text)} bytes")
     batch = engine.train_micro_batch_size_per_gpu()
     tokens_per_step = engine.train_batch_size() * args.seq_len
     torch.manual_seed(1 + rank + first_step)
@@ -185,12 +185,13 @@ def main() -> None:
             losses.append(loss.item())
             if engine.monitor.enabled:
                 engine.monitor.write_events([("Train/loss", losses[-1], engine.global_samples)])
-            # The first ten steps warm up and are left out of the rate.
-            if timed_from == first_step:
+            shown = {"loss": f"{losses[-1]:.3f}"}
+            if timed_from == first_step:  # the first ten steps warm up and do not count
                 start, timed_from = time.perf_counter(), step + 1
-                continue
-            rate = (step + 1 - timed_from) * tokens_per_step / (time.perf_counter() - start)
-            bar.set_postfix(loss=f"{losses[-1]:.3f}", tokens_per_s=f"{rate:,.0f}")
+            else:
+                rate = (step + 1 - timed_from) * tokens_per_step / (time.perf_counter() - start)
+                shown["tokens_per_s"] = f"{rate:,.0f}"
+            bar.set_postfix(shown)
         if args.save and ((step + 1) % args.save_every == 0 or step == args.steps - 1):
             engine.save_checkpoint(args.save)
     if rank == 0 and losses:

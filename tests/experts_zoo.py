@@ -67,6 +67,26 @@ class NormMLP(GatedMLP):
         return super().forward(self.norm(x))
 
 
+class ClampedMLP(HandWrittenMLP):
+    """Acts in place, on a value the product's data flow does not show."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.dense_h_to_4h(x)
+        hidden.clamp_(max=7)
+        return self.dense_4h_to_h(F.relu(hidden))
+
+
+class KeywordMLP(HandWrittenMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense_4h_to_h(input=F.relu(self.dense_h_to_4h(x)))
+
+
+class DropoutInTraining(HandWrittenMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.relu(self.dense_h_to_4h(x))
+        return self.dense_4h_to_h(F.dropout(hidden) if self.training else hidden)
+
+
 def sequential(hidden: int, ffn: int, *, bias: bool = True, dropout: float = 0.0) -> nn.Module:
     return nn.Sequential(
         nn.Linear(hidden, ffn, bias=bias),

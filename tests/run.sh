@@ -3,7 +3,7 @@
 # Lints and tests in a virtual environment of its own ($VENV, default .venv). Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. examples/venv.sh test,examples
+. .ci/venv test,examples
 ruff check .
 ruff format --check .
 exec python -m pytest "$@"

@@ -30,6 +30,7 @@ def losses(output: str, kind: str) -> tuple[float, float]:
 
 def test_trains_and_resumes(tmp_path: Path) -> None:
     options = ["--save", str(tmp_path / "checkpoints")]
+    launch("--steps", "8", *options)  # too short to be timed, not too short to be saved
     first, middle = losses(launch("--steps", "40", *options), "comet_ds")
     assert middle < first - 0.5
     output = launch("--steps", "60", *options)

@@ -8,8 +8,11 @@ import copy
 import pytest
 import torch
 from experts_zoo import (
+    ClampedMLP,
+    DropoutInTraining,
     GatedMLP,
     HandWrittenMLP,
+    KeywordMLP,
     NormMLP,
     TiedMLP,
     TupleMLP,
@@ -41,6 +44,8 @@ REFUSED = {
     "third matrix": (nn.Sequential(sequential(HIDDEN, FFN), nn.Linear(HIDDEN, HIDDEN)), "Linear"),
     "no activation": (nn.Sequential(nn.Linear(HIDDEN, FFN), nn.Linear(FFN, HIDDEN)), "Linear"),
     "one matrix": (nn.Linear(HIDDEN, HIDDEN), ""),
+    "in-place clamp": (ClampedMLP(HIDDEN, FFN), "clamp_ beside the MLP"),
+    "keyword call": (KeywordMLP(HIDDEN, FFN), "Linear"),
     "activation unknown": (
         nn.Sequential(nn.Linear(HIDDEN, FFN), nn.Tanh(), nn.Linear(FFN, HIDDEN)),
         "Tanh",
@@ -65,6 +70,17 @@ def test_refused(name: str) -> None:
     assert isinstance(reason, str) and phrase in reason, reason
 
 
+def test_train_and_eval_are_recognised_apart() -> None:
+    """First seen in eval mode, a module that drops out in training must not stay recognised."""
+    runner = ExpertRunner([DropoutInTraining(HIDDEN, FFN).bfloat16()])
+    runner.experts[0].eval()
+    assert runner._recognise() is None
+    runner.experts[0].train()
+    assert "dropout" in runner._recognise()
+    runner.experts[0].eval()
+    assert runner._recognise() is None
+
+
 def test_probe_catches_a_module_that_lies() -> None:
     """A module may compute something else when it is called than when it is traced."""
 
@@ -80,6 +96,7 @@ def test_structure_notices_changes() -> None:
         "hook": lambda e: e.w1.register_forward_hook(lambda *_: None),
         "replaced matrix": lambda e: setattr(e, "w2", nn.Linear(FFN, HIDDEN)),
         "replaced activation": lambda e: setattr(e, "act_fn", nn.GELU()),
+        "evaluation mode": lambda e: e.act_fn.eval(),
         "patched forward": lambda e: setattr(e.w1, "forward", e.w1.forward),
     }
     for name, change in changes.items():

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -25,9 +26,9 @@ OPTIONS = list(
         (True, False),  # training
     )
 )
-# 1.1 is a factor whose capacity differs between fp32 and fp64 rounding; 0.4 drops most routes,
-# 3.0 none; 63 tokens divide by nothing.
-SIZES = [(64, 1.0), (63, 1.1), (129, 0.4), (40, 3.0)]
+# 0.4 drops most routes, 3.0 none; 63 tokens divide by nothing; the last three have capacities that
+# differ between fp32 and fp64 rounding, for k = 4 and 8, 2, and 8.
+SIZES = [(64, 1.0), (63, 1.1), (129, 0.4), (40, 3.0), (45, 1.2), (50, 1.2), (90, 1.1)]
 
 
 def gates(k, drop, noise, rts, sampling, factor) -> tuple[TopKGate, sharded_moe.TopKGate]:
@@ -86,6 +87,12 @@ def test_routing_is_deepspeeds(num_tokens: int, factor: float) -> None:
 @pytest.mark.parametrize(("num_tokens", "factor"), SIZES)
 def test_routing_is_deepspeeds_on_gpu(num_tokens: int, factor: float) -> None:
     check_routing(num_tokens, factor, "cuda")
+
+
+def test_capacity_is_rounded_in_fp32() -> None:
+    """The sizes above do tell fp32 from fp64."""
+    gate, _ = gates(4, True, None, True, True, 1.2)
+    assert gate.capacity(45) != math.ceil(45 / NUM_EXPERTS * 1.2 * 4)
 
 
 def test_draws_are_fresh() -> None:

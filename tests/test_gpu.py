@@ -87,6 +87,49 @@ def test_no_host_synchronisation(k: int) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.gpu(1)
+def test_no_tokens() -> None:
+    layer = build(MoE, 0, expert=EXPERTS["gated"](), k=2, dtype=torch.bfloat16, device="cuda")
+    result = run(layer, *tokens(0, 0, torch.bfloat16))
+    assert layer.deepspeed_moe.runner.reason is None
+    assert all(t.abs().sum() == 0 for n, t in result.items() if n.startswith("grad"))
+
+
+@pytest.mark.gpu(1)
+def test_changed_experts_are_noticed() -> None:
+    """Grouped GEMM must not go on with matrices, or past hooks, that came later."""
+    layer = build(MoE, 0, expert=EXPERTS["gated"](), k=2, dtype=torch.bfloat16, device="cuda")
+    runner, x = layer.deepspeed_moe.runner, tokens(0, 64, torch.bfloat16)[0]
+    assert layer(x)[0].abs().sum() > 0 and runner.reason is None
+    for expert in layer.deepspeed_moe.experts.deepspeed_experts:
+        expert.w2 = torch.nn.Linear(FFN, HIDDEN, bias=False).to("cuda", torch.bfloat16)
+        torch.nn.init.zeros_(expert.w2.weight)
+    assert layer(x)[0].abs().sum() == 0 and runner.reason is None
+    expert.register_forward_hook(lambda module, args, output: output + 1)
+    layer(x)
+    assert "hooks" in runner.reason
+
+
+def check_no_wait(rank: int, size: int) -> None:
+    """With expert parallelism the one wait is for the counts' event; nothing else synchronises."""
+    common = dict(expert=EXPERTS["gated"](), ep_size=size, k=2, dtype=torch.bfloat16)
+    layer = build(MoE, rank, **common, device="cuda", parallel=True)
+    x, grad = tokens(rank, 256, torch.bfloat16)
+    run(layer, x, grad)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        output, l_aux, _ = layer(x.requires_grad_())
+        torch.autograd.backward([output, l_aux], [grad, torch.ones_like(l_aux)])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu(2)
+def test_two_ranks_wait_for_the_counts_alone(world) -> None:
+    world(2, "nccl").run(check_no_wait)
+
+
 def check_uneven(rank: int, size: int, num_tokens: list[int]) -> None:
     x, grad = tokens(rank, num_tokens[rank], torch.bfloat16)
     common = dict(expert=EXPERTS["gated"](), ep_size=size, k=2, dtype=torch.bfloat16)

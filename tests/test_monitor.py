@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from training import NUM_EXPERTS, build_engine, config, train
 
 import comet_ds
@@ -119,19 +120,93 @@ def test_wandb(world, tmp_path: Path) -> None:
     check_history(history, expected)
 
 
-def count_syncs(rank: int, size: int) -> int:
-    """Count values read from tensors between two writes."""
-    settings = config(size, csv_monitor={"enabled": True, "output_path": "", "job_name": "x"})
-    engine = build_engine("comet_ds", settings, ep_size=size, k=2)
-    writer = comet_ds.attach_metrics(engine, interval=100)
-    writes = []
-    writer.write = lambda: writes.append(engine.global_steps)
-    train(engine, rank, 3)
-    return len(writes)
+class CountReads(TorchDispatchMode):
+    """Counts values read from tensors to the host, each of which waits for the device on CUDA."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default,)
+        return func(*args, **(kwargs or {}))
 
 
-def test_steps_in_between_write_nothing(world) -> None:
-    assert world(2).run(count_syncs) == [0, 0]
+def count_reads(rank: int, size: int, folder: str) -> tuple[int, int, int]:
+    os.chdir(folder)
+    monitor = {"enabled": True, "output_path": folder, "job_name": "x"}
+    counts = []
+    for metrics, interval in ((False, 1), (True, 100), (True, 1)):
+        block = {"metrics": metrics, "metrics_interval": interval}
+        settings = config(size, csv_monitor=monitor, comet_ds=block)
+        engine = build_engine("comet_ds", settings, ep_size=size, k=2)
+        with CountReads() as reads:
+            train(engine, rank, 4)
+        counts.append(reads.count)
+    return tuple(counts)
+
+
+def test_steps_in_between_read_nothing(world, tmp_path: Path) -> None:
+    """Metrics add reads to the steps that write, and to no others."""
+    for off, between, writing in world(2).run(count_reads, str(tmp_path)):
+        assert off == between < writing
+
+
+def check_defaults(rank: int, size: int, folder: str) -> None:
+    """No steps_per_print: ten steps; after a checkpoint is loaded, intervals start anew."""
+    os.chdir(folder)
+    settings = config(size, csv_monitor={"enabled": True, "output_path": folder, "job_name": "y"})
+    del settings["steps_per_print"]
+    engine = build_engine("comet_ds", settings, ep_size=size)
+    train(engine, rank, 10)
+    engine.save_checkpoint(folder, tag="t")
+    again = build_engine("comet_ds", settings, ep_size=size)
+    again.load_checkpoint(folder, tag="t")
+    train(again, rank, 10)
+    try:
+        comet_ds.attach_metrics(again)
+    except ValueError as error:
+        assert "has metrics already" in str(error)
+        return
+    raise AssertionError("attached twice")
+
+
+def test_default_interval_and_resume(world, tmp_path: Path) -> None:
+    world(2).run(check_defaults, str(tmp_path))
+    with open(tmp_path / "y" / "comet_ds_step_time_ms.csv") as file:
+        rows = list(csv.reader(file))[1:]
+    assert [int(step) for step, _ in rows] == [40, 80]
+
+
+def tokens_of_deepspeeds_layer(rank: int, size: int, folder: str) -> None:
+    os.chdir(folder)
+    settings = config(size, csv_monitor={"enabled": True, "output_path": folder, "job_name": "z"})
+    train(build_engine("deepspeed", {**settings, "steps_per_print": 2}, ep_size=size), rank, 2)
+
+
+def test_throughput_of_deepspeeds_layer(world, tmp_path: Path) -> None:
+    """A comparison run logs the same throughput."""
+    world(2).run(tokens_of_deepspeeds_layer, str(tmp_path))
+    rate, time = (
+        float((tmp_path / "z" / f"comet_ds_{name}.csv").read_text().split(",")[-1])
+        for name in ("tokens_per_s", "step_time_ms")
+    )
+    assert rate == pytest.approx(TOKENS_PER_STEP / (time / 1e3), rel=1e-6)
+
+
+def check_disagreement(rank: int, size: int, folder: str) -> str:
+    monitor = {"enabled": True, "output_path": folder, "job_name": "w"}
+    settings = config(size, csv_monitor=monitor, comet_ds={"metrics_interval": 2 + rank})
+    try:
+        build_engine("comet_ds", settings, ep_size=size)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_ranks_that_disagree(world, tmp_path: Path) -> None:
+    for answer in world(2).run(check_disagreement, str(tmp_path)):
+        assert "metrics_interval must be the same on all ranks, got 2 on rank 0 and 3" in answer
 
 
 def attach_without_monitor(rank: int, size: int) -> str:

@@ -13,13 +13,14 @@ from deepspeed import comm as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.utils import groups
-from experts_zoo import GatedMLP, TupleMLP, randomize, sequential
+from experts_zoo import GatedMLP, HandWrittenMLP, TupleMLP, randomize, sequential
 from parity import FFN, HIDDEN, build, oracle, run
 from tolerance import ERROR_RATIO, assert_close, relative_error
 from torch import nn
 
 from comet_ds import MoE
 from comet_ds.agreement import agree_on_setup
+from comet_ds.monitor import TokenCounter
 
 VARIANTS = {
     "reference": {"path": "reference"},
@@ -260,7 +261,7 @@ def check_checkpointing(rank: int, size: int, reentrant: bool) -> None:
     layer = build(MoE, rank, ep_size=size, k=2, parallel=True)
     x, grad = tokens(rank, (32, HIDDEN))
     expected = run(layer, x, grad)
-    seen = layer.deepspeed_moe.num_tokens_seen
+    counter = TokenCounter(layer)
 
     class Checkpointed(nn.Module):
         training = True
@@ -279,7 +280,7 @@ def check_checkpointing(rank: int, size: int, reentrant: bool) -> None:
     for name, value in expected.items():
         assert torch.equal(got[name], value), name
     # The recomputed forward is not counted again.
-    assert layer.deepspeed_moe.num_tokens_seen == seen + 32
+    assert counter.num_tokens == 32
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -387,7 +388,7 @@ def error_of(function, *args: Any) -> str:
 
 def check_fault(rank: int, size: int, variant: str) -> list[str]:
     """Only the last rank's input is bad; every rank must say so, and the next call must work."""
-    layer = build(MoE, rank, ep_size=size, k=2, parallel=True, comet_ds=VARIANTS[variant])
+    layer = build(MoE, rank, ep_size=size, parallel=True, comet_ds=VARIANTS[variant])
     messages = []
     for bad in (
         torch.randn(8, HIDDEN + 1),
@@ -396,6 +397,8 @@ def check_fault(rank: int, size: int, variant: str) -> list[str]:
     ):
         x = bad if rank == size - 1 else torch.randn(8, HIDDEN)
         messages.append(error_of(layer, x))
+    used = torch.ones(7 if rank == size - 1 else 8)
+    messages.append(error_of(layer, torch.randn(8, HIDDEN), used))
     assert layer(torch.randn(8, HIDDEN))[0].isfinite().all()
     return messages
 
@@ -403,6 +406,7 @@ def check_fault(rank: int, size: int, variant: str) -> list[str]:
 @pytest.mark.parametrize("variant", ["reference", "2 chunks"])
 def test_bad_input_on_one_rank_is_an_error_on_all(world, variant: str) -> None:
     rules = ["hidden size 16, got 17", "dtype torch.float32, got torch.float16", "device cpu"]
+    rules += ["used_token must have one entry per token, on the layer's device cpu, got 7 entries"]
     for messages in world(2).run(check_fault, variant):
         for message, rule in zip(messages, rules, strict=True):
             assert rule in message, message
@@ -421,6 +425,7 @@ DISAGREEMENTS = [
     ([dict(), dict(drop_tokens=False)], "drop_tokens must be the same"),
     ([dict(), dict(expert=sequential(HIDDEN, FFN + 8))], "expert parameters must be the same"),
     ([dict(), dict(dtype=torch.bfloat16)], "expert parameters must be the same"),
+    ([dict(), dict(expert=HandWrittenMLP(HIDDEN, FFN))], "expert class must be the same"),
     ([dict(), dict(comet_ds={"path": "reference"})], "path must be the same"),
     ([dict(), dict(comet_ds={"num_chunks": 3})], "num_chunks must be the same"),
     ([dict(ep_size=4)] * 2, r"ep_size must divide the number of ranks that hold the layer (2)"),
@@ -441,7 +446,7 @@ def check_missing_rank(rank: int, size: int) -> str:
 
 def test_rank_without_the_layer(world) -> None:
     answer = world(2).run(check_missing_rank, timeout=60)[0]
-    assert "rank 1 has no such layer" in answer
+    assert "rank 1 did not take part" in answer
     world(2).close()  # the two ranks' call counts differ from here on
 
 
