@@ -230,7 +230,7 @@ class MOELayer(sharded_moe.MOELayer):
             RuntimeError: ep_size > 1 without process groups.
         """
         group = self._group()
-        rules = self._input_rules(hidden_states)
+        rules = self._input_rules()
         fault = rules.check(hidden_states, used_token)
         if fault[0] != rules.OK:
             self._raise_everywhere(fault, rules, group)
@@ -323,10 +323,10 @@ class MOELayer(sharded_moe.MOELayer):
             )
         return dist.get_world_group()
 
-    def _input_rules(self, hidden_states: Tensor) -> InputRules:
-        dtypes = {p.dtype for p in self.experts.deepspeed_experts[0].parameters()}
-        is_free = len(dtypes) != 1 or torch.is_autocast_enabled(hidden_states.device.type)
+    def _input_rules(self) -> InputRules:
         wg = self.gate.wg
+        dtypes = {p.dtype for p in self.experts.deepspeed_experts[0].parameters()}
+        is_free = len(dtypes) != 1 or torch.is_autocast_enabled(wg.weight.device.type)
         return InputRules(
             hidden=wg.in_features,
             dtype=None if is_free else dtypes.pop(),
