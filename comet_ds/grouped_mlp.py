@@ -83,7 +83,7 @@ class ExpertRunner:
         rows: Tensor,
         experts: range,
         stacked: Sequence[Tensor | None],
-        counts: Tensor,
+        offsets: Tensor,
         host_counts: Sequence[int] | None,
     ) -> Tensor:
         """Apply a range of the experts.
@@ -93,14 +93,14 @@ class ExpertRunner:
                 allowed, and the output is undefined there.
             experts: local experts the rows belong to.
             stacked: ``stack(experts)``.
-            counts: [n] int64, device; rows of each expert.
-            host_counts: the same on the host; None is allowed only where ``reason`` is None.
+            offsets: [n] int32, device; end of each expert's rows.
+            host_counts: rows of each expert, on the host; None is allowed only where ``reason`` is
+                None.
 
         Returns:
             [R, H].
         """
         if self.reason is None:
-            offsets = counts.cumsum(0).to(torch.int32)
             activation = self._mlps[0].activation
             return grouped_mlp(rows, offsets, stacked, activation=activation)
         modules = [self.experts[i] for i in experts]

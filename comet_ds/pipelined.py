@@ -73,11 +73,11 @@ def _run_local(
 ) -> Tensor:
     """Run all experts on rows that stay here: one chunk, segments are the experts."""
     experts = range(schedule.num_local_experts)
-    counts, host_counts = plan.tokens_per_segment, None
+    offsets, host_counts = plan.tokens_per_segment.cumsum(0, dtype=torch.int32), None
     if runner.reason is not None:
-        host_counts = counts.tolist()
+        host_counts = plan.tokens_per_segment.tolist()
         rows = rows[: sum(host_counts)]
-    return runner.run(rows, experts, runner.stack(experts), counts, host_counts)
+    return runner.run(rows, experts, runner.stack(experts), offsets, host_counts)
 
 
 def _run_chunks(
@@ -130,10 +130,11 @@ class _Arrival:
         """Run the chunk's experts on rows in order of arrival; the result is in that order."""
         reorder = len(self.chunk.experts) > 1
         if reorder:
-            order, inverse = expert_major_order(self.counts, rows.shape[0])
+            order, inverse, offsets = expert_major_order(self.counts, rows.shape[0])
             rows = _Reorder.apply(rows, order, inverse)
-        totals = self.counts.sum(dim=0)
-        outputs = runner.run(rows, self.chunk.experts, stacked, totals, self.rows_per_expert)
+        else:
+            offsets = self.counts.sum(dim=0, dtype=torch.int32)
+        outputs = runner.run(rows, self.chunk.experts, stacked, offsets, self.rows_per_expert)
         return _Reorder.apply(outputs, inverse, order) if reorder else outputs
 
 

@@ -24,10 +24,13 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from functools import cached_property
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from comet_ds.kernels import load_kernels
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,9 @@ def plan_routes(topk_ids: Tensor, segment_of_expert: Tensor) -> RoutingPlan:
     Returns:
         The plan. No host synchronisation.
     """
+    kernels = load_kernels(topk_ids.device)
+    if kernels is not None and segment_of_expert.numel() <= kernels.max_segments:
+        return _plan_routes_cuda(kernels, topk_ids.contiguous(), segment_of_expert)
     num_tokens, top_k = topk_ids.shape
     num_parts, num_experts = segment_of_expert.shape
     num_routes, num_segments = num_tokens * top_k, num_parts * num_experts
@@ -150,22 +156,69 @@ def plan_routes(topk_ids: Tensor, segment_of_expert: Tensor) -> RoutingPlan:
     )
 
 
-def expert_major_order(counts: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Return the index that turns rank-major segments into expert-major ones, and its inverse.
+def _plan_routes_cuda(
+    kernels: ModuleType, topk_ids: Tensor, segment_of_expert: Tensor
+) -> RoutingPlan:
+    num_blocks = -(-topk_ids.numel() // kernels.routes_per_block)
+    num_segments = segment_of_expert.numel()
+    row_of_route = torch.empty_like(topk_ids)
+    token_of_row = topk_ids.new_empty(topk_ids.numel())
+    counts = topk_ids.new_empty(num_segments)
+    scratch = topk_ids.new_empty(num_blocks, num_segments + 1, dtype=torch.int32)
+    tensors = (topk_ids, segment_of_expert, row_of_route, token_of_row, counts, scratch)
+    with torch.cuda.device(topk_ids.device):
+        kernels.plan_routes(
+            *(t.data_ptr() for t in tensors),
+            *topk_ids.shape,
+            *segment_of_expert.shape,
+            torch.cuda.current_stream().cuda_stream,
+        )
+    return RoutingPlan(row_of_route, token_of_row, counts)
+
+
+def expert_major_order(counts: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the index that turns rank-major segments into expert-major ones.
 
     Args:
-        counts: [W, n] int64; rows that arrived from each rank for each of n experts.
+        counts: [W, n] int64, rows may be strided; rows that arrived from each rank for each of n
+            experts.
         num_rows: their sum, known on the host.
 
     Returns:
-        (order, inverse), each [num_rows] int64: ``rows[order]`` is expert-major, ranks ascending
-        within an expert, and ``[inverse]`` undoes it. counts [[1, 2], [1, 0]], that is rows
-        e0r0 e1r0 e1r0 e0r1, gives order [0, 3, 1, 2].
+        order, inverse: [num_rows] int64; ``rows[order]`` is expert-major, ranks ascending within
+            an expert, and ``[inverse]`` undoes it. counts [[1, 2], [1, 0]], that is rows
+            e0r0 e1r0 e1r0 e0r1, gives order [0, 3, 1, 2].
+        offsets: [n] int32; end of each expert's rows in that order, [2, 4] in the example.
     """
+    kernels = load_kernels(counts.device)
+    if kernels is not None and counts.numel() <= kernels.max_segments:
+        return _expert_major_order_cuda(kernels, counts, num_rows)
     flat = counts.flatten()
     start = (flat.cumsum(0) - flat).view_as(counts).t().flatten()
     sizes = counts.t().flatten()
-    shift = start - (sizes.cumsum(0) - sizes)
+    ends = sizes.cumsum(0)
     rows = torch.arange(num_rows, device=counts.device)
+    shift = start - (ends - sizes)
     order = torch.repeat_interleave(shift, sizes, output_size=num_rows) + rows
-    return order, torch.empty_like(order).scatter_(0, order, rows)
+    inverse = torch.empty_like(order).scatter_(0, order, rows)
+    last = counts.shape[0] - 1
+    return order, inverse, ends[last :: counts.shape[0]].to(torch.int32)
+
+
+def _expert_major_order_cuda(
+    kernels: ModuleType, counts: Tensor, num_rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    order, inverse = counts.new_empty(2, num_rows)
+    offsets = counts.new_empty(counts.shape[1], dtype=torch.int32)
+    with torch.cuda.device(counts.device):
+        kernels.order_arrival(
+            counts.data_ptr(),
+            counts.stride(0),
+            order.data_ptr(),
+            inverse.data_ptr(),
+            offsets.data_ptr(),
+            num_rows,
+            *counts.shape,
+            torch.cuda.current_stream().cuda_stream,
+        )
+    return order, inverse, offsets

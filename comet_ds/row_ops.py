@@ -7,14 +7,14 @@ one rounding at the end.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from deepspeed.utils import logger
 from torch import Tensor
+
+from comet_ds.kernels import load_kernels
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType in csrc
 
@@ -89,25 +89,7 @@ def _launch(
 
 
 def _kernels_for(rows: Tensor) -> ModuleType | None:
-    if not rows.is_cuda or rows.dtype not in DTYPE_CODES:
-        return None
-    return _load_kernels()
-
-
-@functools.cache
-def _load_kernels() -> ModuleType | None:
-    """Return the compiled kernels, building them at first use; None, with a warning, if not."""
-    from comet_ds.op_builder.comet_moe import CometMoEBuilder
-
-    builder = CometMoEBuilder()
-    reason = builder.why_not()
-    if reason is None:
-        try:
-            return builder.load(verbose=False)
-        except (RuntimeError, OSError, ImportError) as error:
-            reason = f"the build failed: {error}"
-    logger.warning(f"comet_ds: PyTorch operations instead of CUDA row kernels: {reason}")
-    return None
+    return load_kernels(rows.device) if rows.dtype in DTYPE_CODES else None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

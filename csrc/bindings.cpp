@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include "moe/combine.h"
+#include "moe/route_plan.h"
 
 namespace {
 
@@ -43,9 +44,44 @@ void combine_backward(uintptr_t rows, uintptr_t row_of_route, uintptr_t weights,
     combine_backward(params, DType{dtype}, pointer<CUstream_st>(stream));
 }
 
+void plan_routes(uintptr_t topk_ids, uintptr_t segment_of_expert, uintptr_t row_of_route,
+                 uintptr_t token_of_row, uintptr_t segment_counts, uintptr_t scratch,
+                 int64_t num_tokens, int64_t top_k, int64_t num_parts, int64_t num_experts,
+                 uintptr_t stream) {
+    comet_ds::RoutePlanParams params{.topk_ids = pointer<int64_t>(topk_ids),
+                                     .segment_of_expert = pointer<int64_t>(segment_of_expert),
+                                     .row_of_route = pointer<int64_t>(row_of_route),
+                                     .token_of_row = pointer<int64_t>(token_of_row),
+                                     .segment_counts = pointer<int64_t>(segment_counts),
+                                     .scratch = pointer<int32_t>(scratch),
+                                     .num_tokens = num_tokens,
+                                     .top_k = top_k,
+                                     .num_parts = num_parts,
+                                     .num_experts = num_experts};
+    plan_routes(params, pointer<CUstream_st>(stream));
+}
+
+void order_arrival(uintptr_t counts, int64_t counts_stride, uintptr_t order, uintptr_t inverse,
+                   uintptr_t offsets, int64_t num_rows, int64_t num_ranks, int64_t num_experts,
+                   uintptr_t stream) {
+    comet_ds::ArrivalParams params{.counts = pointer<int64_t>(counts),
+                                   .counts_stride = counts_stride,
+                                   .order = pointer<int64_t>(order),
+                                   .inverse = pointer<int64_t>(inverse),
+                                   .offsets = pointer<int32_t>(offsets),
+                                   .num_rows = num_rows,
+                                   .num_ranks = num_ranks,
+                                   .num_experts = num_experts};
+    order_arrival(params, pointer<CUstream_st>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("combine_forward", &combine_forward);
     m.def("combine_backward", &combine_backward);
+    m.def("plan_routes", &plan_routes);
+    m.def("order_arrival", &order_arrival);
+    m.attr("routes_per_block") = comet_ds::kRoutesPerBlock;
+    m.attr("max_segments") = comet_ds::kMaxSegments;
 }

@@ -33,7 +33,7 @@ class CometMoEBuilder(CUDAOpBuilder):
 
     def sources(self) -> list[str]:
         """Return absolute paths: DeepSpeed resolves others against its own package."""
-        return [str(CSRC / "bindings.cpp"), str(CSRC / "moe" / "combine.cu")]
+        return [str(CSRC / "bindings.cpp"), *map(str, sorted((CSRC / "moe").glob("*.cu")))]
 
     def include_paths(self) -> list[str]:
         """Return the root of the include paths used in csrc."""

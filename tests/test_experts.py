@@ -53,6 +53,10 @@ REFUSED = {
 }
 
 
+def ends(counts: list[int]) -> torch.Tensor:
+    return torch.tensor(counts).cumsum(0, dtype=torch.int32)
+
+
 @pytest.mark.parametrize("name", RECOGNISED)
 def test_recognised(name: str) -> None:
     expert, description = RECOGNISED[name]
@@ -127,7 +131,7 @@ def test_grouped_equals_one_by_one(name: str, counts: list[int]) -> None:
     for grouped in (True, False):
         if grouped:
             stacked = runner.stack(range(4))
-            output = runner.run(rows, range(4), stacked, torch.tensor(counts), None)
+            output = runner.run(rows, range(4), stacked, ends(counts), None)
         else:
             output = run_experts(experts, rows, counts)
         params = [p for e in experts for p in e.parameters()]
@@ -148,7 +152,7 @@ def test_rows_behind_the_last_expert_are_ignored() -> None:
     rows = torch.randn(8, HIDDEN).bfloat16()
     rows[5:] = float("nan")
     rows.requires_grad_()
-    output = runner.run(rows, range(2), runner.stack(range(2)), torch.tensor([2, 3]), None)
+    output = runner.run(rows, range(2), runner.stack(range(2)), ends([2, 3]), None)
     loss = output[:5].float().sum()
     for grad in torch.autograd.grad(loss, [p for e in experts for p in e.parameters()]):
         assert grad.isfinite().all()
@@ -248,8 +252,8 @@ def test_grouped_on_gpu(name: str, counts: list[int]) -> None:
     assert runner.reason is None, runner.reason
     grad = torch.randn(num_rows, HIDDEN, device="cuda").bfloat16()
     params = [p for e in experts for p in e.parameters()]
-    device_counts = torch.tensor(counts, device="cuda")
-    got = runner.run(rows, range(4), runner.stack(range(4)), device_counts, None)[:num_rows]
+    offsets = ends(counts).cuda()
+    got = runner.run(rows, range(4), runner.stack(range(4)), offsets, None)[:num_rows]
     expected = run_experts(experts, rows[:num_rows], counts)
     for a, b in zip(
         (got, *torch.autograd.grad(got, params, grad)),

@@ -84,10 +84,44 @@ def test_schedule_covers_every_expert_once() -> None:
 
 
 def test_expert_major_order() -> None:
-    order, inverse = expert_major_order(torch.tensor([[1, 2], [1, 0]]), 4)
+    order, inverse, offsets = expert_major_order(torch.tensor([[1, 2], [1, 0]]), 4)
     assert order.tolist() == [0, 3, 1, 2]
+    assert offsets.tolist() == [2, 4] and offsets.dtype == torch.int32
     assert inverse[order].tolist() == [0, 1, 2, 3]
     counts = torch.randint(0, 4, (3, 5))
     labels = [(e, r) for r in range(3) for e in range(5) for _ in range(counts[r, e])]
-    order, _ = expert_major_order(counts, len(labels))
+    order, _, offsets = expert_major_order(counts, len(labels))
     assert [labels[i] for i in order] == sorted(labels)
+    assert offsets.tolist() == counts.sum(dim=0).cumsum(0).tolist()
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize(("num_tokens", "top_k"), [(0, 2), (1, 1), (63, 3), (129, 8), (8192, 4)])
+@pytest.mark.parametrize(
+    ("ep_size", "num_local_experts", "num_chunks"), [(1, 8, 1), (2, 5, 4), (4, 1, 3), (8, 128, 2)]
+)
+def test_plan_kernels(num_tokens, top_k, ep_size, num_local_experts, num_chunks) -> None:
+    """The kernels give what the PyTorch version gives on the CPU, entry for entry."""
+    torch.manual_seed(0)
+    table = ChunkSchedule(ep_size, num_local_experts, num_chunks).segment_of_expert
+    ids = torch.randint(-1, ep_size * num_local_experts, (num_tokens, top_k))
+    expected, got = plan_routes(ids, table), plan_routes(ids.cuda(), table.cuda())
+    kept = (ids >= 0).sum()
+    assert torch.equal(got.row_of_route.cpu(), expected.row_of_route)
+    assert torch.equal(got.tokens_per_segment.cpu(), expected.tokens_per_segment)
+    assert torch.equal(got.token_of_row[:kept].cpu(), expected.token_of_row[:kept])
+    dropped = [t.token_of_row[kept:].cpu().sort().values for t in (got, expected)]
+    assert torch.equal(*dropped)
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 16), (3, 5), (8, 128)])
+@pytest.mark.parametrize("most", [0, 1, 3, 400])
+def test_arrival_kernel(shape: tuple[int, int], most: int) -> None:
+    torch.manual_seed(0)
+    padded = torch.randint(0, most + 1, (shape[0], shape[1] + 2))
+    counts, num_rows = padded[:, 2:], int(padded[:, 2:].sum())
+    expected = expert_major_order(counts, num_rows)
+    got = expert_major_order(padded.cuda()[:, 2:], num_rows)
+    for mine, theirs in zip(got, expected, strict=True):
+        assert torch.equal(mine.cpu(), theirs) and mine.dtype == theirs.dtype

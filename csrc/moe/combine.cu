@@ -3,8 +3,8 @@
 #include "combine.cuh"
 
 #include <initializer_list>
-#include <stdexcept>
-#include <string>
+
+#include "device/launch.h"
 
 namespace comet_ds {
 namespace {
@@ -50,9 +50,7 @@ void dispatch(const CombineParams& p, DType dtype, bool is_forward, cudaStream_t
         case DType::kFloat16: launch<__half>(p, is_forward, stream); break;
         case DType::kBFloat16: launch<__nv_bfloat16>(p, is_forward, stream); break;
     }
-    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) {
-        throw std::runtime_error(std::string("combine: ") + cudaGetErrorString(error));
-    }
+    check_launch("combine");
 }
 
 }  // namespace
