@@ -13,6 +13,20 @@ from torch import Tensor, nn
 from comet_ds.reference import reference_moe
 
 HIDDEN, FFN = 16, 24
+VARIANTS = {
+    "reference": {"path": "reference"},
+    "1 chunk": {"num_chunks": 1},
+    "2 chunks": {"num_chunks": 2},
+    "3 chunks": {"num_chunks": 3},
+}
+
+
+def tokens(
+    rank: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Return a rank's input and output gradient."""
+    torch.manual_seed(100 + rank)
+    return torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
 
 
 def build(

@@ -4,36 +4,18 @@
 from __future__ import annotations
 
 import itertools
-from datetime import timedelta
-from typing import Any
 
 import pytest
 import torch
 from deepspeed import comm as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
-from deepspeed.moe.utils import is_moe_param
-from deepspeed.utils import groups
-from experts_zoo import GatedMLP, HandWrittenMLP, TupleMLP, randomize, sequential
-from parity import FFN, HIDDEN, build, oracle, run
+from experts_zoo import GatedMLP, TupleMLP, randomize, sequential
+from parity import FFN, HIDDEN, VARIANTS, build, oracle, run, tokens
 from tolerance import ERROR_RATIO, assert_close, relative_error
 from torch import nn
 
 from comet_ds import MoE
-from comet_ds.agreement import agree_on_setup
 from comet_ds.monitor import TokenCounter
-
-VARIANTS = {
-    "reference": {"path": "reference"},
-    "1 chunk": {"num_chunks": 1},
-    "2 chunks": {"num_chunks": 2},
-    "3 chunks": {"num_chunks": 3},
-}
-
-
-def tokens(rank: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32):
-    torch.manual_seed(100 + rank)
-    return torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
-
 
 # ---- parity ------------------------------------------------------------------------------------
 
@@ -286,179 +268,3 @@ def check_checkpointing(rank: int, size: int, reentrant: bool) -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing(world, reentrant: bool) -> None:
     world(2).run(check_checkpointing, reentrant)
-
-
-# ---- tensor parallelism ------------------------------------------------------------------------
-
-
-class Mpu:
-    """Two tensor parallel ranks side by side in a world of four."""
-
-    def __init__(self, rank: int) -> None:
-        pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-        columns = [dist.new_group([0, 2]), dist.new_group([1, 3])]
-        self.rank, self.tp_group, self.dp_group = rank, pairs[rank // 2], columns[rank % 2]
-
-    def get_tensor_model_parallel_rank(self) -> int:
-        return self.rank % 2
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        return 2
-
-    def get_tensor_model_parallel_group(self) -> Any:
-        return self.tp_group
-
-    get_model_parallel_rank = get_tensor_model_parallel_rank
-    get_model_parallel_world_size = get_tensor_model_parallel_world_size
-    get_model_parallel_group = get_tensor_model_parallel_group
-
-    def get_data_parallel_world_size(self) -> int:
-        return 2
-
-    def get_data_parallel_rank(self) -> int:
-        return self.rank // 2
-
-    def get_data_parallel_group(self) -> Any:
-        return self.dp_group
-
-
-def check_tensor_parallel(rank: int, size: int, expert_tp: bool, drop: bool, k: int) -> None:
-    """Ranks of a TP pair hold the same tokens.
-
-    With whole experts DeepSpeed spreads an expert's slots over the pair and we spread the tokens:
-    the expert gradients agree once they are summed over the ranks that hold the same expert.
-    """
-    groups.mpu = Mpu(rank)
-    original = dist.all_gather_into_tensor
-    # DeepSpeed's mappings pass gloo a flat output for an input that is not.
-    dist.all_gather_into_tensor = lambda out, rows, **kwargs: original(
-        out.view(-1), rows.reshape(-1), **kwargs
-    )
-    try:
-        compare_tensor_parallel(rank, expert_tp, drop, k)
-    finally:
-        dist.all_gather_into_tensor = original
-
-
-def compare_tensor_parallel(rank: int, expert_tp: bool, drop: bool, k: int) -> None:
-    x, grad = tokens(rank // 2, (48, HIDDEN))
-    options = dict(
-        num_experts=4,
-        ep_size=2,
-        k=k,
-        drop_tokens=drop,
-        enable_expert_tensor_parallelism=expert_tp,
-        parallel=True,
-    )
-    results = []
-    for cls, extra in ((DeepSpeedMoE, {}), (MoE, {}), (MoE, {"comet_ds": {"path": "reference"}})):
-        # With expert tensor parallelism the EP group is every second rank.
-        ep_rank = rank // 2 if expert_tp else rank
-        layer = build(cls, ep_rank, **options, **extra)
-        result = run(layer, x, grad)
-        for name, value in result.items():
-            if "deepspeed_experts" in name:
-                dist.all_reduce(value, group=groups._get_expert_data_parallel_group("ep_size_2"))
-        results.append(result)
-    for got in results[1:]:
-        for name, value in results[0].items():
-            assert_close(got[name], value, f"rank {rank}: {name}")
-
-
-TENSOR_PARALLEL = list(itertools.product((False, True), (True,), (1, 2, 4)))
-# Without dropping DeepSpeed's expert tensor parallelism needs capacities that happen to be even.
-TENSOR_PARALLEL += [(False, False, 2)]
-
-
-@pytest.mark.parametrize(("expert_tp", "drop", "k"), TENSOR_PARALLEL)
-def test_tensor_parallelism(world, expert_tp: bool, drop: bool, k: int) -> None:
-    world(4).run(check_tensor_parallel, expert_tp, drop, k)
-
-
-# ---- set-up and faults -------------------------------------------------------------------------
-
-
-def error_of(function, *args: Any) -> str:
-    try:
-        function(*args)
-    except ValueError as error:
-        return str(error)
-    return "no error"
-
-
-def check_fault(rank: int, size: int, variant: str) -> list[str]:
-    """Only the last rank's input is bad; every rank must say so, and the next call must work."""
-    layer = build(MoE, rank, ep_size=size, parallel=True, comet_ds=VARIANTS[variant])
-    messages = []
-    for bad in (
-        torch.randn(8, HIDDEN + 1),
-        torch.randn(8, HIDDEN).half(),
-        torch.empty(8, HIDDEN, device="meta"),
-    ):
-        x = bad if rank == size - 1 else torch.randn(8, HIDDEN)
-        messages.append(error_of(layer, x))
-    used = torch.ones(7 if rank == size - 1 else 8)
-    messages.append(error_of(layer, torch.randn(8, HIDDEN), used))
-    assert layer(torch.randn(8, HIDDEN))[0].isfinite().all()
-    return messages
-
-
-@pytest.mark.parametrize("variant", ["reference", "2 chunks"])
-def test_bad_input_on_one_rank_is_an_error_on_all(world, variant: str) -> None:
-    rules = ["hidden size 16, got 17", "dtype torch.float32, got torch.float16", "device cpu"]
-    rules += ["used_token must have one entry per token, on the layer's device cpu, got 7 entries"]
-    for messages in world(2).run(check_fault, variant):
-        for message, rule in zip(messages, rules, strict=True):
-            assert rule in message, message
-    # The ranks whose input was good say whose was not.
-    assert "rank 1 of the expert parallel group" in world(2).run(check_fault, variant)[0][0]
-
-
-def check_disagreement(rank: int, size: int, options: list[dict]) -> str:
-    return error_of(lambda: build(MoE, rank, parallel=True, **options[rank]))
-
-
-DISAGREEMENTS = [
-    ([dict(k=1), dict(k=2)], "k must be the same on all ranks, got 1 on rank 0 and 2 on rank 1"),
-    ([dict(ep_size=1), dict(ep_size=2)], "ep_size must be the same"),
-    ([dict(), dict(num_experts=16)], "num_experts must be the same"),
-    ([dict(), dict(drop_tokens=False)], "drop_tokens must be the same"),
-    ([dict(), dict(expert=sequential(HIDDEN, FFN + 8))], "expert parameters must be the same"),
-    ([dict(), dict(dtype=torch.bfloat16)], "expert parameters must be the same"),
-    ([dict(), dict(expert=HandWrittenMLP(HIDDEN, FFN))], "expert class must be the same"),
-    ([dict(), dict(comet_ds={"path": "reference"})], "path must be the same"),
-    ([dict(), dict(comet_ds={"num_chunks": 3})], "num_chunks must be the same"),
-    ([dict(ep_size=4)] * 2, r"ep_size must divide the number of ranks that hold the layer (2)"),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), DISAGREEMENTS, ids=lambda v: str(v)[:60])
-def test_bad_setup_is_an_error_on_all(world, options: list[dict], message: str) -> None:
-    for answer in world(2).run(check_disagreement, options, timeout=60):
-        assert message in answer
-
-
-def check_missing_rank(rank: int, size: int) -> str:
-    if rank == 1:
-        return "rank 1"
-    return error_of(lambda: agree_on_setup({}, range(2), timeout=timedelta(seconds=1)))
-
-
-def test_rank_without_the_layer(world) -> None:
-    answer = world(2).run(check_missing_rank, timeout=60)[0]
-    assert "rank 1 did not take part" in answer
-    world(2).close()  # the two ranks' call counts differ from here on
-
-
-def check_setup(rank: int, size: int) -> None:
-    """Initialising twice keeps the group; parameters put in later get their tags."""
-    layer = build(MoE, rank, ep_size=size, parallel=True)
-    layer.deepspeed_moe.experts.deepspeed_experts[0].adapter = nn.Linear(2, 2)
-    layer.set_deepspeed_parallelism()
-    tagged = [n for n, p in layer.named_parameters() if is_moe_param(p)]
-    assert any("adapter" in n for n in tagged)
-    assert {p.group_name for p in layer.parameters() if is_moe_param(p)} == {"ep_size_2"}
-
-
-def test_setup_can_be_repeated(world) -> None:
-    world(2).run(check_setup)
