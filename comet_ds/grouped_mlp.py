@@ -30,7 +30,7 @@ class ExpertRunner:
     stay on the device. Everything else calls the modules one by one.
 
     Attributes:
-        experts: the layer's ModuleList; looked at again on every call.
+        experts: the layer's modules; looked at again on every call.
         reason: why grouped GEMM does not apply, or None where it does; set by ``refresh``.
     """
 

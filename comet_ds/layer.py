@@ -270,6 +270,7 @@ class MOELayer(sharded_moe.MOELayer):
     ) -> Tensor:
         if self.path == "reference":
             return self._run_reference(x, topk_ids, topk_weights, group, rules)
+        self.runner.experts = self.experts.deepspeed_experts  # whatever stands there now
         self.runner.refresh(x, expected_rows=topk_ids.numel() / self.num_local_experts)
         self._announce(f"{self.runner.describe()}, {row_ops.describe(x)}")
         schedule, segment_of_expert = self._chunk_schedule()

@@ -25,6 +25,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("needs compute capability 9.0")
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Make every test draw the same numbers in every run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def world() -> Iterator[Callable[..., World]]:
     """Give ``world(size, backend="gloo")``: a running world, started where there is none."""

@@ -109,6 +109,7 @@ def _serve(rank: int, size: int, port: int, backend: str, pipe: Any) -> None:
     while True:
         function, args = pipe.recv()
         _reset_deepspeed()
+        torch.manual_seed(rank)
         try:
             answer = True, function(rank, size, *args)
         except BaseException:
