@@ -69,11 +69,12 @@ class TokenCounter:
 
     def __init__(self, layer: nn.Module) -> None:
         self.num_tokens = 0
-        layer.register_forward_pre_hook(self._count)
+        layer.register_forward_pre_hook(self._count, with_kwargs=True)
 
-    def _count(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def _count(self, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         if layer.training and torch._C._current_graph_task_id() == -1:
-            self.num_tokens += inputs[0][..., 0].numel()
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            self.num_tokens += hidden_states.shape[:-1].numel()
 
 
 class MetricsWriter:

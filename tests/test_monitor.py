@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from parity import HIDDEN as MOE_HIDDEN
+from parity import build
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import NUM_EXPERTS, build_engine, config, train
 
 import comet_ds
+from comet_ds.monitor import TokenCounter
 
 INTERVAL, STEPS = 2, 6
 TOKENS_PER_STEP = 2 * 2 * 12  # ranks, batch, sequence
@@ -176,6 +179,15 @@ def test_default_interval_and_resume(world, tmp_path: Path) -> None:
     with open(tmp_path / "y" / "comet_ds_step_time_ms.csv") as file:
         rows = [row for row in csv.reader(file) if row[0] != "step"]  # a header an engine
     assert [int(step) for step, _ in rows] == [40, 80]
+
+
+def test_tokens_are_counted_however_the_layer_is_called() -> None:
+    layer = build(comet_ds.MoE, 0)
+    counter, x = TokenCounter(layer), torch.randn(3, 5, MOE_HIDDEN)
+    layer(x)
+    layer(hidden_states=x)
+    layer.eval()(x)
+    assert counter.num_tokens == 30
 
 
 def tokens_of_deepspeeds_layer(rank: int, size: int, folder: str) -> None:
