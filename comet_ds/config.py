@@ -19,18 +19,20 @@ class CometConfig(BaseModel):
     """Options of comet_ds; every one has a default that suits most runs.
 
     Attributes:
-        path: "auto" takes the best path that can run; "reference" or "pipelined" pins one.
+        path: "auto" takes the best path that can run; "reference", "pipelined" or "fused" pins one.
         num_chunks: chunks a layer's rows are cut into to overlap communication with computation;
             "auto" takes 1 where nothing is communicated.
-        grouped_gemm: use torch's grouped GEMM where it applies.
+        exact_gate: compute gate logits with DeepSpeed's own operation everywhere; see ``TopKGate``.
+        grouped_gemm: use torch's grouped GEMM where it applies (path "pipelined").
         metrics: write metrics to DeepSpeed's monitor when one is enabled.
         metrics_interval: steps between two writes; None takes DeepSpeed's steps_per_print.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    path: Literal["auto", "reference", "pipelined"] = "auto"
+    path: Literal["auto", "reference", "pipelined", "fused"] = "auto"
     num_chunks: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    exact_gate: bool = False
     grouped_gemm: bool = True
     metrics: bool = True
     metrics_interval: int | None = Field(default=None, ge=1)

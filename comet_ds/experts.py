@@ -15,6 +15,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,18 +98,25 @@ class ExpertMLP:
         gate: H -> F, or None for the two-matrix form.
         down: F -> H.
         activation: key of ``ACTIVATIONS``.
-        structure: what the module was when recognised.
     """
 
     up: nn.Linear
     gate: nn.Linear | None
     down: nn.Linear
     activation: str
-    structure: ModuleStructure
 
     def describe(self) -> str:
         """Return a phrase for the log line."""
         return f"{'gated ' if self.gate else ''}{self.activation} MLP"
+
+    def form(self) -> tuple[Any, ...]:
+        """Return what experts must have in common to share kernels."""
+        biases = [linear is not None and linear.bias is None for linear in self._linears()]
+        weights = [(m.weight.shape, m.weight.dtype) for m in self._linears() if m is not None]
+        return self.activation, self.gate is None, *biases, *weights
+
+    def _linears(self) -> tuple[nn.Linear | None, ...]:
+        return self.up, self.gate, self.down
 
     def __call__(self, x: Tensor) -> Tensor:
         """Compute the recognised form on [..., H]."""
@@ -118,39 +126,46 @@ class ExpertMLP:
 
 
 class ModuleStructure:
-    """A module's tree, cheap to compare with later (64 experts: 60 us).
+    """Module trees, cheap to compare with later (64 experts of 5 modules: 40 us).
 
-    Remembered is what can change what a recognised module computes: its children, hooks, patched
+    Remembered is what can change what recognised modules compute: their children, hooks, patched
     forwards, train or eval mode, dropout probabilities.
     """
 
-    def __init__(self, root: nn.Module) -> None:
-        self.root = root
-        modules = list(root.modules())
-        self._children = [(m._modules, n, c) for m in modules for n, c in m.named_children()]
+    def __init__(self, roots: Sequence[nn.Module]) -> None:
+        self.roots = list(roots)
+        modules = [m for root in self.roots for m in root.modules()]
+        self._attributes = [m.__dict__ for m in modules]
         self._hooks = [
-            hooks
-            for m in modules
-            for hooks in (
-                m._forward_hooks,
-                m._forward_pre_hooks,
-                m._backward_hooks,
-                m._backward_pre_hooks,
+            a[name]
+            for a in self._attributes
+            for name in (
+                "_forward_hooks",
+                "_forward_pre_hooks",
+                "_backward_hooks",
+                "_backward_pre_hooks",
             )
         ]
-        self._attributes = [(m.__dict__, m.training, m.__dict__.get("p")) for m in modules]
+        # Comparing these compares modules by identity, in C.
+        self._children = [m._modules for m in modules]
+        self._children_then = [dict(children) for children in self._children]
+        self._training_then = [m.training for m in modules]
+        self._dropouts = [a for a in self._attributes if "p" in a]
+        self._p_then = [a["p"] for a in self._dropouts]
+        self._was_plain = self.is_plain()
 
     def is_plain(self) -> bool:
         """Whether no module has hooks or a patched forward."""
-        return not any(self._hooks) and not any("forward" in a for a, _, _ in self._attributes)
+        return not any(self._hooks) and not any("forward" in a for a in self._attributes)
 
-    def holds(self, root: nn.Module) -> bool:
-        """Whether ``root`` is the module seen then, unchanged."""
+    def holds(self, roots: Sequence[nn.Module]) -> bool:
+        """Whether ``roots`` are the modules seen then, unchanged."""
         return (
-            root is self.root
-            and self.is_plain()
-            and all(modules.get(name) is child for modules, name, child in self._children)
-            and all(a["training"] is t and a.get("p") == p for a, t, p in self._attributes)
+            self.roots == list(roots)
+            and self.is_plain() == self._was_plain
+            and self._children == self._children_then
+            and [a["training"] for a in self._attributes] == self._training_then
+            and [a["p"] for a in self._dropouts] == self._p_then
         )
 
 
@@ -173,19 +188,44 @@ def recognise_mlp(expert: nn.Module) -> ExpertMLP | str:
         forms (dropout with p > 0 and normalisation among them), a subclass of nn.Linear, hooks,
         parametrizations, shared matrices, a tuple result, or a probe that disagrees.
     """
-    structure = ModuleStructure(expert)
-    if not structure.is_plain():
+    if not ModuleStructure([expert]).is_plain():
         return "it has hooks or a patched forward"
     if any(parametrize.is_parametrized(module) for module in expert.modules()):
         return "it has parametrizations"
     try:
-        mlp = _Matcher(expert, structure).match()
+        mlp = _Matcher(expert).match()
         _check_probe(mlp, expert)
     except _Unrecognised as reason:
         return str(reason)
     except Exception as error:  # a module may do anything while it is traced or probed
         return f"it cannot be traced ({type(error).__name__})"
     return mlp
+
+
+class RecognisedExperts:
+    """The experts of a layer as MLPs of one form, remembered as long as they do not change."""
+
+    def __init__(self) -> None:
+        # By train or eval mode.
+        self._found: dict[bool, tuple[ModuleStructure, list[ExpertMLP] | str]] = {}
+
+    def find(self, experts: Sequence[nn.Module]) -> list[ExpertMLP] | str:
+        """Return the MLPs or why there are none; the same object as long as nothing changes."""
+        mode = experts[0].training
+        if mode in self._found and self._found[mode][0].holds(experts):
+            return self._found[mode][1]
+        self._found[mode] = ModuleStructure(experts), self._recognise(experts)
+        return self._found[mode][1]
+
+    @staticmethod
+    def _recognise(experts: Sequence[nn.Module]) -> list[ExpertMLP] | str:
+        found = [recognise_mlp(expert) for expert in experts]
+        for mlp in found:
+            if isinstance(mlp, str):
+                return f"not a recognised MLP: {mlp}"
+        if len({mlp.form() for mlp in found}) > 1:
+            return "the experts differ in form"
+        return found
 
 
 class _Unrecognised(Exception):
@@ -195,8 +235,8 @@ class _Unrecognised(Exception):
 class _Matcher:
     """Matches a traced module against the two forms; every node must belong to the match."""
 
-    def __init__(self, expert: nn.Module, structure: ModuleStructure) -> None:
-        self.expert, self.structure = expert, structure
+    def __init__(self, expert: nn.Module) -> None:
+        self.expert = expert
         self.modules = dict(expert.named_modules())
         self.graph = fx.Tracer().trace(expert)
         self.seen: set[fx.Node] = set()
@@ -226,7 +266,7 @@ class _Matcher:
         num_parameters = sum(1 + (m.bias is not None) for m in matrices)
         if len(list(self.expert.parameters())) != num_parameters:
             raise _Unrecognised("it has parameters outside its matrices")
-        return ExpertMLP(up, gate, down, activation, self.structure)
+        return ExpertMLP(up, gate, down, activation)
 
     def _gated(self, product: fx.Node, source: fx.Node) -> tuple[str, nn.Linear, nn.Linear]:
         factors = [self._skip_identity(f) for f in product.args if isinstance(f, fx.Node)]

@@ -10,12 +10,16 @@ so a run that swaps the layer in keeps its loss curve; the result is one entry p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from deepspeed.moe import sharded_moe
 from torch import Tensor
+
+from comet_ds.gate_kernels import Choice, FastLogits, RouteTokens
+from comet_ds.kernels import load_kernels
 
 GATE_TIMER = "topk_gate"
 
@@ -29,18 +33,23 @@ class Routing:
         topk_weights: [T, K] fp32; combine weight of each route, 0 where dropped; carries grad.
         l_aux: 0-dim fp32; load-balancing loss; carries grad.
         exp_counts: [E] int64; routes per expert on this rank, before dropping.
+        capacity: most routes an expert has kept on this rank, None where nothing is dropped.
+        ranks: [T, K] int32; position of each route among its expert's kept ones, by token, -1 where
+            dropped; None where the CUDA kernels did not run.
+        kept_counts: [E] int32; kept routes per expert; None likewise.
     """
 
     topk_ids: Tensor
     topk_weights: Tensor
     l_aux: Tensor
     exp_counts: Tensor
+    capacity: int | None = None
+    ranks: Tensor | None = None
+    kept_counts: Tensor | None = None
 
     def detach(self) -> Routing:
         """Return the same without gradients."""
-        return Routing(
-            self.topk_ids, self.topk_weights.detach(), self.l_aux.detach(), self.exp_counts
-        )
+        return replace(self, topk_weights=self.topk_weights.detach(), l_aux=self.l_aux.detach())
 
 
 class TopKGate(sharded_moe.TopKGate):
@@ -48,7 +57,14 @@ class TopKGate(sharded_moe.TopKGate):
 
     Constructor, attributes and parameter (``wg.weight`` [E, H]) are DeepSpeed's. Called as a
     module it is DeepSpeed's gate unchanged; ``route`` is what the layer calls.
+
+    Attributes beyond DeepSpeed's:
+        exact_logits: compute logits with DeepSpeed's own fp32 operation also where both operands
+            are bf16 on CUDA; there tensor cores give the same to fp32 rounding, several times
+            faster, and the routing can differ where two experts are that close.
     """
+
+    exact_logits = False
 
     def _set_ep_group(self, ep_group) -> None:
         """Set the expert parallel group; setting the same one again is allowed."""
@@ -72,13 +88,17 @@ class TopKGate(sharded_moe.TopKGate):
         """
         if self.wall_clock_breakdown:
             self.timers(GATE_TIMER).start()
-        x = x.float()
-        if self.noisy_gate_policy == "Jitter" and self.training:
-            x = sharded_moe.multiplicative_jitter(x, device=x.device)
-        logits = F.linear(x, self.wg.weight.float())
+        logits = self._logits(x)
         capacity = self.capacity(x.shape[0]) if self.drop_tokens else None
-        if self.k == 1:
-            rsample = self.noisy_gate_policy == "RSample" and self.training
+        rsample = self.noisy_gate_policy == "RSample" and self.training
+        kernels = load_kernels(logits.device) if logits.dtype == torch.float32 else None
+        if kernels is not None and x.shape[0] > 0:
+            choice = self._choice(logits, capacity, used_token, rsample)
+            weights, l_aux, ids, ranks, kept_counts, exp_counts = RouteTokens.apply(
+                logits, choice, kernels
+            )
+            routing = Routing(ids, weights, l_aux, exp_counts, capacity, ranks, kept_counts)
+        elif self.k == 1:
             routing = top1_routing(
                 logits, capacity, used_token=used_token, rsample=rsample, use_rts=self.use_rts
             )
@@ -86,10 +106,42 @@ class TopKGate(sharded_moe.TopKGate):
             routing = top2_routing(logits, capacity, sample_second=self.top2_2nd_expert_sampling)
         else:
             routing = topk_routing(logits, capacity, k=self.k)
+        if kernels is not None and routing.ranks is None:  # no tokens
+            counts = torch.zeros_like(routing.exp_counts, dtype=torch.int32)
+            routing = replace(routing, ranks=routing.topk_ids.int(), kept_counts=counts)
         if self.wall_clock_breakdown:
             self.timers(GATE_TIMER).stop()
             self.gate_time = self.timers(GATE_TIMER).elapsed(reset=True)
         return routing
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """Return [T, E], fp32 but under autocast."""
+        weight = self.wg.weight
+        jitter = self.noisy_gate_policy == "Jitter" and self.training
+        fits = x.dtype == weight.dtype == torch.bfloat16 and x.shape[1] % 8 == 0
+        if fits and not (jitter or self.exact_logits):
+            kernels = load_kernels(x.device)
+            is_aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0
+            if kernels and is_aligned and not torch.is_autocast_enabled(x.device.type):
+                return FastLogits.apply(x, weight, kernels)
+        x = x.float()
+        if jitter:
+            x = sharded_moe.multiplicative_jitter(x, device=x.device)
+        return F.linear(x, weight.float())
+
+    def _choice(
+        self, logits: Tensor, capacity: int | None, used_token: Tensor | None, rsample: bool
+    ) -> Choice:
+        """Return what the kernels choose by; draws what DeepSpeed draws, in its order."""
+        logits = logits.detach()
+        scores = priority = None
+        if (self.k == 1 and rsample) or (self.k == 2 and self.top2_2nd_expert_sampling):
+            scores = logits + sharded_moe.gumbel_rsample(logits.shape, device=logits.device)
+        elif self.k == 2:
+            scores = logits
+        if self.k == 1 and self.use_rts:
+            priority = torch.rand(logits.shape, device=logits.device)
+        return Choice(self.k, capacity, scores, priority, used_token if self.k == 1 else None)
 
     def capacity(self, num_tokens: int) -> int:
         """Return how many routes of this rank an expert accepts, in rows.
@@ -98,9 +150,13 @@ class TopKGate(sharded_moe.TopKGate):
         0-dim tensors; in double precision factors like 1.1 give another ceiling.
         """
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
-        per_expert = num_tokens / self.wg.weight.shape[0]
-        rows = torch.ceil(per_expert * torch.tensor(float(factor * self.k)))
-        return max(int(rows), self.min_capacity)
+        rows = _scaled_rows(num_tokens / self.wg.weight.shape[0], float(factor * self.k))
+        return max(rows, self.min_capacity)
+
+
+@functools.lru_cache(maxsize=128)
+def _scaled_rows(rows: float, factor: float) -> int:
+    return int(torch.ceil(rows * torch.tensor(factor)))
 
 
 def top1_routing(

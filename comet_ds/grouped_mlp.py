@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from comet_ds.experts import ACTIVATIONS, ExpertMLP, recognise_mlp, run_experts
+from comet_ds.experts import ACTIVATIONS, ExpertMLP, RecognisedExperts, run_experts
 
 # From this many FLOP in one expert's matrix on, a GEMM of its own runs as fast as its share of a
 # grouped one and needs no stacked copy of the weights (H200: Phi-3.5's experts, 107 GFLOP, 3%
@@ -39,7 +39,7 @@ class ExpertRunner:
         self.grouped_gemm = grouped_gemm
         self.reason: str | None = "not looked at yet"
         self._mlps: list[ExpertMLP] = []
-        self._recognised: dict[bool, list[ExpertMLP]] = {}  # by train or eval mode
+        self._recognised = RecognisedExperts()
 
     def refresh(self, x: Tensor, expected_rows: float) -> None:
         """Decide how to run; recognise the experts if they have changed.
@@ -118,23 +118,11 @@ class ExpertRunner:
         return self._recognise()
 
     def _recognise(self) -> str | None:
-        """Recognise all experts, or find that they are as when last recognised in this mode."""
-        mode = self.experts[0].training
-        self._mlps = self._recognised.get(mode, [])
-        if len(self._mlps) == len(self.experts) and all(
-            mlp.structure.holds(expert)
-            for mlp, expert in zip(self._mlps, self.experts, strict=True)
-        ):
-            return None
-        self._recognised.pop(mode, None)
-        found = [recognise_mlp(expert) for expert in self.experts]
-        for mlp in found:
-            if isinstance(mlp, str):
-                return f"not a recognised MLP: {mlp}"
-        if reason := _why_not_stackable(found):
-            return reason
-        self._mlps = self._recognised[mode] = found
-        return None
+        mlps = self._recognised.find(self.experts)
+        if isinstance(mlps, str):
+            return mlps
+        self._mlps = mlps
+        return _why_not_stackable(mlps)
 
 
 def grouped_mlp(
@@ -226,17 +214,6 @@ class _AddBias(torch.autograd.Function):
 
 def _why_not_stackable(mlps: Sequence[ExpertMLP]) -> str | None:
     """Return why the matrices of recognised experts cannot share grouped GEMMs, or None."""
-    forms = {
-        (
-            m.activation,
-            m.gate is None,
-            m.up.weight.shape,
-            *tuple(linear is not None and linear.bias is None for linear in (m.up, m.gate, m.down)),
-        )
-        for m in mlps
-    }
-    if len(forms) > 1:
-        return "the experts differ in form"
     for size in mlps[0].up.weight.shape:
         if size * mlps[0].up.weight.element_size() % GEMM_ALIGNMENT_BYTES:
             return f"grouped GEMM needs sizes that are multiples of 8, got {size}"

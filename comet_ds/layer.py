@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from comet_ds import row_ops
 from comet_ds.agreement import CountExchange, InputRules, agree_on_setup
 from comet_ds.config import CometConfig
 from comet_ds.experts import tag_expert_parameters
+from comet_ds.fused import FusedExperts
 from comet_ds.gate import Routing, TopKGate
 from comet_ds.grouped_mlp import ExpertRunner
 from comet_ds.pipelined import pipelined_forward
@@ -183,6 +184,7 @@ class MoE(deepspeed_layer.MoE):
             ],
             "path": config.path,
             "num_chunks": config.num_chunks,
+            "exact_gate": config.exact_gate,
         }
 
     def _tag_experts(self) -> None:
@@ -194,12 +196,19 @@ class MoE(deepspeed_layer.MoE):
         self._tag_experts()  # copy.deepcopy of a parameter loses them
 
 
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a CUDA device the current one, where it is not."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
 class MOELayer(sharded_moe.MOELayer):
     """Gate, dispatch, experts, combine.
 
     Attributes beyond DeepSpeed's:
         config: the options.
-        path: "reference" or "pipelined".
+        path: "reference", "pipelined" or "fused"; what the last forward took.
         routing: the last forward's ``Routing``, detached; None before the first.
     """
 
@@ -207,9 +216,12 @@ class MOELayer(sharded_moe.MOELayer):
         """Set the options."""
         self.config = config
         self.path = "pipelined" if config.path == "auto" else config.path
+        self.gate.exact_logits = config.exact_gate
+        self.fused = FusedExperts(self.experts.deepspeed_experts)
         self.runner = ExpertRunner(self.experts.deepspeed_experts, grouped_gemm=config.grouped_gemm)
         self.routing: Routing | None = None
         self._announced: str | None = None
+        self._why_not_fused: str | None = None
         self._schedule: tuple[torch.device, ChunkSchedule, Tensor] | None = None
 
     @torch.compiler.disable
@@ -234,15 +246,38 @@ class MOELayer(sharded_moe.MOELayer):
         fault = rules.check(hidden_states, used_token)
         if fault[0] != rules.OK:
             self._raise_everywhere(fault, rules, group)
-        with self._timed(sharded_moe.MOE_TIMER):
+        with self._timed(sharded_moe.MOE_TIMER), _current(hidden_states.device):
             x = hidden_states.reshape(-1, hidden_states.shape[-1])
             routing = self.gate.route(x, used_token)
             self.l_aux, self.exp_counts = routing.l_aux, routing.exp_counts
             self.routing = routing.detach()
-            output = self._run_tensor_parallel(x, routing, group, rules)
+            self.path, self._why_not_fused = self._choose_path(x)
+            if self.path == "fused":
+                self._announce(self.fused.describe())
+                output = self.fused.run(x, routing)
+            else:
+                output = self._run_tensor_parallel(x, routing, group, rules)
         if self.wall_clock_breakdown:
             self._read_timers()
         return output.reshape(hidden_states.shape)
+
+    def _choose_path(self, x: Tensor) -> tuple[str, str | None]:
+        """Return the path for this input, and why it is not the fused one if it could be."""
+        if self.config.path in ("reference", "pipelined"):
+            return self.config.path, None
+        tp_size = bwc_tensor_model_parallel_world_size(groups.mpu)
+        if self.ep_size > 1:
+            reason = f"it needs all experts on one rank, ep_size is {self.ep_size}"
+        elif tp_size > 1:
+            reason = f"it needs whole experts and tokens, tensor parallel size is {tp_size}"
+        else:
+            self.fused.experts = self.experts.deepspeed_experts  # whatever stands there now
+            reason = self.fused.why_not(x)
+        if reason is None:
+            return "fused", None
+        if self.config.path == "fused":
+            raise RuntimeError(f'path "fused" is pinned and cannot run: {reason}')
+        return "pipelined", reason
 
     def _run_tensor_parallel(
         self, x: Tensor, routing: Routing, group: Any, rules: InputRules
@@ -348,11 +383,13 @@ class MOELayer(sharded_moe.MOELayer):
         if how == self._announced:
             return
         self._announced = how
-        pinned = "" if self.config.path == "auto" else ", pinned by the configuration"
+        why = "" if self.config.path == "auto" else ", pinned by the configuration"
+        if self._why_not_fused is not None:
+            why = f" (not fused: {self._why_not_fused})"
         chunks = ""
         if self.ep_size > 1 and self.path == "pipelined":
             chunks = f", {len(self._chunk_schedule()[0].chunks)} chunk(s)"
-        message = f"comet_ds: MoE path {self.path}{pinned}: {how}{chunks}"
+        message = f"comet_ds: MoE path {self.path}{why}: {how}{chunks}"
         # DeepSpeed's logger hides everything below a warning.
         logger.log_dist_once(message, ranks=[0], level=logging.WARNING)
 

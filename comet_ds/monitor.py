@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from comet_ds.agreement import agree_on_setup
 from comet_ds.layer import MOELayer
 
-PATH_CODES = {"reference": 0, "pipelined": 1}
+PATH_CODES = {"reference": 0, "pipelined": 1, "fused": 2}
 DEFAULT_INTERVAL = 10
 
 

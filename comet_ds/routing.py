@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from comet_ds.kernels import load_kernels
+from comet_ds.kernels import current_stream, load_kernels
 
 
 @dataclass(frozen=True)
@@ -166,13 +166,12 @@ def _plan_routes_cuda(
     counts = topk_ids.new_empty(num_segments)
     scratch = topk_ids.new_empty(num_blocks, num_segments + 1, dtype=torch.int32)
     tensors = (topk_ids, segment_of_expert, row_of_route, token_of_row, counts, scratch)
-    with torch.cuda.device(topk_ids.device):
-        kernels.plan_routes(
-            *(t.data_ptr() for t in tensors),
-            *topk_ids.shape,
-            *segment_of_expert.shape,
-            torch.cuda.current_stream().cuda_stream,
-        )
+    kernels.plan_routes(
+        *(t.data_ptr() for t in tensors),
+        *topk_ids.shape,
+        *segment_of_expert.shape,
+        current_stream(topk_ids),
+    )
     return RoutingPlan(row_of_route, token_of_row, counts)
 
 
@@ -210,15 +209,14 @@ def _expert_major_order_cuda(
 ) -> tuple[Tensor, Tensor, Tensor]:
     order, inverse = counts.new_empty(2, num_rows)
     offsets = counts.new_empty(counts.shape[1], dtype=torch.int32)
-    with torch.cuda.device(counts.device):
-        kernels.order_arrival(
-            counts.data_ptr(),
-            counts.stride(0),
-            order.data_ptr(),
-            inverse.data_ptr(),
-            offsets.data_ptr(),
-            num_rows,
-            *counts.shape,
-            torch.cuda.current_stream().cuda_stream,
-        )
+    kernels.order_arrival(
+        counts.data_ptr(),
+        counts.stride(0),
+        order.data_ptr(),
+        inverse.data_ptr(),
+        offsets.data_ptr(),
+        num_rows,
+        *counts.shape,
+        current_stream(counts),
+    )
     return order, inverse, offsets

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from comet_ds.kernels import load_kernels
+from comet_ds.kernels import current_stream, load_kernels
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType in csrc
 
@@ -78,14 +78,13 @@ def _launch(
     kernel: Callable[..., None], rows: Tensor, row_of_route: Tensor, *tensors: Tensor | None
 ) -> None:
     """Launch a kernel of csrc/bindings.cpp on the current stream of the rows' device."""
-    with torch.cuda.device(rows.device):
-        kernel(
-            *(0 if t is None else t.data_ptr() for t in (rows, row_of_route, *tensors)),
-            *row_of_route.shape,
-            rows.shape[1],
-            DTYPE_CODES[rows.dtype],
-            torch.cuda.current_stream().cuda_stream,
-        )
+    kernel(
+        *(0 if t is None else t.data_ptr() for t in (rows, row_of_route, *tensors)),
+        *row_of_route.shape,
+        rows.shape[1],
+        DTYPE_CODES[rows.dtype],
+        current_stream(rows),
+    )
 
 
 def _kernels_for(rows: Tensor) -> ModuleType | None:

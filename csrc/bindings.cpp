@@ -2,9 +2,20 @@
 // What Python calls. Tensors come as addresses, so that nothing here needs torch's headers, which
 // take a hundred times longer to compile than this file; shapes and dtypes are checked in Python.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
+#include <vector>
+
+#include "device/tensor_map.h"
 #include "moe/combine.h"
+#include "moe/dispatch.h"
+#include "moe/expert_gemm.h"
+#include "moe/gate.h"
+#include "moe/gate_logits.h"
 #include "moe/route_plan.h"
+
+namespace py = pybind11;
 
 namespace {
 
@@ -15,6 +26,9 @@ template <typename T>
 T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
+
+// Rows of the boxes of operands, and of what epilogues read and write.
+constexpr int kOperandRows = 64, kResultRows = 16;
 
 void combine_forward(uintptr_t rows, uintptr_t row_of_route, uintptr_t weights, uintptr_t output,
                      int64_t num_tokens, int64_t top_k, int64_t hidden, int dtype,
@@ -75,6 +89,173 @@ void order_arrival(uintptr_t counts, int64_t counts_stride, uintptr_t order, uin
     order_arrival(params, pointer<CUstream_st>(stream));
 }
 
+void gate_logits(uintptr_t x, uintptr_t weight, uintptr_t logits, int64_t num_tokens,
+                 int64_t num_experts, int64_t hidden, uintptr_t stream) {
+    comet_ds::GateLogitsParams params{
+        .x = comet_ds::encode_tensor_map({x, 1, num_tokens, hidden}, true, kOperandRows),
+        .weight = comet_ds::encode_tensor_map({weight, 1, num_experts, hidden}, true, kOperandRows),
+        .logits = pointer<float>(logits),
+        .num_tokens = int(num_tokens),
+        .num_experts = int(num_experts),
+        .hidden = int(hidden)};
+    gate_logits(params, pointer<CUstream_st>(stream));
+}
+
+void route_tokens(uintptr_t probs, uintptr_t scores, uintptr_t priority, uintptr_t used_token,
+                  int64_t capacity, int64_t num_tokens, int64_t num_experts, int64_t top_k,
+                  uintptr_t topk_ids, uintptr_t topk_weights, uintptr_t ranks,
+                  uintptr_t kept_counts, uintptr_t exp_counts, uintptr_t loss_share,
+                  uintptr_t l_aux, uintptr_t scratch, uintptr_t stream) {
+    comet_ds::GateParams params{.probs = pointer<float>(probs),
+                                .scores = pointer<float>(scores),
+                                .priority = pointer<float>(priority),
+                                .used_token = pointer<uint8_t>(used_token),
+                                .capacity = capacity,
+                                .num_tokens = num_tokens,
+                                .num_experts = num_experts,
+                                .top_k = top_k,
+                                .topk_ids = pointer<int64_t>(topk_ids),
+                                .topk_weights = pointer<float>(topk_weights),
+                                .ranks = pointer<int32_t>(ranks),
+                                .kept_counts = pointer<int32_t>(kept_counts),
+                                .exp_counts = pointer<int64_t>(exp_counts),
+                                .loss_share = pointer<float>(loss_share),
+                                .l_aux = pointer<float>(l_aux)};
+    route_tokens(params, pointer<void>(scratch), pointer<CUstream_st>(stream));
+}
+
+void route_tokens_backward(uintptr_t probs, uintptr_t topk_ids, uintptr_t grad_weights,
+                           uintptr_t grad_l_aux, uintptr_t loss_share, uintptr_t grad_logits,
+                           int64_t num_tokens, int64_t num_experts, int64_t top_k,
+                           uintptr_t stream) {
+    const comet_ds::GateGradParams params{.probs = pointer<float>(probs),
+                                          .topk_ids = pointer<int64_t>(topk_ids),
+                                          .grad_weights = pointer<float>(grad_weights),
+                                          .grad_l_aux = pointer<float>(grad_l_aux),
+                                          .loss_share = pointer<float>(loss_share),
+                                          .grad_logits = pointer<float>(grad_logits),
+                                          .num_tokens = num_tokens,
+                                          .num_experts = num_experts,
+                                          .top_k = top_k};
+    route_tokens_backward(params, pointer<CUstream_st>(stream));
+}
+
+void split_bfloat16(uintptr_t in, uintptr_t out, int64_t num_rows, int64_t num_cols,
+                    uintptr_t stream) {
+    comet_ds::split_bfloat16(pointer<float>(in), pointer<void>(out), num_rows, num_cols,
+                             pointer<CUstream_st>(stream));
+}
+
+void plan_rows(uintptr_t topk_ids, uintptr_t topk_weights, uintptr_t ranks, uintptr_t kept_counts,
+               uintptr_t row_of_route, uintptr_t token_of_row, uintptr_t row_weights,
+               uintptr_t expert_offsets, uintptr_t expert_of_block, int64_t num_tokens,
+               int64_t top_k, int64_t num_experts, uintptr_t stream) {
+    const comet_ds::RowPlanParams params{.topk_ids = pointer<int64_t>(topk_ids),
+                                         .topk_weights = pointer<float>(topk_weights),
+                                         .ranks = pointer<int32_t>(ranks),
+                                         .kept_counts = pointer<int32_t>(kept_counts),
+                                         .row_of_route = pointer<int64_t>(row_of_route),
+                                         .token_of_row = pointer<int32_t>(token_of_row),
+                                         .row_weights = pointer<float>(row_weights),
+                                         .expert_offsets = pointer<int32_t>(expert_offsets),
+                                         .expert_of_block = pointer<int32_t>(expert_of_block),
+                                         .num_tokens = num_tokens,
+                                         .top_k = top_k,
+                                         .num_experts = num_experts};
+    plan_rows(params, pointer<CUstream_st>(stream));
+}
+
+// Addresses of row_of_route, token_of_row, row_weights, expert_offsets; then num_tokens, top_k,
+// num_experts, max_rows.
+using PlanFields = std::array<int64_t, 8>;
+
+comet_ds::RowPlan row_plan(const PlanFields& f) {
+    return {.row_of_route = pointer<int64_t>(f[0]),
+            .token_of_row = pointer<int32_t>(f[1]),
+            .row_weights = pointer<float>(f[2]),
+            .expert_offsets = pointer<int32_t>(f[3]),
+            .num_tokens = f[4],
+            .top_k = f[5],
+            .num_experts = f[6],
+            .max_rows = f[7]};
+}
+
+void dispatch_rows(const PlanFields& plan, uintptr_t tokens, uintptr_t rows, int64_t row_bytes,
+                   uintptr_t stream) {
+    comet_ds::dispatch_rows(row_plan(plan), pointer<void>(tokens), pointer<void>(rows), row_bytes,
+                            pointer<CUstream_st>(stream));
+}
+
+void sum_row_dots(const PlanFields& plan, uintptr_t topk_ids, uintptr_t row_dots,
+                  int64_t num_tiles, uintptr_t grad, uintptr_t bias, int64_t hidden,
+                  bool is_bfloat16, uintptr_t grad_weights, uintptr_t stream) {
+    comet_ds::sum_row_dots(row_plan(plan), pointer<int64_t>(topk_ids), pointer<float>(row_dots),
+                           num_tiles, pointer<void>(grad), pointer<const void*>(bias), hidden,
+                           is_bfloat16, pointer<float>(grad_weights),
+                           pointer<CUstream_st>(stream));
+}
+
+void sum_expert_rows(const PlanFields& plan, uintptr_t rows, bool is_weighted, int64_t cols,
+                     bool is_bfloat16, uintptr_t grad_bias, uintptr_t stream) {
+    comet_ds::sum_expert_rows(row_plan(plan), pointer<void>(rows), is_weighted, cols, is_bfloat16,
+                              pointer<void>(grad_bias), pointer<CUstream_st>(stream));
+}
+
+using Matrices = std::vector<std::array<int64_t, 4>>;  // address, batch, rows, cols
+
+void encode(CUtensorMap* maps, const Matrices& matrices, bool is_bfloat16, int box_rows) {
+    for (const auto& [address, batch, rows, cols] : matrices) {
+        *maps++ = comet_ds::encode_tensor_map({uintptr_t(address), batch, rows, cols}, is_bfloat16,
+                                              box_rows);
+    }
+}
+
+// Tensor maps of equally shaped matrices, as bytes to copy to the device.
+py::bytes tensor_maps(const std::vector<uintptr_t>& addresses, int64_t rows, int64_t cols,
+                      bool is_bfloat16) {
+    std::vector<CUtensorMap> maps;
+    for (const uintptr_t address : addresses) {
+        maps.push_back(comet_ds::encode_tensor_map({address, 1, rows, cols}, is_bfloat16,
+                                                   kOperandRows));
+    }
+    return {reinterpret_cast<const char*>(maps.data()), maps.size() * sizeof(CUtensorMap)};
+}
+
+void expert_gemm(int pass, bool is_bfloat16, bool is_gated, int activation, const Matrices& a,
+                 const Matrices& b, const Matrices& out, std::array<uintptr_t, 2> weights,
+                 std::array<uintptr_t, 2> bias, uintptr_t expert_offsets,
+                 uintptr_t expert_of_block, uintptr_t row_weights, uintptr_t row_dots,
+                 int num_experts, int max_rows, int n, int k, bool save_pre, int num_sms,
+                 uintptr_t stream) {
+    const comet_ds::ExpertGemmVariant variant{comet_ds::Pass{pass}, is_bfloat16, is_gated,
+                                              comet_ds::Activation{activation}};
+    comet_ds::ExpertGemmParams params{};
+    const bool is_weight_grad = variant.pass == comet_ds::Pass::kWeightGrad;
+    encode(params.a, a, is_bfloat16, kOperandRows);
+    encode(params.b, b, is_bfloat16, is_weight_grad ? kOperandRows : kResultRows);
+    encode(params.out, out, is_bfloat16, kResultRows);
+    for (int i = 0; i < 2; ++i) {
+        params.weights[i] = pointer<CUtensorMap>(weights[i]);
+        params.bias[i] = pointer<const void*>(bias[i]);
+    }
+    params.expert_offsets = pointer<int>(expert_offsets);
+    params.expert_of_block = pointer<int>(expert_of_block);
+    params.row_weights = pointer<float>(row_weights);
+    params.row_dots = pointer<float>(row_dots);
+    if (is_weight_grad) {
+        params.num_problems = out.size();
+        for (size_t i = 0; i < out.size(); ++i) {
+            params.problems[i] = {int(out[i][2]), int(out[i][3])};
+        }
+    }
+    params.num_experts = num_experts;
+    params.max_rows = max_rows;
+    params.n = n;
+    params.k = k;
+    params.save_pre = save_pre;
+    expert_gemm(params, variant, num_sms, pointer<CUstream_st>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -82,6 +263,19 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("combine_backward", &combine_backward);
     m.def("plan_routes", &plan_routes);
     m.def("order_arrival", &order_arrival);
+    m.def("gate_logits", &gate_logits);
+    m.def("gate_scratch_bytes", &comet_ds::gate_scratch_bytes);
+    m.def("route_tokens", &route_tokens);
+    m.def("route_tokens_backward", &route_tokens_backward);
+    m.def("split_bfloat16", &split_bfloat16);
+    m.def("plan_rows", &plan_rows);
+    m.def("dispatch_rows", &dispatch_rows);
+    m.def("sum_row_dots", &sum_row_dots);
+    m.def("sum_expert_rows", &sum_expert_rows);
+    m.def("tensor_maps", &tensor_maps);
+    m.def("expert_gemm", &expert_gemm);
     m.attr("routes_per_block") = comet_ds::kRoutesPerBlock;
     m.attr("max_segments") = comet_ds::kMaxSegments;
+    m.attr("row_block") = comet_ds::kRowBlock;
+    m.attr("down_grad_tile_cols") = comet_ds::kDownGradTileCols;
 }

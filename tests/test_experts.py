@@ -23,7 +23,14 @@ from experts_zoo import (
 from tolerance import assert_close
 from torch import nn
 
-from comet_ds.experts import ExpertMLP, recognise_mlp, run_expert, run_experts
+from comet_ds.experts import (
+    ExpertMLP,
+    ModuleStructure,
+    RecognisedExperts,
+    recognise_mlp,
+    run_expert,
+    run_experts,
+)
 from comet_ds.grouped_mlp import ExpertRunner, _Stack
 
 HIDDEN, FFN = 16, 40
@@ -88,13 +95,14 @@ def test_refused(name: str) -> None:
 
 def test_train_and_eval_are_recognised_apart() -> None:
     """First seen in eval mode, a module that drops out in training must not stay recognised."""
-    runner = ExpertRunner([DropoutInTraining(HIDDEN, FFN).bfloat16()])
-    runner.experts[0].eval()
-    assert runner._recognise() is None
-    runner.experts[0].train()
-    assert "dropout" in runner._recognise()
-    runner.experts[0].eval()
-    assert runner._recognise() is None
+    experts, recognised = [DropoutInTraining(HIDDEN, FFN)], RecognisedExperts()
+    experts[0].eval()
+    found = recognised.find(experts)
+    assert isinstance(found, list)
+    experts[0].train()
+    assert "dropout" in recognised.find(experts)
+    experts[0].eval()
+    assert recognised.find(experts) is found
 
 
 def test_probe_catches_a_module_that_lies() -> None:
@@ -116,11 +124,12 @@ def test_structure_notices_changes() -> None:
         "patched forward": lambda e: setattr(e.w1, "forward", e.w1.forward),
     }
     for name, change in changes.items():
-        expert = GatedMLP(HIDDEN, FFN)
-        mlp = recognise_mlp(expert)
-        assert mlp.structure.holds(expert)
-        change(expert)
-        assert not mlp.structure.holds(expert), name
+        experts = [GatedMLP(HIDDEN, FFN) for _ in range(2)]
+        structure = ModuleStructure(experts)
+        assert structure.holds(experts)
+        change(experts[1])
+        assert not structure.holds(experts), name
+    assert not structure.holds(experts[:1]), "another list"
 
 
 def test_tracing_draws_no_random_number() -> None:

@@ -34,18 +34,28 @@ def check(rank: int, size: int, name: str, dtype: torch.dtype, k: int, num_token
     common = dict(expert=EXPERTS[name](), ep_size=size, k=k, dtype=dtype, device="cuda")
     common["parallel"] = size > 1
     theirs = run(build(DeepSpeedMoE, rank, **common), x, grad)
-    for block in ({}, {"num_chunks": 3}, {"grouped_gemm": False}, {"path": "reference"}):
+    pipelined = {"path": "pipelined", "exact_gate": True}
+    for block in (
+        {"exact_gate": True},
+        pipelined,
+        {**pipelined, "num_chunks": 3},
+        {**pipelined, "grouped_gemm": False},
+        {"path": "reference", "exact_gate": True},
+    ):
         layer = build(MoE, rank, **common, comet_ds=block)
         got = run(layer, x, grad)
         for what, value in theirs.items():
             assert_close(got[what], value, f"{name} {dtype} {k=} {block}: {what}")
-        if block == {}:
+        can_fuse = size == 1 and dtype != torch.float32 and name != "not recognised"
+        if "path" not in block:
+            assert layer.deepspeed_moe.path == ("fused" if can_fuse else "pipelined")
+        if block == pipelined:
             grouped = layer.deepspeed_moe.runner.reason is None
             assert grouped == (dtype == torch.bfloat16 and name != "not recognised")
             assert row_ops.describe(x) == "CUDA row kernels"
             again = run(layer, x, grad)
             assert all(torch.equal(again[what], value) for what, value in got.items())
-    layer = build(MoE, rank, **common, drop_tokens=False)
+    layer = build(MoE, rank, **common, drop_tokens=False, comet_ds={"exact_gate": True})
     theirs = run(build(DeepSpeedMoE, rank, **common, drop_tokens=False), x, grad)
     got = run(layer, x, grad)
     experts = [randomize(EXPERTS[name](), i).to("cuda", dtype).double() for i in range(8)]
@@ -74,8 +84,10 @@ def test_two_ranks(world, name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu(1)
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_no_host_synchronisation(k: int) -> None:
-    layer = build(MoE, 0, expert=EXPERTS["gated"](), k=k, dtype=torch.bfloat16, device="cuda")
+@pytest.mark.parametrize("path", ["fused", "pipelined"])
+def test_no_host_synchronisation(path: str, k: int) -> None:
+    common = dict(expert=EXPERTS["gated"](), k=k, dtype=torch.bfloat16, device="cuda")
+    layer = build(MoE, 0, **common, comet_ds={"path": path})
     x, grad = tokens(0, 256, torch.bfloat16)
     run(layer, x, grad)  # builds the kernels and torch's distributions
     torch.cuda.synchronize()
@@ -89,25 +101,30 @@ def test_no_host_synchronisation(k: int) -> None:
 
 @pytest.mark.gpu(1)
 def test_no_tokens() -> None:
-    layer = build(MoE, 0, expert=EXPERTS["gated"](), k=2, dtype=torch.bfloat16, device="cuda")
-    result = run(layer, *tokens(0, 0, torch.bfloat16))
-    assert layer.deepspeed_moe.runner.reason is None
-    assert all(t.abs().sum() == 0 for n, t in result.items() if n.startswith("grad"))
+    for path in ("fused", "pipelined"):
+        common = dict(expert=EXPERTS["gated"](), k=2, dtype=torch.bfloat16, device="cuda")
+        layer = build(MoE, 0, **common, comet_ds={"path": path})
+        result = run(layer, *tokens(0, 0, torch.bfloat16))
+        assert layer.deepspeed_moe.path == path
+        assert all(t.abs().sum() == 0 for n, t in result.items() if n.startswith("grad"))
 
 
 @pytest.mark.gpu(1)
-def test_changed_experts_are_noticed() -> None:
-    """Grouped GEMM must not go on with matrices, or past hooks, that came later."""
-    layer = build(MoE, 0, expert=EXPERTS["gated"](), k=2, dtype=torch.bfloat16, device="cuda")
-    runner, x = layer.deepspeed_moe.runner, tokens(0, 64, torch.bfloat16)[0]
-    assert layer(x)[0].abs().sum() > 0 and runner.reason is None
+@pytest.mark.parametrize("path", ["fused", "pipelined"])
+def test_changed_experts_are_noticed(path: str) -> None:
+    """Kernels must not go on with matrices, or past hooks, that came later."""
+    common = dict(expert=EXPERTS["gated"](), k=2, dtype=torch.bfloat16, device="cuda")
+    layer = build(MoE, 0, **common, comet_ds={"path": "auto" if path == "fused" else path})
+    x = tokens(0, 64, torch.bfloat16)[0]
+    assert layer(x)[0].abs().sum() > 0 and layer.deepspeed_moe.path == path
     for expert in layer.deepspeed_moe.experts.deepspeed_experts:
         expert.w2 = torch.nn.Linear(FFN, HIDDEN, bias=False).to("cuda", torch.bfloat16)
         torch.nn.init.zeros_(expert.w2.weight)
-    assert layer(x)[0].abs().sum() == 0 and runner.reason is None
+    assert layer(x)[0].abs().sum() == 0 and layer.deepspeed_moe.path == path
     expert.register_forward_hook(lambda module, args, output: output + 1)
     layer(x)
-    assert "hooks" in runner.reason
+    assert layer.deepspeed_moe.path == "pipelined"
+    assert "hooks" in layer.deepspeed_moe.runner.reason
 
 
 def check_no_wait(rank: int, size: int) -> None:

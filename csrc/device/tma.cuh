@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+// The copy engine between global and shared memory, and the barriers that count its bytes.
+// One function an instruction, named like it. Source: PTX ISA, "cp.async.bulk.tensor", "mbarrier".
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+namespace comet_ds {
+
+__device__ inline uint32_t smem_address(const void* pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// --- mbarrier: a phase completes when all arrivals and all announced bytes are in ---------------
+
+__device__ inline void mbarrier_init(uint32_t barrier, int num_arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(num_arrivals));
+}
+
+// Makes initialised barriers visible to the copy engine and to the other CTAs of the cluster.
+__device__ inline void fence_mbarrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ inline void mbarrier_arrive_expect_tx(uint32_t barrier, int num_bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+                 "r"(num_bytes)
+                 : "memory");
+}
+
+__device__ inline void mbarrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives at the barrier at the same address in another CTA of the cluster.
+__device__ inline void mbarrier_arrive_cluster(uint32_t barrier, int cta_rank) {
+    asm volatile(
+        "{\n.reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}\n" ::"r"(barrier),
+        "r"(cta_rank)
+        : "memory");
+}
+
+__device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "wait:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra finished;\n"
+        "bra wait;\n"
+        "finished:\n}\n" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+// --- named barriers: some of a CTA's warps ---------------------------------------------------------
+
+__device__ inline void named_barrier_sync(int barrier, int num_threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
+}
+
+// Counts this warp in without waiting.
+__device__ inline void named_barrier_arrive(int barrier, int num_threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
+}
+
+// --- TMA ----------------------------------------------------------------------------------------
+
+// Copies the box at (col, row, batch); outside the tensor it reads zeros, and they count as bytes.
+__device__ inline void tma_load(uint32_t smem, const CUtensorMap* map, uint32_t barrier, int col,
+                                int row, int batch) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(smem),
+        "l"(map), "r"(barrier), "r"(col), "r"(row), "r"(batch)
+        : "memory");
+}
+
+// The same into all CTAs of `cta_mask`, at the same shared address, counted by each one's barrier.
+__device__ inline void tma_load_multicast(uint32_t smem, const CUtensorMap* map, uint32_t barrier,
+                                          int col, int row, int batch, uint16_t cta_mask) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(smem),
+        "l"(map), "r"(barrier), "r"(col), "r"(row), "r"(batch), "h"(cta_mask)
+        : "memory");
+}
+
+// Brings a box into L2.
+__device__ inline void tma_prefetch(const CUtensorMap* map, int col, int row, int batch) {
+    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map),
+                 "r"(col), "r"(row), "r"(batch)
+                 : "memory");
+}
+
+// Writes a box; parts outside the tensor are left out.
+__device__ inline void tma_store(const CUtensorMap* map, uint32_t smem, int col, int row,
+                                 int batch) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::
+                     "l"(map),
+                 "r"(smem), "r"(col), "r"(row), "r"(batch)
+                 : "memory");
+}
+
+__device__ inline void bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Waits until at most kPending of this thread's groups still read shared memory.
+template <int kPending>
+__device__ inline void bulk_wait_group_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// Waits until all of this thread's groups have been written.
+__device__ inline void bulk_wait_group() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// Orders this thread's accesses to shared memory before later ones by the copy engine.
+__device__ inline void fence_proxy_async() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Lets this thread use a tensor map in global memory that was written before the launch.
+__device__ inline void fence_tensormap_acquire(const CUtensorMap* map) {
+    asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(map) : "memory");
+}
+
+__device__ inline void prefetch_tensormap(const CUtensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// --- clusters, registers, fragments ---------------------------------------------------------------
+
+__device__ inline int cluster_cta_rank() {
+    int rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+__device__ inline void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;\n" ::: "memory");
+}
+
+template <int kRegisters>
+__device__ inline void setmaxnreg_dec() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ inline void setmaxnreg_inc() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Stores four 8 x 8 matrices of 2-byte elements; lane l gives the address of row l % 8 of matrix
+// l / 8, and holds row l / 4, columns 2 (l % 4) + 0, 1 of each.
+__device__ inline void stmatrix_x4(uint32_t smem, const uint32_t (&matrix)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem),
+                 "r"(matrix[0]), "r"(matrix[1]), "r"(matrix[2]), "r"(matrix[3])
+                 : "memory");
+}
+
+// The reverse.
+__device__ inline void ldmatrix_x4(uint32_t smem, uint32_t (&matrix)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
+                 : "r"(smem)
+                 : "memory");
+}
+
+}  // namespace comet_ds

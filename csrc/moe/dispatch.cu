@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launchers of dispatch.cuh.
+#include "dispatch.cuh"
+
+#include <algorithm>
+
+#include "device/launch.h"
+
+namespace comet_ds {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename T>
+void launch_row_dots(const RowPlan& plan, const int64_t* topk_ids, const float* row_dots,
+                     int64_t num_tiles, const void* grad, const void* const* bias, int64_t hidden,
+                     float* grad_weights, cudaStream_t stream) {
+    const int64_t num_blocks = ceil_div(plan.num_tokens * plan.top_k, kRowWarps);
+    sum_row_dots_kernel<<<num_blocks, kRowWarps * 32, 0, stream>>>(
+        plan, topk_ids, row_dots, num_tiles, static_cast<const T*>(grad), bias, hidden,
+        grad_weights);
+}
+
+template <typename T>
+void launch_expert_rows(const RowPlan& plan, const void* rows, bool is_weighted, int64_t cols,
+                        void* grad_bias, cudaStream_t stream) {
+    const dim3 grid(plan.num_experts, ceil_div(cols, kSumCols));
+    sum_expert_rows_kernel<<<grid, kSumCols / 2 * kSumSlices, 0, stream>>>(
+        plan, static_cast<const T*>(rows), is_weighted, cols, static_cast<T*>(grad_bias));
+}
+
+}  // namespace
+
+void plan_rows(const RowPlanParams& p, cudaStream_t stream) {
+    const int64_t num_items = std::max(p.num_tokens * p.top_k, p.num_experts * kRowBlock);
+    const int smem_bytes = (p.num_experts + 1) * sizeof(int);
+    plan_rows_kernel<<<ceil_div(num_items, kPlanThreads), kPlanThreads, smem_bytes, stream>>>(p);
+    check_launch("plan_rows");
+}
+
+void dispatch_rows(const RowPlan& plan, const void* tokens, void* rows, int64_t row_bytes,
+                   cudaStream_t stream) {
+    const int64_t num_blocks = ceil_div(plan.max_rows, kRowWarps);
+    dispatch_rows_kernel<<<num_blocks, kRowWarps * 32, 0, stream>>>(
+        plan, static_cast<const uint4*>(tokens), static_cast<uint4*>(rows),
+        row_bytes / sizeof(uint4));
+    check_launch("dispatch_rows");
+}
+
+void sum_row_dots(const RowPlan& plan, const int64_t* topk_ids, const float* row_dots,
+                  int64_t num_tiles, const void* grad, const void* const* bias, int64_t hidden,
+                  bool is_bfloat16, float* grad_weights, cudaStream_t stream) {
+    if (plan.num_tokens == 0) return;
+    const auto launch = is_bfloat16 ? launch_row_dots<__nv_bfloat16> : launch_row_dots<__half>;
+    launch(plan, topk_ids, row_dots, num_tiles, grad, bias, hidden, grad_weights, stream);
+    check_launch("sum_row_dots");
+}
+
+void sum_expert_rows(const RowPlan& plan, const void* rows, bool is_weighted, int64_t cols,
+                     bool is_bfloat16, void* grad_bias, cudaStream_t stream) {
+    const auto launch =
+        is_bfloat16 ? launch_expert_rows<__nv_bfloat16> : launch_expert_rows<__half>;
+    launch(plan, rows, is_weighted, cols, grad_bias, stream);
+    check_launch("sum_expert_rows");
+}
+
+}  // namespace comet_ds

@@ -1,0 +1,464 @@
+// SPDX-License-Identifier: Apache-2.0
+// One grouped GEMM body for every product of the experts' MLPs on Hopper.
+//
+// 1. Math: the passes of expert_gemm.h. Rows are sorted by expert, each expert's padded with zero
+//    rows to a multiple of 128, so no tile of rows belongs to two experts and none needs a mask;
+//    columns and k outside the matrices are cut off by the copy engine.
+//        pass          A (rows x k)        B (columns x k)     result
+//        kUp           x, k contiguous     up, k contiguous    128 columns of gate and of up a tile
+//        kDown         h, k contiguous     down, k contiguous
+//        kDownGrad     dy, k contiguous    down, transposed
+//        kUpGrad       dpre, k contiguous  up, transposed      gated: k runs over gate, then up
+//        kWeightGrad   dpre, transposed    x, transposed       k runs over an expert's rows
+// 2. Grid and roles: persistent clusters of one or two CTAs. Two work on neighbouring blocks of rows
+//    and the same columns; where both rows are one expert's, each loads half of B for both. In a CTA
+//    warpgroup 0 loads (one thread), warpgroups 1 and 2 multiply. Either both work on one 128 x 256
+//    tile, 64 rows each, or (ping-pong) each on 128 x 128 tiles of its own, so that one's epilogue
+//    runs under the other's products. All roles walk the same Schedule.
+// 3. Barriers, in shared memory, one of each a stage:
+//        full[s]   arrivals: the loading thread, plus the bytes of both operands (also those the
+//                  other CTA loads); waited for by the math warpgroup(s)
+//        saved[w]  a math warp's block of saved pre-activations, asked for by itself (kDownGrad)
+//        empty[s]  arrivals: every math warpgroup that has read the stage, of all CTAs of the
+//                  cluster, since all may write into it; waited for by the loading thread
+//    The parity of a phase is that of the ring's turn; nothing is reset. Loading waits only for
+//    products, products only for loads, and stores for nothing: there is no cycle.
+// 4. Shared memory: kStages x (A 16 KB + B 32 or 16 KB), then 2 to 4 staging buffers of 2 KB for
+//    every math warp, then the barriers. Products are summed in order of k, results
+//    have one writer: the same input gives the same bits.
+// 5. Sources: PTX ISA (wgmma, cp.async.bulk.tensor, mbarrier); CUTLASS names the two schedules
+//    cooperative and ping-pong.
+#pragma once
+
+#include "device/tma.cuh"
+#include "device/wgmma.cuh"
+#include "expert_epilogue.cuh"
+#include "expert_gemm.h"
+
+namespace comet_ds {
+
+template <typename ElementType, Pass kPassValue, bool kIsGated,
+          Activation kActivationValue = Activation::kRelu>
+struct ExpertGemmConfig {
+    using Element = ElementType;
+    static constexpr Pass kPass = kPassValue;
+    static constexpr bool kGated = kIsGated;
+    static constexpr Activation kActivation = kActivationValue;
+
+    // NOTE: measured on an H200, all shapes of comet_ds.bench: activations in the epilogue want
+    // ping-pong (kUp +7 to 12%, kDownGrad +5 to 13%), plain products the larger tile (+0 to 12%).
+    // Sharing B in a cluster pays for it (kUp in ping-pong +10%), except where k is strided.
+    static constexpr bool kPingPong = kPass == Pass::kUp || kPass == Pass::kDownGrad;
+    static constexpr int kClusterSize =
+        kPass == Pass::kDownGrad || kPass == Pass::kWeightGrad ? 1 : 2;
+
+    static constexpr bool kTransposeA = kPass == Pass::kWeightGrad;
+    static constexpr bool kTransposeB = kPass != Pass::kUp && kPass != Pass::kDown;
+
+    static constexpr int kTileM = kRowBlock;
+    static constexpr int kTileN = kPingPong ? 128 : 256;
+    static constexpr int kTileK = kBlockElements;
+    // Columns of the result a tile covers: gate and up columns of kUp lie side by side.
+    static constexpr int kTileCols = kPass == Pass::kUp && kGated ? kTileN / 2 : kTileN;
+    static constexpr int kBlocksA = kTileM / kBlockElements;
+    static constexpr int kBlocksB = kTileN / kBlockElements;
+    static constexpr int kStageBytes = (kBlocksA + kBlocksB) * kBlockBytes;
+
+    static constexpr int kMathWarpgroups = 2;
+    static constexpr int kThreads = 128 * (1 + kMathWarpgroups);
+    static constexpr int kMmaRows = kPingPong ? 2 : 1;  // 64-row products a warpgroup
+    // Tensors an epilogue reads, and the most blocks of 16 x 64 it has in flight for a warp.
+    static constexpr int kReadTensors = kPass == Pass::kDownGrad ? 1 + kGated : 0;
+    static constexpr int kResults = kPass == Pass::kUp || kPass == Pass::kDownGrad ? 2 + kGated : 1;
+    static constexpr int kStagingBuffers = kResults > 1 ? kResults : 2;
+    static constexpr int kStagingBytesWarp = kStagingBuffers * kStagingBytes;
+    static constexpr int kMathWarps = 4 * kMathWarpgroups;
+    static constexpr int kStages = kPingPong ? 5 : 4;
+    static constexpr int kArrivalsEmpty = (kPingPong ? 1 : kMathWarpgroups) * kClusterSize;
+
+    static constexpr int kSwizzleAlignment = 1024;
+    static constexpr int kSmemBytes = kSwizzleAlignment + kStages * kStageBytes +
+                                      kMathWarps * kStagingBytesWarp +
+                                      (2 * kStages + kMathWarps) * sizeof(uint64_t);
+    static_assert(kPass != Pass::kDownGrad || kTileCols == kDownGradTileCols);
+    static_assert(kSmemBytes <= 227 * 1024, "a CTA has 227 KB of shared memory");
+};
+
+// Named barriers of a CTA; 0 is __syncthreads. Ping-pong: a math warpgroup's turn to multiply. One
+// that ran ahead would take a stage's phase for the one two turns before it.
+enum Barrier : int { kTurn = 1 };
+
+// Which tile of the result a CTA works on.
+struct Tile {
+    int expert;
+    int problem;    // kWeightGrad only
+    int row;        // first row of the result (kWeightGrad: of out[expert])
+    int col;        // first column
+    int first_k;    // kWeightGrad: first row of the expert
+    int num_steps;  // steps of kTileK
+    bool is_stored;
+    bool shares_b;  // the cluster's CTAs have the same B tile
+};
+
+// Walks the tiles. Neighbouring clusters get tiles of neighbouring rows in groups of kGroupRows,
+// then the next columns, so that what runs at one time shares its operands in L2.
+template <typename C>
+class Schedule {
+public:
+    __device__ explicit Schedule(const ExpertGemmParams& p) : p_(p) {
+        if constexpr (C::kPass != Pass::kWeightGrad) {
+            num_blocks_ = p.expert_offsets[p.num_experts] / C::kTileM;
+            units_m_ = ceil_div(num_blocks_, C::kClusterSize);
+            units_n_ = ceil_div(p.n, C::kTileCols);
+            const int segments = C::kPass == Pass::kUpGrad && C::kGated ? 2 : 1;
+            num_steps_ = segments * ceil_div(p.k, C::kTileK);
+        }
+    }
+
+    // Returns whether there is an i-th tile for this CTA, and which.
+    __device__ bool get(int i, Tile& tile) const {
+        const int cluster = blockIdx.x / C::kClusterSize, rank = blockIdx.x % C::kClusterSize;
+        const int unit = cluster + i * (gridDim.x / C::kClusterSize);
+        if constexpr (C::kPass == Pass::kWeightGrad) {
+            return weight_grad(unit, tile);
+        } else {
+            if (unit >= units_m_ * units_n_) return false;
+            int unit_m, unit_n;
+            place(unit, units_m_, units_n_, unit_m, unit_n);
+            const int first = unit_m * C::kClusterSize, block = first + rank;
+            // Without a block of its own a CTA still loads its part of the other's operand.
+            tile.is_stored = block < num_blocks_;
+            tile.expert = p_.expert_of_block[tile.is_stored ? block : first];
+            tile.shares_b = C::kClusterSize > 1 &&
+                            (first + 1 >= num_blocks_ ||
+                             p_.expert_of_block[first] == p_.expert_of_block[first + 1]);
+            tile.row = block * C::kTileM;
+            tile.col = unit_n * C::kTileCols;
+            tile.num_steps = num_steps_;
+            return true;
+        }
+    }
+
+private:
+    static constexpr int kGroupRows = 16 / C::kClusterSize;
+
+    static __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+    static __device__ void place(int unit, int units_m, int units_n, int& m, int& n) {
+        const int group = unit / (kGroupRows * units_n), first = group * kGroupRows;
+        const int size = min(kGroupRows, units_m - first);
+        const int rest = unit - first * units_n;
+        m = first + rest % size;
+        n = rest / size;
+    }
+
+    __device__ bool weight_grad(int unit, Tile& tile) const {
+        int tiles_per_expert = 0;
+        for (int i = 0; i < p_.num_problems; ++i) tiles_per_expert += tiles_m(i) * tiles_n(i);
+        tile.expert = unit / tiles_per_expert;
+        if (tile.expert >= p_.num_experts) return false;
+        int rest = unit - tile.expert * tiles_per_expert;
+        tile.problem = 0;
+        while (rest >= tiles_m(tile.problem) * tiles_n(tile.problem)) {
+            rest -= tiles_m(tile.problem) * tiles_n(tile.problem);
+            ++tile.problem;
+        }
+        int m, n;
+        place(rest, tiles_m(tile.problem), tiles_n(tile.problem), m, n);
+        tile.row = m * C::kTileM;
+        tile.col = n * C::kTileN;
+        tile.shares_b = false;
+        tile.first_k = p_.expert_offsets[tile.expert];
+        tile.num_steps = (p_.expert_offsets[tile.expert + 1] - tile.first_k) / C::kTileK;
+        tile.is_stored = true;
+        return true;
+    }
+
+    __device__ int tiles_m(int problem) const { return ceil_div(p_.problems[problem].m, C::kTileM); }
+    __device__ int tiles_n(int problem) const { return ceil_div(p_.problems[problem].n, C::kTileN); }
+
+    const ExpertGemmParams& p_;
+    int num_blocks_, units_m_, units_n_, num_steps_;
+};
+
+// The ring of stages; each role has its own.
+template <typename C>
+struct Ring {
+    uint32_t smem;  // stages, 1024-byte aligned
+    uint32_t barriers;
+    int stage = 0;
+    uint32_t parity = 0;
+
+    __device__ uint32_t a() const { return smem + stage * C::kStageBytes; }
+    __device__ uint32_t b() const { return a() + C::kBlocksA * kBlockBytes; }
+    __device__ uint32_t full() const { return barriers + stage * 8; }
+    __device__ uint32_t empty(int of_stage) const { return barriers + (C::kStages + of_stage) * 8; }
+    __device__ void advance() {
+        if (++stage == C::kStages) stage = 0, parity ^= 1;
+    }
+    __device__ void skip(int num_steps) {
+        const int turns = (stage + num_steps) / C::kStages;
+        stage += num_steps - turns * C::kStages;
+        parity ^= turns & 1;
+    }
+};
+
+// Loads kBlocks blocks of 64 x 64 of an operand: rows mn ... and columns k ..., or transposed.
+template <bool kTranspose, int kBlocks>
+__device__ inline void load_blocks(uint32_t smem, const CUtensorMap* map, uint32_t barrier, int mn,
+                                   int k, bool into_cluster) {
+    constexpr uint16_t kBothCtas = 0b11;
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+        const int along = mn + i * kBlockElements;
+        const int col = kTranspose ? along : k, row = kTranspose ? k : along;
+        const uint32_t block = smem + i * kBlockBytes;
+        if (into_cluster) {
+            tma_load_multicast(block, map, barrier, col, row, 0, kBothCtas);
+        } else {
+            tma_load(block, map, barrier, col, row, 0);
+        }
+    }
+}
+
+template <typename C>
+__device__ inline void load_tiles(const ExpertGemmParams& p, Ring<C> ring) {
+    const int rank = C::kClusterSize > 1 ? cluster_cta_rank() : 0;
+    const Schedule<C> schedule(p);
+    const int steps_per_matrix = (p.k + C::kTileK - 1) / C::kTileK;
+    int mapped_expert = -1;
+    Tile tile;
+    for (int i = 0; schedule.get(i, tile); ++i) {
+        const CUtensorMap *first = nullptr, *second = nullptr;
+        if constexpr (C::kPass != Pass::kWeightGrad) {
+            first = p.weights[0] + tile.expert;
+            if constexpr (C::kGated) second = p.weights[1] + tile.expert;
+            if (tile.expert != mapped_expert) {
+                mapped_expert = tile.expert;
+                fence_tensormap_acquire(first);
+                if constexpr (C::kGated) fence_tensormap_acquire(second);
+            }
+        }
+        for (int step = 0; step < tile.num_steps; ++step, ring.advance()) {
+            const uint32_t full = ring.full();
+            mbarrier_wait(ring.empty(ring.stage), ring.parity ^ 1);
+            mbarrier_arrive_expect_tx(full, C::kStageBytes);
+            const auto load_a = [&](const CUtensorMap* map, int k) {
+                load_blocks<C::kTransposeA, C::kBlocksA>(ring.a(), map, full, tile.row, k, false);
+            };
+            // B in two halves, which a cluster's CTAs may divide among themselves.
+            const auto load_b = [&](const CUtensorMap* map, int half, int col, int k) {
+                constexpr int kHalf = C::kBlocksB / 2;
+                if (tile.shares_b && half != rank) return;
+                load_blocks<C::kTransposeB, kHalf>(ring.b() + half * kHalf * kBlockBytes, map, full,
+                                                   col, k, tile.shares_b);
+            };
+            constexpr int kHalfCols = C::kTileN / 2;
+            if constexpr (C::kPass == Pass::kWeightGrad) {
+                const int k = tile.first_k + step * C::kTileK;
+                load_a(&p.a[tile.problem], k);
+                load_b(&p.b[tile.problem], 0, tile.col, k);
+                load_b(&p.b[tile.problem], 1, tile.col + kHalfCols, k);
+            } else if constexpr (C::kPass == Pass::kUp && C::kGated) {
+                load_a(&p.a[0], step * C::kTileK);
+                load_b(first, 0, tile.col, step * C::kTileK);
+                load_b(second, 1, tile.col, step * C::kTileK);
+            } else {
+                const bool is_second = step >= steps_per_matrix;
+                const int k = (is_second ? step - steps_per_matrix : step) * C::kTileK;
+                load_a(&p.a[is_second ? 1 : 0], k);
+                load_b(is_second ? second : first, 0, tile.col, k);
+                load_b(is_second ? second : first, 1, tile.col + kHalfCols, k);
+            }
+        }
+    }
+}
+
+// Sums the products of one tile; returns with the ring behind it and all its stages released.
+template <typename C>
+__device__ inline void multiply(float (&acc)[C::kMmaRows][C::kTileN / 2], int num_steps,
+                                Ring<C>& ring, int warpgroup) {
+    const int thread = threadIdx.x % 128;
+    const auto release = [&](int stage) {
+        if constexpr (C::kClusterSize == 1) {
+            if (thread == 0) mbarrier_arrive(ring.empty(stage));
+        } else {
+            if (thread < C::kClusterSize) mbarrier_arrive_cluster(ring.empty(stage), thread);
+        }
+    };
+    const uint32_t first_block = C::kPingPong ? 0 : warpgroup * kBlockBytes;
+    // Also what makes the weight gradient of an expert without rows zero.
+#pragma unroll
+    for (int m = 0; m < C::kMmaRows; ++m) {
+#pragma unroll
+        for (int i = 0; i < C::kTileN / 2; ++i) acc[m][i] = 0.0f;
+    }
+    int previous = -1;
+#pragma unroll 1
+    for (int step = 0; step < num_steps; ++step) {
+        mbarrier_wait(ring.full(), ring.parity);
+        const uint64_t a = matrix_descriptor(ring.a() + first_block);
+        const uint64_t b = matrix_descriptor(ring.b());
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < C::kTileK / 16; ++k) {
+#pragma unroll
+            for (int m = 0; m < C::kMmaRows; ++m) {
+                wgmma<typename C::Element, C::kTransposeA, C::kTransposeB>(
+                    acc[m], a + m * (kBlockBytes >> 4) + k * kDescriptorStepK<C::kTransposeA>,
+                    b + k * kDescriptorStepK<C::kTransposeB>);
+            }
+        }
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (previous >= 0) release(previous);
+        previous = ring.stage;
+        ring.advance();
+    }
+    if constexpr (C::kPingPong) named_barrier_arrive(kTurn + 1 - warpgroup, 2 * 128);
+    wgmma_wait<0>();
+    if (previous >= 0) release(previous);
+}
+
+// First of a warp's 16 rows in its m-th 64 rows of a tile.
+template <typename C>
+__device__ inline int warp_row(const Tile& tile, int warpgroup, int m) {
+    return tile.row + (C::kPingPong ? m : warpgroup) * kBlockElements + threadIdx.x % 128 / 32 * 16;
+}
+
+// kDownGrad: has the tile's saved pre-activations on their way while it is multiplied.
+template <typename C>
+__device__ inline void request_saved(const Tile& tile, const ExpertGemmParams& p, int warpgroup,
+                                     const Staging<C::kStagingBuffers>& staging) {
+    constexpr int kBlocks = C::kTileCols / kBlockElements;
+#pragma unroll
+    for (int i = 1; i < C::kMmaRows * kBlocks; ++i) {
+        staging.template prefetch<C::kReadTensors>(p.b, tile.col + i % kBlocks * kBlockElements,
+                                                   warp_row<C>(tile, warpgroup, i / kBlocks));
+    }
+    staging.template request<C::kReadTensors>(p.b, tile.col, warp_row<C>(tile, warpgroup, 0));
+}
+
+template <typename C>
+__device__ inline void finish_tile(const float (&acc)[C::kMmaRows][C::kTileN / 2], const Tile& tile,
+                                   const ExpertGemmParams& p, int warpgroup,
+                                   Staging<C::kStagingBuffers>& staging) {
+    using Element = typename C::Element;
+    constexpr int kBlocks = C::kTileCols / kBlockElements;
+    const int lane = threadIdx.x % 32;
+    const auto bias = [&](int i) {
+        return p.bias[i] == nullptr ? nullptr : p.bias[i][tile.expert];
+    };
+#pragma unroll
+    for (int m = 0; m < C::kMmaRows; ++m) {
+        Fragment at;
+        at.warp_row = warp_row<C>(tile, warpgroup, m);
+        const int row = at.warp_row + lane / 4;  // the thread's, and 8 below
+        float2 weight, dots{0.0f, 0.0f};
+        if constexpr (C::kPass == Pass::kDownGrad) {
+            weight = {p.row_weights[row], p.row_weights[row + 8]};
+        }
+#pragma unroll
+        for (int c = 0; c < kBlocks; ++c) {
+            at.block_col = tile.col + c * kBlockElements;
+            at.col = at.block_col + lane % 4 * 2;
+            const float* block = acc[m] + c * kBlockElements / 2;
+            if constexpr (C::kPass == Pass::kUp) {
+                constexpr int kUpColumns = C::kGated ? C::kTileN / 4 : 0;
+                finish_up<Element, C::kActivation, C::kGated>(
+                    block + kUpColumns, block, at, p, bias(C::kGated ? 1 : 0), bias(0), staging);
+            } else if constexpr (C::kPass == Pass::kDownGrad) {
+                finish_down_grad<Element, C::kActivation, C::kGated>(block, at, p, weight, dots,
+                                                                     staging);
+                const int next = m * kBlocks + c + 1;
+                if (next < C::kMmaRows * kBlocks) {
+                    staging.template request<C::kReadTensors>(
+                        p.b, tile.col + next % kBlocks * kBlockElements,
+                        warp_row<C>(tile, warpgroup, next / kBlocks));
+                }
+            } else {
+                constexpr bool kIsWeightGrad = C::kPass == Pass::kWeightGrad;
+                // Two blocks leave together.
+                if (c % 2 == 0) staging.begin();
+                write_plain<Element>(block, at, kIsWeightGrad ? nullptr : bias(0), p.n, c % 2,
+                                     staging);
+                if (c % 2 == 0) continue;
+                staging.hand_over();
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    staging.send(i, &p.out[kIsWeightGrad ? tile.problem : 0],
+                                 at.block_col + (i - 1) * kBlockElements, at.warp_row,
+                                 kIsWeightGrad ? tile.expert : 0);
+                }
+                staging.end();
+            }
+        }
+        if constexpr (C::kPass == Pass::kDownGrad) {
+#pragma unroll
+            for (int lanes = 1; lanes < 4; lanes *= 2) {
+                dots.x += __shfl_xor_sync(~0u, dots.x, lanes);
+                dots.y += __shfl_xor_sync(~0u, dots.y, lanes);
+            }
+            if (lane % 4 == 0) {
+                float* out = p.row_dots + int64_t{tile.col / C::kTileCols} * p.max_rows + row;
+                out[0] = dots.x;
+                out[8] = dots.y;
+            }
+        }
+    }
+}
+
+template <typename C>
+__global__ void __launch_bounds__(C::kThreads, 1)
+    expert_gemm_kernel(const __grid_constant__ ExpertGemmParams p) {
+    extern __shared__ uint8_t smem_raw[];
+    constexpr uint32_t kAlign = C::kSwizzleAlignment;
+    const uint32_t smem = (smem_address(smem_raw) + kAlign - 1) / kAlign * kAlign;
+    const uint32_t smem_staging = smem + C::kStages * C::kStageBytes;
+    const uint32_t barriers = smem_staging + C::kMathWarps * C::kStagingBytesWarp;
+    const uint32_t read_barriers = barriers + 2 * C::kStages * 8;
+    Ring<C> ring{smem, barriers};
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < C::kStages; ++stage) {
+            mbarrier_init(barriers + stage * 8, 1);
+            mbarrier_init(ring.empty(stage), C::kArrivalsEmpty);
+        }
+        for (int warp = 0; warp < C::kMathWarps; ++warp) mbarrier_init(read_barriers + warp * 8, 1);
+        fence_mbarrier_init();
+    }
+    __syncthreads();
+    if constexpr (C::kClusterSize > 1) cluster_sync();
+
+    constexpr int kLoadRegisters = 40, kMathRegisters = 232;
+    if (threadIdx.x < 128) {
+        setmaxnreg_dec<kLoadRegisters>();
+        if (threadIdx.x == 0) load_tiles<C>(p, ring);
+    } else {
+        setmaxnreg_inc<kMathRegisters>();
+        const int warpgroup = threadIdx.x / 128 - 1;
+        const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
+        Staging<C::kStagingBuffers> staging(smem_staging + warp * C::kStagingBytesWarp,
+                                            read_barriers + warp * 8, lane);
+        const Schedule<C> schedule(p);
+        if (C::kPingPong && warpgroup == 1) named_barrier_arrive(kTurn, 2 * 128);
+        Tile tile;
+#pragma unroll 1
+        for (int i = 0; schedule.get(i, tile); ++i) {
+            if (C::kPingPong && i % C::kMathWarpgroups != warpgroup) {
+                ring.skip(tile.num_steps);
+                continue;
+            }
+            float acc[C::kMmaRows][C::kTileN / 2];
+            if constexpr (C::kReadTensors > 0) request_saved<C>(tile, p, warpgroup, staging);
+            if constexpr (C::kPingPong) named_barrier_sync(kTurn + warpgroup, 2 * 128);
+            multiply<C>(acc, tile.num_steps, ring, warpgroup);
+            if (tile.is_stored) finish_tile<C>(acc, tile, p, warpgroup, staging);
+        }
+        staging.begin();
+    }
+    // No CTA may end while another can still write into its shared memory.
+    __syncwarp();
+    if constexpr (C::kClusterSize > 1) cluster_sync();
+}
+
+}  // namespace comet_ds

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// Grouped GEMMs of the experts' MLPs, forward and backward: parameters and host launchers.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace comet_ds {
+
+// Rows of an expert start at a multiple of this; rows of padding are zero.
+constexpr int kRowBlock = 128;
+// Columns of kDownGrad's tiles, each of which leaves one partial dot product a row.
+constexpr int kDownGradTileCols = 128;
+
+// Codes are shared with Python.
+enum class Activation : int { kGelu = 0, kGeluTanh = 1, kRelu = 2, kSilu = 3 };
+
+// Which GEMM; with x, dy: [R, hidden], pre, h, dpre: [R, ffn], all rows sorted by expert e.
+enum class Pass : int {
+    kUp = 0,          // pre = x up[e]^T + bias; h = act(pre); gated: h = act(pre_gate) * pre_up
+    kDown = 1,        // y = h down[e]^T + bias
+    kDownGrad = 2,    // dh = dy down[e]; dpre, weighted h, routing weight's gradient from it
+    kUpGrad = 3,      // dx = dpre up[e], gated: dpre_gate gate[e] + dpre_up up[e]
+    kWeightGrad = 4,  // d up[e] = dpre^T x over the expert's rows, d down[e] = dy^T (weighted h)
+};
+
+// One product of kWeightGrad, out[e] [m, n] = a[rows of e, m]^T b[rows of e, n].
+struct WeightGradProblem {
+    int m;
+    int n;
+};
+
+constexpr int kMaxProblems = 3;
+
+// Tensor maps have boxes of 64 x 64 elements for operands; those of results and of saved pre, which
+// epilogues handle by warps, 16 rows x 64 columns. Gated lists are [gate, up].
+struct ExpertGemmParams {
+    CUtensorMap a[kMaxProblems];    // kUpGrad: dpre; kWeightGrad: one a problem
+    CUtensorMap b[kMaxProblems];    // kWeightGrad: one a problem; kDownGrad: saved pre
+    CUtensorMap out[kMaxProblems];  // kUp: h, pre; kDownGrad: weighted h, dpre
+    const CUtensorMap* weights[2];  // [num_experts] each: the pass's matrices
+    const void* const* bias[2];     // [num_experts] each, or null
+    const int* expert_offsets;      // [num_experts + 1] first row, multiples of kRowBlock
+    const int* expert_of_block;     // [row blocks]
+    const float* row_weights;       // kDownGrad: [R], 0 in padding
+    float* row_dots;                // kDownGrad: [ceil(n / kDownGradTileCols), max_rows]: <dh, h>
+    WeightGradProblem problems[kMaxProblems];
+    int num_problems;
+    int num_experts;
+    int max_rows;   // allocated R
+    int n;          // columns of the result (one matrix's where gated)
+    int k;          // length of the reduction (one matrix's where gated)
+    bool save_pre;  // kUp: whether to write pre
+};
+
+// Which kernel; is_gated and activation matter to kUp, kDownGrad and kUpGrad.
+struct ExpertGemmVariant {
+    Pass pass;
+    bool is_bfloat16;  // else fp16
+    bool is_gated;
+    Activation activation;
+};
+
+// Throws std::runtime_error when the launch fails.
+void expert_gemm(const ExpertGemmParams& params, const ExpertGemmVariant& variant, int num_sms,
+                 cudaStream_t stream);
+
+}  // namespace comet_ds

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launchers of gate.cuh.
+#include "gate.cuh"
+
+#include <type_traits>
+
+#include "device/launch.h"
+
+namespace comet_ds {
+
+namespace {
+
+// Hands out the scratch fields one after the other; returns how many bytes they take.
+int64_t lay_out(GateParams& p, void* scratch) {
+    const int64_t words = (p.num_tokens + kTokensPerWord - 1) / kTokensPerWord;
+    const int64_t queues = p.top_k == 2 ? 2 : 1;
+    auto* next = static_cast<uint32_t*>(scratch);
+    const auto take = [&](auto*& field, int64_t size) {
+        field = reinterpret_cast<std::remove_reference_t<decltype(field)>>(next);
+        next += size;
+    };
+    take(p.chosen, p.num_tokens * p.top_k);
+    take(p.routed, queues * p.num_experts * words);
+    take(p.kept, p.num_experts * words);
+    take(p.before, p.num_experts * words);
+    take(p.prob_sums, words * p.num_experts);
+    take(p.mean_probs, p.num_experts);
+    return (next - static_cast<uint32_t*>(scratch)) * sizeof(uint32_t);
+}
+
+}  // namespace
+
+int64_t gate_scratch_bytes(int64_t num_tokens, int64_t num_experts, int64_t top_k) {
+    GateParams params{.num_tokens = num_tokens, .num_experts = num_experts, .top_k = top_k};
+    return lay_out(params, nullptr);
+}
+
+void route_tokens(GateParams p, void* scratch, cudaStream_t stream) {
+    lay_out(p, scratch);
+    const int queues = p.top_k == 2 ? 2 : 1;
+    const int num_blocks = (p.num_tokens + kTokensPerWord - 1) / kTokensPerWord;
+    const int bitmap_bytes = queues * p.num_experts * sizeof(uint32_t);
+    const int finish_blocks = (p.num_tokens + kFinishThreads - 1) / kFinishThreads;
+    select_experts_kernel<<<num_blocks, kSelectThreads, bitmap_bytes, stream>>>(p);
+    admit_routes_kernel<<<p.num_experts, kAdmitThreads, 0, stream>>>(p);
+    finish_routes_kernel<<<finish_blocks, kFinishThreads, 0, stream>>>(p);
+    check_launch("route_tokens");
+}
+
+void route_tokens_backward(const GateGradParams& p, cudaStream_t stream) {
+    const int num_blocks = (p.num_tokens + kGradWarps - 1) / kGradWarps;
+    route_backward_kernel<<<num_blocks, kGradWarps * 32, 0, stream>>>(p);
+    check_launch("route_tokens_backward");
+}
+
+void split_bfloat16(const float* in, void* out, int64_t num_rows, int64_t num_cols,
+                    cudaStream_t stream) {
+    if (num_rows == 0) return;
+    constexpr int kThreads = 256;
+    const int num_blocks = (num_rows * num_cols + kThreads - 1) / kThreads;
+    split_bfloat16_kernel<<<num_blocks, kThreads, 0, stream>>>(
+        in, static_cast<__nv_bfloat16*>(out), num_rows, num_cols);
+    check_launch("split_bfloat16");
+}
+
+}  // namespace comet_ds

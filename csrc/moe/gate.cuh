@@ -1,0 +1,396 @@
+// SPDX-License-Identifier: Apache-2.0
+// From gate probabilities to kept routes, and back.
+//
+// 1. Math, for a token with probabilities p over E experts (gate.py has the same in PyTorch):
+//        choices   the top_k largest p, equal ones by index; with `scores` the last choice is the
+//                  best of these instead, other than the choices before
+//        kept      an expert keeps `capacity` routes: for top_k = 2 in queue order, all first
+//                  choices before all second ones; else those of highest priority (p, or the given
+//                  random number, or all alike), equal ones by token
+//        weights   p of the kept choices, for top_k > 1 divided by their sum
+//        l_aux     c sum_e mean_t(p) mean_t(chosen), c = E (E / top_k from 3 on), counting first
+//                  choices only for top_k = 2
+//    Three launches:
+//        select    choices; bitmap of every expert's routes; sums of p over 32 tokens
+//        admit     which routes an expert keeps, and how many before every 32 tokens
+//        finish    ids, ranks and weights of the kept routes; l_aux
+//    Backward is one: the quotient, the loss and the softmax.
+// 2. Grid: select one warp a token, admit one block an expert, finish one thread a token, backward
+//    one warp a token.
+// 3. Flags: none; launches on one stream are ordered. Atomics set bits and count integers; sums of
+//    floats have a fixed order.
+// 4. Shared memory: select 4 bytes an expert and queue; admit 2 KB.
+// 5. Sources: deepspeed/moe/sharded_moe.py (top1gating, top2gating, topkgating); torch.topk breaks
+//    ties by index and takes NaN for the largest value.
+#pragma once
+
+#include <cub/block/block_reduce.cuh>
+#include <cub/block/block_scan.cuh>
+#include <cuda_bf16.h>
+
+#include "gate.h"
+
+namespace comet_ds {
+
+constexpr int kSelectThreads = kTokensPerWord * 32;
+constexpr int kAdmitThreads = 256;
+constexpr int kFinishThreads = 128;
+constexpr int kGradWarps = 8;
+
+// Sums of probabilities below are taken for this: the smallest relative step of fp32.
+constexpr float kEpsilon = 1.1920929e-07f;
+
+__device__ inline int num_queues(int64_t top_k) { return top_k == 2 ? 2 : 1; }
+__device__ inline int64_t num_words(int64_t num_tokens) {
+    return (num_tokens + kTokensPerWord - 1) / kTokensPerWord;
+}
+
+// Maps floats to integers of the same order; NaN is above all others (and below ~0).
+__device__ inline uint32_t ordered(float x) {
+    const uint32_t bits = __float_as_uint(x);
+    if (x != x) return 0xfffffffeu;
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+// What 0.0 maps to.
+constexpr uint32_t kOrderedZero = 0x80000000u;
+
+// Returns the index of the best value of a row after `limit` (value above, index below), excluding
+// `excluded`; `limit` becomes the one found. The whole warp gets it.
+__device__ inline int select_next(const float* row, int num_values, int excluded, uint64_t& limit) {
+    uint64_t best = 0;
+    for (int i = threadIdx.x % 32; i < num_values; i += 32) {
+        const uint64_t candidate = uint64_t{ordered(row[i])} << 32 | (0xffffffffu - i);
+        if (candidate < limit && candidate > best && i != excluded) best = candidate;
+    }
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+        const uint64_t other = __shfl_xor_sync(~0u, best, lanes);
+        best = other > best ? other : best;
+    }
+    limit = best;
+    return 0xffffffffu - static_cast<uint32_t>(best);
+}
+
+__global__ void __launch_bounds__(kSelectThreads) select_experts_kernel(GateParams p) {
+    extern __shared__ uint32_t smem_routed[];  // [queues, num_experts]
+    const int queues = num_queues(p.top_k), warp = threadIdx.x / 32;
+    const int64_t token = int64_t{blockIdx.x} * kTokensPerWord + warp;
+    for (int i = threadIdx.x; i < queues * p.num_experts; i += kSelectThreads) smem_routed[i] = 0;
+    __syncthreads();
+    if (token < p.num_tokens) {
+        const float* probs = p.probs + token * p.num_experts;
+        const bool is_used = p.used_token == nullptr || p.used_token[token] != 0;
+        uint64_t limit = ~uint64_t{0};
+        int expert = -1;
+        for (int k = 0; k < p.top_k; ++k) {
+            if (p.scores != nullptr && k == p.top_k - 1) {
+                limit = ~uint64_t{0};
+                expert = select_next(p.scores + token * p.num_experts, p.num_experts, expert, limit);
+            } else {
+                expert = select_next(probs, p.num_experts, -1, limit);
+            }
+            if (threadIdx.x % 32 == 0) {
+                p.chosen[token * p.top_k + k] = is_used ? expert : -1;
+                const int queue = queues == 2 ? k : 0;
+                if (is_used) atomicOr(&smem_routed[queue * p.num_experts + expert], 1u << warp);
+            }
+        }
+    }
+    __syncthreads();
+    const int64_t words = num_words(p.num_tokens);
+    for (int i = threadIdx.x; i < queues * p.num_experts; i += kSelectThreads) {
+        p.routed[i * words + blockIdx.x] = smem_routed[i];
+    }
+    const int64_t first = int64_t{blockIdx.x} * kTokensPerWord;
+    const int64_t last = min(first + kTokensPerWord, p.num_tokens);
+    for (int expert = threadIdx.x; expert < p.num_experts; expert += kSelectThreads) {
+        float sum = 0.0f;
+#pragma unroll 8
+        for (int64_t t = first; t < last; ++t) sum += p.probs[t * p.num_experts + expert];
+        p.prob_sums[blockIdx.x * p.num_experts + expert] = sum;
+    }
+}
+
+// One expert's admission; all threads of the block call all methods together.
+class Admission {
+public:
+    using Scan = cub::BlockScan<int, kAdmitThreads>;
+    using Reduce = cub::BlockReduce<float, kAdmitThreads>;
+    struct Storage {
+        union {
+            Scan::TempStorage scan;
+            Reduce::TempStorage reduce;
+        };
+        int histogram[kAdmitThreads];  // one bin a thread
+        int digit, rank;
+    };
+
+    __device__ Admission(const GateParams& p, int expert, Storage& smem)
+        : p_(p), expert_(expert), words_(num_words(p.num_tokens)), smem_(smem) {}
+
+    __device__ uint32_t routed(int queue, int64_t word) const {
+        return word < words_ ? p_.routed[(queue * p_.num_experts + expert_) * words_ + word] : 0;
+    }
+
+    // Calls keep(word, bits, sum of count over earlier words) for every word of the expert, in
+    // order; returns the sum over all. count(word) is called first.
+    template <typename Count, typename Keep>
+    __device__ int scan(Count count, Keep keep) {
+        int total = 0;
+        for (int64_t first = 0; first < words_; first += kAdmitThreads) {
+            const int64_t word = first + threadIdx.x;
+            int before, sum;
+            __syncthreads();
+            Scan(smem_.scan).ExclusiveSum(word < words_ ? count(word) : 0, before, sum);
+            if (word < words_) keep(word, total + before);
+            total += sum;
+        }
+        return total;
+    }
+
+    // Priority of a token the expert was chosen for.
+    __device__ uint32_t key(int64_t token) const {
+        const int64_t entry = token * p_.num_experts + expert_;
+        if (p_.top_k > 1) return ordered(p_.probs[entry]);
+        return p_.priority == nullptr ? kOrderedZero + 1 : ordered(p_.priority[entry]);
+    }
+
+    // Calls visit(token, key) for the bits of a word.
+    template <typename Visit>
+    __device__ void for_each(int64_t word, uint32_t bits, Visit visit) const {
+        for (; bits != 0; bits &= bits - 1) {
+            const int64_t token = word * kTokensPerWord + __ffs(bits) - 1;
+            visit(token, key(token));
+        }
+    }
+
+    // Returns the `rank`-th largest key (from 1) of the routed tokens, and in `rank` its rank among
+    // equal ones: radix selection, a byte at a time.
+    __device__ uint32_t select_key(int& rank) {
+        uint32_t prefix = 0, mask = 0;
+        for (int shift = 24; shift >= 0; shift -= 8) {
+            smem_.histogram[threadIdx.x] = 0;
+            __syncthreads();
+            for (int64_t word = threadIdx.x; word < words_; word += kAdmitThreads) {
+                for_each(word, routed(0, word), [&](int64_t, uint32_t key) {
+                    if ((key & mask) == prefix) {
+                        atomicAdd(&smem_.histogram[key >> shift & 0xff], 1);
+                    }
+                });
+            }
+            __syncthreads();
+            const int digit = kAdmitThreads - 1 - threadIdx.x;
+            const int count = smem_.histogram[digit];
+            int above;
+            Scan(smem_.scan).ExclusiveSum(count, above);
+            if (above < rank && rank <= above + count) {
+                smem_.digit = digit;
+                smem_.rank = rank - above;
+            }
+            __syncthreads();
+            rank = smem_.rank;
+            prefix |= uint32_t(smem_.digit) << shift;
+            mask |= 0xffu << shift;
+        }
+        return prefix;
+    }
+
+    __device__ void store(int64_t word, uint32_t bits) const {
+        p_.kept[expert_ * words_ + word] = bits;
+    }
+    __device__ uint32_t kept(int64_t word) const { return p_.kept[expert_ * words_ + word]; }
+
+    // Keeps the first `capacity` of the queues.
+    __device__ void admit_in_order(int capacity) {
+        int admitted = 0;
+        for (int queue = 0; queue < num_queues(p_.top_k); ++queue) {
+            admitted += scan([&](int64_t word) { return __popc(routed(queue, word)); },
+                             [&](int64_t word, int before) {
+                                 uint32_t bits = routed(queue, word);
+                                 const int room = max(capacity - admitted - before, 0);
+                                 while (__popc(bits) > room) bits ^= 1u << (31 - __clz(bits));
+                                 store(word, bits | (queue == 0 ? 0 : kept(word)));
+                             });
+        }
+    }
+
+    // Keeps the `capacity` of highest priority. Priority 0 is also that of tokens not routed here,
+    // and the choice among those is by index: DeepSpeed takes the largest of a whole column.
+    __device__ void admit_by_priority(int capacity) {
+        const auto is_positive = [](uint32_t key) { return key > kOrderedZero; };
+        const int positive = scan([&](int64_t word) { return count(word, is_positive); },
+                                  [](int64_t, int) {});
+        if (positive < capacity) {
+            const int room = capacity - positive;
+            admit_if(is_positive, [&](int64_t token, uint32_t key, int positive_before) {
+                return is_positive(key) || token - positive_before < room;
+            });
+        } else {
+            int rank = capacity;
+            const uint32_t threshold = select_key(rank);
+            admit_if([&](uint32_t key) { return key == threshold; },
+                     [&](int64_t, uint32_t key, int ties_before) {
+                         return key > threshold || (key == threshold && ties_before < rank);
+                     });
+        }
+    }
+
+private:
+    template <typename Counted>
+    __device__ int count(int64_t word, Counted is_counted) const {
+        int sum = 0;
+        for_each(word, routed(0, word), [&](int64_t, uint32_t key) { sum += is_counted(key); });
+        return sum;
+    }
+
+    // Keeps the routes for which is_kept(token, key, counted routes of earlier tokens).
+    template <typename Counted, typename Kept>
+    __device__ void admit_if(Counted is_counted, Kept is_kept) {
+        scan([&](int64_t word) { return count(word, is_counted); },
+             [&](int64_t word, int before) {
+                 uint32_t result = 0;
+                 for_each(word, routed(0, word), [&](int64_t token, uint32_t key) {
+                     if (is_kept(token, key, before)) result |= 1u << token % kTokensPerWord;
+                     before += is_counted(key);
+                 });
+                 store(word, result);
+             });
+    }
+
+    const GateParams& p_;
+    int expert_;
+    int64_t words_;
+    Storage& smem_;
+};
+
+__global__ void __launch_bounds__(kAdmitThreads, 2) admit_routes_kernel(GateParams p) {
+    __shared__ Admission::Storage smem;
+    const int expert = blockIdx.x;
+    const int64_t words = num_words(p.num_tokens);
+    Admission admission(p, expert, smem);
+
+    int counts[2] = {0, 0};
+    for (int queue = 0; queue < num_queues(p.top_k); ++queue) {
+        counts[queue] = admission.scan(
+            [&](int64_t word) { return __popc(admission.routed(queue, word)); },
+            [](int64_t, int) {});
+    }
+    const int count = counts[0] + counts[1];
+    float sum = 0.0f;
+    for (int64_t word = threadIdx.x; word < words; word += kAdmitThreads) {
+        sum += p.prob_sums[word * p.num_experts + expert];
+    }
+    __syncthreads();
+    sum = Admission::Reduce(smem.reduce).Sum(sum);
+
+    const bool has_limit = p.capacity >= 0;
+    if (!has_limit) {
+        admission.admit_in_order(count);
+    } else if (p.top_k == 2) {
+        admission.admit_in_order(min(p.capacity, int64_t{count}));
+    } else {
+        admission.admit_by_priority(min(p.capacity, p.num_tokens));
+    }
+    const int num_kept = admission.scan(
+        [&](int64_t word) { return __popc(admission.kept(word)); },
+        [&](int64_t word, int before) { p.before[expert * words + word] = before; });
+    if (threadIdx.x == 0) {
+        const float num_tokens = p.num_tokens;
+        const float scale = p.top_k > 2 ? float(p.num_experts) / p.top_k : float(p.num_experts);
+        p.mean_probs[expert] = sum / num_tokens;
+        p.loss_share[expert] = scale * (counts[0] / num_tokens) / num_tokens;
+        p.exp_counts[expert] = count;
+        p.kept_counts[expert] = num_kept;
+    }
+}
+
+__global__ void __launch_bounds__(kFinishThreads) finish_routes_kernel(GateParams p) {
+    const int64_t token = int64_t{blockIdx.x} * kFinishThreads + threadIdx.x;
+    const int64_t words = num_words(p.num_tokens);
+    if (token < p.num_tokens) {
+        float sum = 0.0f;
+        for (int k = 0; k < p.top_k; ++k) {
+            const int64_t route = token * p.top_k + k;
+            const int expert = p.chosen[route];
+            int rank = -1;
+            float weight = 0.0f;
+            if (expert >= 0) {
+                const int64_t word = expert * words + token / kTokensPerWord;
+                const uint32_t bits = p.kept[word], bit = 1u << token % kTokensPerWord;
+                // A dropped NaN stays a NaN, as in a product with 0.
+                weight = p.probs[token * p.num_experts + expert] * (bits & bit ? 1.0f : 0.0f);
+                if (bits & bit) rank = p.before[word] + __popc(bits & (bit - 1));
+            }
+            p.topk_ids[route] = rank < 0 ? -1 : expert;
+            p.ranks[route] = rank;
+            p.topk_weights[route] = weight;
+            sum += weight;
+        }
+        if (p.top_k > 1) {
+            sum = sum < kEpsilon ? kEpsilon : sum;
+            for (int k = 0; k < p.top_k; ++k) p.topk_weights[token * p.top_k + k] /= sum;
+        }
+    }
+    if (blockIdx.x == 0 && threadIdx.x < 32) {
+        float loss = 0.0f;
+        for (int expert = threadIdx.x; expert < p.num_experts; expert += 32) {
+            loss += p.mean_probs[expert] * p.loss_share[expert] * p.num_tokens;
+        }
+#pragma unroll
+        for (int lanes = 16; lanes > 0; lanes /= 2) loss += __shfl_xor_sync(~0u, loss, lanes);
+        if (threadIdx.x == 0) *p.l_aux = loss;
+    }
+}
+
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
+    return x;
+}
+
+__global__ void __launch_bounds__(kGradWarps * 32) route_backward_kernel(GateGradParams p) {
+    const int64_t token = int64_t{blockIdx.x} * kGradWarps + threadIdx.x / 32;
+    if (token >= p.num_tokens) return;
+    const int lane = threadIdx.x % 32;
+    const float* probs = p.probs + token * p.num_experts;
+    const int64_t* ids = p.topk_ids + token * p.top_k;
+    const float* grad_weights = p.grad_weights + token * p.top_k;
+
+    // d weights / d probs, one value a kept route.
+    float kept_sum = 0.0f, dot = 0.0f;
+    for (int k = 0; k < p.top_k; ++k) {
+        if (ids[k] < 0) continue;
+        kept_sum += probs[ids[k]];
+        dot += grad_weights[k] * probs[ids[k]];
+    }
+    const bool is_clamped = kept_sum < kEpsilon;
+    const float divisor = p.top_k == 1 ? 1.0f : is_clamped ? kEpsilon : kept_sum;
+    const float mean = p.top_k == 1 || is_clamped ? 0.0f : dot / divisor;
+    const auto grad_prob = [&](int expert) {
+        float grad = *p.grad_l_aux * p.loss_share[expert];
+        for (int k = 0; k < p.top_k; ++k) {
+            if (ids[k] == expert) grad += (grad_weights[k] - mean) / divisor;
+        }
+        return grad;
+    };
+    float sum = 0.0f;
+    for (int expert = lane; expert < p.num_experts; expert += 32) {
+        sum += probs[expert] * grad_prob(expert);
+    }
+    sum = warp_sum(sum);
+    for (int expert = lane; expert < p.num_experts; expert += 32) {
+        p.grad_logits[token * p.num_experts + expert] = probs[expert] * (grad_prob(expert) - sum);
+    }
+}
+
+__global__ void split_bfloat16_kernel(const float* in, __nv_bfloat16* out, int64_t num_rows,
+                                      int64_t num_cols) {
+    const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+    if (i >= num_rows * num_cols) return;
+    const __nv_bfloat16 high = __float2bfloat16_rn(in[i]);
+    __nv_bfloat16* row = out + i / num_cols * 2 * num_cols + i % num_cols;
+    row[0] = high;
+    row[num_cols] = __float2bfloat16_rn(in[i] - __bfloat162float(high));
+}
+
+}  // namespace comet_ds

@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused path: right against fp64 and DeepSpeed, repeatable, and refused where it cannot run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from deepspeed.moe.layer import MoE as DeepSpeedMoE
+from experts_zoo import DropoutInTraining, GatedMLP, HandWrittenMLP, UpFirstMLP, randomize
+from parity import build, oracle, run
+from tolerance import ERROR_RATIO, assert_close, relative_error
+from torch import nn
+
+from comet_ds import MoE
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+class ExactGeGLU(GatedMLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(F.gelu(self.w1(x)) * self.w3(x))
+
+
+def two_matrices(activation: nn.Module, bias: bool) -> Callable[[int, int], nn.Module]:
+    return lambda hidden, ffn: nn.Sequential(
+        nn.Linear(hidden, ffn, bias=bias), activation, nn.Linear(ffn, hidden, bias=bias)
+    )
+
+
+FORMS: dict[str, Callable[[int, int], nn.Module]] = {
+    "gelu with biases": two_matrices(nn.GELU(), True),
+    "gelu": two_matrices(nn.GELU(), False),
+    "gelu_tanh with biases": two_matrices(nn.GELU(approximate="tanh"), True),
+    "relu with biases": HandWrittenMLP,
+    "silu": two_matrices(nn.SiLU(), False),
+    "swiglu": GatedMLP,
+    "swiglu with biases": lambda hidden, ffn: GatedMLP(hidden, ffn, bias=True),
+    "geglu tanh": UpFirstMLP,
+    "geglu": ExactGeGLU,
+}
+# num_tokens, num_experts, k, hidden, ffn: sizes that are no multiple of a tile, few tokens, experts
+# without tokens, a number of experts that is no power of two.
+SHAPES = [
+    (1, 8, 2, 64, 96),
+    (7, 8, 3, 200, 136),
+    (63, 5, 2, 128, 320),
+    (129, 12, 6, 1032, 72),
+    (700, 8, 8, 72, 520),
+    (1024, 3, 1, 256, 256),
+]
+
+
+def case(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(5)
+    return tuple(torch.randn(shape[0], shape[3], device="cuda").to(dtype) for _ in range(2))
+
+
+def build_fused(shape: tuple[int, ...], form: str, dtype: torch.dtype, **options) -> MoE:
+    _, num_experts, k, hidden, ffn = shape
+    options = {"comet_ds": {"path": "fused"}, "drop_tokens": False, **options}
+    cls = options.pop("cls", MoE)
+    if cls is DeepSpeedMoE:
+        del options["comet_ds"]
+    return build(
+        cls,
+        0,
+        expert=FORMS[form](hidden, ffn),
+        num_experts=num_experts,
+        k=k,
+        dtype=dtype,
+        device="cuda",
+        **options,
+    )
+
+
+def check_against_fp64(shape: tuple[int, ...], form: str, dtype: torch.dtype) -> None:
+    """Every result's error is at most 1.5 times DeepSpeed's; experts' gradients all together."""
+    x, grad = case(shape, dtype)
+    layer = build_fused(shape, form, dtype, comet_ds={"path": "fused", "exact_gate": True})
+    runs = {
+        "fused": run(layer, x, grad),
+        "deepspeed": run(build_fused(shape, form, dtype, cls=DeepSpeedMoE), x, grad),
+    }
+    assert layer.deepspeed_moe.path == "fused"
+    experts = [
+        randomize(FORMS[form](*shape[3:]), i).to("cuda", dtype).double() for i in range(shape[1])
+    ]
+    truth = oracle(layer, x, grad, experts)
+    expected_grads = torch.cat([g.flatten() for g in truth["grads of experts"]])
+    errors = {}
+    for name, got in runs.items():
+        expert_grads = [g.flatten() for n, g in got.items() if "deepspeed_experts" in n]
+        gate_grad = got["grad of deepspeed_moe.gate.wg.weight"]
+        errors[name] = [
+            relative_error(got["output"], truth["output"]),
+            relative_error(got["grad of x"], truth["grad of x"]),
+            relative_error(torch.cat(expert_grads), expected_grads),
+            relative_error(gate_grad, truth["grad of gate"]) if shape[2] < shape[1] else 0.0,
+        ]
+    names = ("output", "grad of x", "grads of experts", "grad of gate")
+    for what, ours, theirs in zip(names, errors["fused"], errors["deepspeed"], strict=True):
+        assert ours <= ERROR_RATIO * theirs, f"{form} {shape}: {what}: {ours} > 1.5 * {theirs}"
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_against_fp64(form: str, dtype: torch.dtype) -> None:
+    check_against_fp64((300, 8, 2, 128, 192), form, dtype)
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize("form", ["swiglu", "gelu with biases"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes_against_fp64(shape: tuple[int, ...], form: str) -> None:
+    check_against_fp64(shape, form, BF16)
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize("factor", [0.4, 1.0, 2.0])
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_dropping_is_deepspeeds(k: int, factor: float) -> None:
+    """Many experts, many tokens, several tiles an expert: everything equal to rounding."""
+    shape = (4096, 32, k, 256, 384)
+    x, grad = case(shape, BF16)
+    options = dict(drop_tokens=True, capacity_factor=factor)
+    ours = build_fused(
+        shape, "swiglu", BF16, comet_ds={"path": "fused", "exact_gate": True}, **options
+    )
+    got = run(ours, x, grad)
+    theirs = run(build_fused(shape, "swiglu", BF16, cls=DeepSpeedMoE, **options), x, grad)
+    dropped = (ours.deepspeed_moe.routing.topk_ids < 0).float().mean().item()
+    assert (dropped > 0.3) if factor == 0.4 else (dropped < 0.5)
+    for what, value in theirs.items():
+        assert_close(got[what], value, f"{k=} {factor=}: {what}")
+
+
+@pytest.mark.gpu(1)
+def test_all_tokens_to_one_expert() -> None:
+    shape = (700, 8, 1, 128, 192)
+    x, grad = case(shape, BF16)
+    x[:, 0] = 5
+    layers = [
+        build_fused(shape, "swiglu", BF16),
+        build_fused(shape, "swiglu", BF16, comet_ds={"path": "reference"}),
+    ]
+    for layer in layers:
+        layer.deepspeed_moe.gate.wg.weight.data[3, 0] = 10
+    got, expected = (run(layer, x, grad) for layer in layers)
+    assert got["exp_counts"].tolist() == [0, 0, 0, 700, 0, 0, 0, 0]
+    for what, value in expected.items():
+        assert_close(got[what], value, what)
+        if "deepspeed_experts" in what and ".3." not in what:
+            assert got[what].count_nonzero() == 0, what
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize("form", ["swiglu with biases", "gelu"])
+def test_bitwise_repeatable(form: str) -> None:
+    """Also on another stream, with other sizes and a NaN in between."""
+    shape = (1000, 8, 3, 256, 384)
+    x, grad = case(shape, BF16)
+    layer = build_fused(shape, form, BF16, drop_tokens=True)
+    first = run(layer, x, grad)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for step in range(20):
+            run(layer, x[: 40 * step], grad[: 40 * step])
+            bad = x.clone()
+            bad[5] = float("nan")
+            assert run(layer, bad, grad)["output"].isnan().any()
+            again = run(layer, x, grad)
+            for what, value in first.items():
+                assert torch.equal(again[what], value), f"step {step}: {what}"
+
+
+@pytest.mark.gpu(1)
+def test_backward_twice() -> None:
+    """With a kept graph nothing saved may be overwritten."""
+    shape = (300, 8, 2, 128, 192)
+    x, grad = case(shape, BF16)
+    layer, x = build_fused(shape, "swiglu", BF16), x.requires_grad_()
+    output, _, _ = layer(x)
+    wanted = [x, *layer.deepspeed_moe.experts.parameters()]
+    first = torch.autograd.grad(output, wanted, grad, retain_graph=True)
+    second = torch.autograd.grad(output, wanted, grad)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu(1)
+def test_saved_weights_must_not_change() -> None:
+    shape = (64, 8, 2, 128, 192)
+    x, grad = case(shape, BF16)
+    layer = build_fused(shape, "swiglu", BF16)
+    output, _, _ = layer(x.requires_grad_())
+    with torch.no_grad():
+        next(layer.deepspeed_moe.experts.parameters()).mul_(2)
+    with pytest.raises(RuntimeError, match="modified in place between forward and backward"):
+        output.backward(grad)
+
+
+@pytest.mark.gpu(1)
+def test_frozen_experts_and_no_grad() -> None:
+    shape = (300, 8, 2, 128, 192)
+    x, grad = case(shape, BF16)
+    layer = build_fused(shape, "swiglu", BF16, top2_2nd_expert_sampling=False)
+    expected = run(layer, x, grad)
+    with torch.no_grad():
+        assert torch.equal(layer(x)[0], expected["output"])
+    layer.deepspeed_moe.experts.requires_grad_(False)
+    x.requires_grad_()
+    output, l_aux, _ = layer(x)
+    torch.autograd.backward([output, l_aux], [grad, torch.ones_like(l_aux)])
+    assert torch.equal(x.grad, expected["grad of x"])
+
+
+@pytest.mark.gpu(1)
+def test_cuda_graph() -> None:
+    """Forward and backward replay on new input."""
+    shape = (512, 8, 4, 128, 192)
+    layer = build_fused(shape, "swiglu", BF16, drop_tokens=True)
+    x, grad = case(shape, BF16)
+    static, wanted = x.clone().requires_grad_(), list(layer.parameters())
+
+    def step() -> tuple[torch.Tensor, ...]:
+        output, l_aux, _ = layer(static)
+        grads = torch.autograd.grad(
+            [output, l_aux], [static, *wanted], [grad, torch.ones_like(l_aux)]
+        )
+        return output.detach(), *grads
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        static.copy_(torch.randn_like(x))
+    graph.replay()
+    replayed = [t.clone() for t in captured]
+    assert all(torch.equal(a, b) for a, b in zip(replayed, step(), strict=True))
+
+
+@pytest.mark.gpu(1)
+def test_moved_parameters_are_noticed() -> None:
+    """As ZeRO moves them, into one buffer."""
+    shape = (300, 8, 2, 128, 192)
+    x, grad = case(shape, BF16)
+    layer = build_fused(shape, "swiglu with biases", BF16)
+    expected = run(layer, x, grad)
+    params = list(layer.deepspeed_moe.experts.parameters())
+    flat = torch.cat([p.detach().flatten() for p in params])
+    for param, piece in zip(params, flat.split([p.numel() for p in params]), strict=True):
+        param.data = piece.view_as(param)
+    got = run(layer, x, grad)
+    assert all(torch.equal(got[what], value) for what, value in expected.items())
+    flat.zero_()
+    assert layer(x)[0].count_nonzero() == 0
+
+
+def misalign(layer: MoE) -> None:
+    param = next(layer.deepspeed_moe.experts.parameters())
+    flat = torch.empty(param.numel() + 1, dtype=param.dtype, device=param.device)
+    flat[1:] = param.detach().flatten()
+    param.data = flat[1:].view_as(param)
+
+
+REFUSED = {
+    "hooks": (lambda m: m.deepspeed_moe.experts.deepspeed_experts[1].w1.register_forward_hook(
+        lambda *_: None), "hooks"),
+    "misaligned": (misalign, "multiples of 16 bytes"),
+    "fp32": (lambda m: m.float(), "bfloat16 or float16 without autocast, not torch.float32"),
+    "other form": (lambda m: setattr(m.deepspeed_moe.experts.deepspeed_experts[1], "act_fn",
+        nn.ReLU()), "differ in form"),
+}  # fmt: skip
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    """Pinned it is an error; else the pipelined path takes over, says why, and is right."""
+    change, phrase = REFUSED[name]
+    shape = (64, 8, 2, 128, 192)
+    results = []
+    for block in ({"path": "fused"}, {}, {"path": "reference"}):
+        layer = build_fused(shape, "swiglu", BF16, comet_ds=block)
+        change(layer)
+        x, grad = case(shape, next(layer.parameters()).dtype)
+        if block == {"path": "fused"}:
+            with pytest.raises(RuntimeError, match=f'"fused" is pinned and cannot run: .*{phrase}'):
+                layer(x)
+            continue
+        results.append(run(layer, x, grad))
+        if not block:
+            assert layer.deepspeed_moe.path == "pipelined"
+            assert phrase in layer.deepspeed_moe._why_not_fused
+    for what, value in results[1].items():
+        assert_close(results[0][what], value, f"{name}: {what}")
+
+
+@pytest.mark.gpu(1)
+def test_dropout_runs_fused_in_evaluation_only() -> None:
+    layer = build(MoE, 0, expert=DropoutInTraining(64, 96), k=2, dtype=BF16, device="cuda")
+    x = torch.randn(64, 64, device="cuda", dtype=BF16)
+    layer(x)
+    assert layer.deepspeed_moe.path == "pipelined"
+    layer.eval()(x)
+    assert layer.deepspeed_moe.path == "fused"
+
+
+def test_pinned_on_a_cpu() -> None:
+    layer = build(MoE, 0, expert=GatedMLP(64, 96), dtype=BF16, comet_ds={"path": "fused"})
+    with pytest.raises(RuntimeError, match=r"cannot run: it needs a CUDA device, not cpu"):
+        layer(torch.randn(4, 64, dtype=BF16))
+
+
+def test_pinned_with_expert_parallelism(world) -> None:
+    assert all("ep_size is 2" in answer for answer in world(2).run(check_pinned))
+
+
+def check_pinned(rank: int, size: int) -> str:
+    layer = build(MoE, rank, ep_size=size, parallel=True, comet_ds={"path": "fused"})
+    try:
+        layer(torch.randn(4, 16))
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
