@@ -1,19 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time one layer against DeepSpeed's, forward and forward + backward.
+"""Check one layer, then time its gate, its kernels and all of it.
 
-    torchrun --nproc_per_node 2 -m comet_ds.bench --shapes qwen2-moe,mixtral-8x7b
+    python -m comet_ds.bench --shapes qwen2-moe,mixtral-8x7b
+    python -m comet_ds.bench --hidden 1024 --ffn 512 --experts 32 --top-k 4 --num-tokens 2048
+    torchrun --nproc_per_node 2 -m comet_ds.bench --json result.json
 
-One expert parallel group over all ranks, bf16, gate included, the same input and weights for both
-layers, which must agree before they are timed. Runs are interleaved and the ranks aligned by a
-barrier; printed are medians, and the peak memory above what is allocated between steps.
+bf16, one expert parallel group over all ranks, gate included, DeepSpeed's layer beside ours with
+the same input and weights. Nothing is timed before our output and gradients are as close to fp32
+as DeepSpeed's. Runs are interleaved, printed are medians.
+
+Two times are taken of a layer: `wall` from an idle GPU, host included, and `device` with the GPU
+kept busy until the host has enqueued everything, as in a model that is not bound by its host.
+Kernels and gate are timed on the device, on one rank only. The limit is the FLOP of the experts'
+GEMMs at ``PEAK_FLOPS``. Memory is above what is allocated before the step: `saved` between forward
+and backward, `peak` at most, which includes the parameters' gradients (`grads`).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import json
 import os
+import socket
 import statistics
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -22,17 +36,23 @@ from deepspeed import comm as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from torch import Tensor, nn
 
+from comet_ds.expert_gemm import ExpertGemm
+from comet_ds.fused import plan_rows
+from comet_ds.gate import Routing
 from comet_ds.layer import MoE
+from comet_ds.reference import reference_moe
+from comet_ds.timing import Timer, time_functions
 
 # Dense bf16 rate large matrix products reach on an H200, FLOP/s: what "limit" divides by.
 PEAK_FLOPS = 760e12
-# Largest relative difference of the two layers' outputs and input gradients in bf16.
-AGREEMENT = 2e-2
+# Our error against fp32 may be this many times DeepSpeed's.
+ERROR_RATIO = 1.5
+MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Shape:
-    """An MoE layer as published: hidden H, FFN width F, experts E, routes K, gated experts."""
+    """An MoE layer: hidden H, FFN width F, experts E, routes K, gated (SiLU) or GELU experts."""
 
     hidden: int
     ffn: int
@@ -40,11 +60,13 @@ class Shape:
     top_k: int
     gated: bool = True
 
+    def gemm_flop(self, num_tokens: int) -> int:
+        """Return the FLOP of one expert matrix over all routes of a rank."""
+        return 2 * num_tokens * self.top_k * self.hidden * self.ffn
+
     def forward_limit_ms(self, num_tokens: int) -> float:
         """Return the time the expert GEMMs of a rank take at ``PEAK_FLOPS``."""
-        matrices = 3 if self.gated else 2
-        flop = 2 * matrices * num_tokens * self.top_k * self.hidden * self.ffn
-        return 1e3 * flop / PEAK_FLOPS
+        return 1e3 * (3 if self.gated else 2) * self.gemm_flop(num_tokens) / PEAK_FLOPS
 
 
 SHAPES = {
@@ -70,8 +92,8 @@ class GatedMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def build(cls: type[DeepSpeedMoE], shape: Shape) -> DeepSpeedMoE:
-    """Build a layer with weights that do not depend on its class."""
+def build(cls: type[DeepSpeedMoE], shape: Shape, **options: Any) -> DeepSpeedMoE:
+    """Build a layer with weights that do not depend on its class; every expert has its own."""
     torch.manual_seed(0)
     with torch.device("cuda"):
         if shape.gated:
@@ -85,94 +107,295 @@ def build(cls: type[DeepSpeedMoE], shape: Shape) -> DeepSpeedMoE:
             num_experts=shape.num_experts,
             ep_size=dist.get_world_size(),
             k=shape.top_k,
+            **options,
         )
+    torch.manual_seed(1 + dist.get_rank())
+    with torch.no_grad():
+        for param in layer.deepspeed_moe.experts.parameters():
+            param.copy_(torch.randn_like(param) * param.shape[-1] ** -0.5)
     layer.to(torch.bfloat16).set_deepspeed_parallelism()
     return layer
 
 
-def step(layer: DeepSpeedMoE, x: Tensor, grad: Tensor, middle: torch.cuda.Event) -> list[Tensor]:
-    """Run forward and backward, mark the middle; return output and input gradient."""
+def step(
+    layer: DeepSpeedMoE, x: Tensor, grad: Tensor, middle: Callable[[], Any] = lambda: None
+) -> list[Tensor]:
+    """Run forward and backward, call ``middle`` between; return output and input gradient."""
     torch.manual_seed(7)
     x = x.detach().requires_grad_()
     output, l_aux, _ = layer(x)
-    middle.record()
+    middle()
     torch.autograd.backward([output, l_aux], [grad, torch.ones_like(l_aux)])
     return [output.detach(), x.grad]
 
 
-def measure(
+def check(layers: dict[str, DeepSpeedMoE], shape: Shape, x: Tensor, grad: Tensor) -> dict[str, Any]:
+    """Compare our layer's and DeepSpeed's output and expert gradients with fp32.
+
+    Returns:
+        relative errors by layer. Raises AssertionError where ours is too large.
+    """
+    errors: dict[str, Any] = {}
+    for name, layer in layers.items():
+        results = step(layer, x, grad)
+        if dist.get_world_size() > 1:  # the oracle would need the weights of all ranks
+            errors[name] = results
+            continue
+        ours = layers["comet_ds"].deepspeed_moe.routing
+        experts = layer.deepspeed_moe.experts.deepspeed_experts
+        got = [results[0], *(p.grad for p in experts.parameters())]
+        oracle = copy.deepcopy(experts).float()
+        expected, _ = reference_moe(x.float(), ours.topk_ids, ours.topk_weights, oracle)
+        expected.backward(grad.float())
+        truth = [expected.detach(), *(p.grad for p in oracle.parameters())]
+        errors[name] = [
+            _relative_error(got[:1], truth[:1]),
+            _relative_error(got[1:], truth[1:]),
+        ]
+        layer.zero_grad(set_to_none=True)
+    if dist.get_world_size() > 1:
+        pairs = zip(errors["comet_ds"], errors["deepspeed"], strict=True)
+        differences = [_relative_error([ours], [theirs]) for ours, theirs in pairs]
+        assert max(differences) < 2e-2, f"{shape}: the layers differ by {differences}"
+        return {"difference": differences}
+    for what, ours, theirs in zip(("output", "gradients"), *_pair(errors), strict=True):
+        assert ours <= ERROR_RATIO * theirs, f"{shape}: {what}: error {ours:.1e}, not {theirs:.1e}"
+    return errors
+
+
+def _pair(by_layer: dict[str, Any]) -> tuple[Any, Any]:
+    return by_layer["comet_ds"], by_layer["deepspeed"]
+
+
+def _relative_error(got: list[Tensor], expected: list[Tensor]) -> float:
+    difference = sum((g.float() - e.float()).square().sum() for g, e in zip(got, expected))  # noqa: B905
+    return (difference / sum(e.float().square().sum() for e in expected)).sqrt().item()
+
+
+def time_layers(
     layers: dict[str, DeepSpeedMoE], x: Tensor, grad: Tensor, num_runs: int
-) -> dict[str, tuple[float, float, float]]:
-    """Return forward ms, forward + backward ms and peak MiB of every layer."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in layers}
-    peaks = {}
+) -> dict[str, dict[str, float]]:
+    """Return times in ms and memory in MiB of every layer."""
+    samples: dict[str, dict[str, list[float]]] = {name: {} for name in layers}
     for _ in range(num_runs):
         for name, layer in layers.items():
-            start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-            dist.barrier()
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            start.record()
-            step(layer, x, grad, middle)
-            end.record()
-            torch.cuda.synchronize()
-            times[name].append((start.elapsed_time(middle), start.elapsed_time(end)))
-            peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
-            layer.zero_grad(set_to_none=True)
-    medians = {
-        name: [statistics.median(column) for column in zip(*t, strict=True)]
-        for name, t in times.items()
+            found = samples[name]
+            wall_ms = 0.0
+            for kind in ("wall", "device"):
+                timer = Timer(1.5 * wall_ms)
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                saved = []
+
+                def middle(timer: Timer = timer, saved: list[int] = saved) -> None:
+                    timer.mark()
+                    saved.append(torch.cuda.memory_allocated())
+
+                step(layer, x, grad, middle)
+                timer.mark()
+                forward, both = timer.read()
+                wall_ms = max(wall_ms, both)
+                values = {f"{kind}_forward_ms": forward, f"{kind}_both_ms": both}
+                values["saved_mib"] = (saved[0] - before) / MIB
+                values["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / MIB
+                for key, value in values.items():
+                    found.setdefault(key, []).append(value)
+                layer.zero_grad(set_to_none=True)
+    return {
+        name: {key: statistics.median(values) for key, values in found.items()}
+        for name, found in samples.items()
     }
-    return {name: (*medians[name], peaks[name]) for name in layers}
 
 
-def bench(name: str, num_tokens: int, num_runs: int) -> None:
-    """Check that the layers agree on one shape, time them and print a line each."""
-    shape = SHAPES[name]
+def time_gate(layer: MoE, x: Tensor, num_runs: int) -> dict[str, float]:
+    """Return the gate's device times, logits included."""
+    gate = layer.deepspeed_moe.gate
+    x = x.detach().requires_grad_()
+
+    def both() -> None:
+        routing = gate.route(x)
+        loss = [routing.topk_weights, routing.l_aux]
+        torch.autograd.backward(loss, [torch.ones_like(t) for t in loss])
+
+    with torch.no_grad():
+        forward = time_functions({"gate_forward_ms": lambda: gate.route(x)}, num_runs)
+    return forward | time_functions({"gate_both_ms": both}, num_runs)
+
+
+def time_kernels(layer: MoE, shape: Shape, num_tokens: int, num_runs: int) -> list[dict[str, Any]]:
+    """Time every pass of the grouped GEMM beside torch's, on an even routing.
+
+    Returns:
+        one record a pass: FLOP, ms and TFLOP/s of both. torch's has no activation in it, and of
+        gated experts' two equal matrices it is given one; its rate is compared.
+    """
+    weights = layer.deepspeed_moe.fused._weights
+    gemm = ExpertGemm(weights, plan_rows(_even_routing(shape, num_tokens), weights.kernels))
+    num_rows = gemm.rows.max_rows
+    offsets = gemm.rows.expert_offsets[1:].contiguous()
+    num_ups = 1 + shape.gated
+
+    def wide(count: int) -> list[Tensor]:
+        sizes = (count, num_rows, shape.ffn)
+        return list(torch.randn(sizes, device="cuda", dtype=torch.bfloat16))
+
+    rows, dy, y = (
+        torch.randn(num_rows, shape.hidden, device="cuda", dtype=torch.bfloat16) for _ in range(3)
+    )
+    hidden, pre, dpre = wide(1)[0], wide(num_ups), wide(num_ups)
+    up = torch.stack([p.detach() for p in weights.weights[0]])
+    down = torch.stack([p.detach() for p in weights.weights[-1]])
+    grad_up, grad_down = torch.empty_like(up), torch.empty_like(down)
+    gmm = F.grouped_mm
+    passes: list[tuple[str, int, Callable, Callable]] = [
+        ("up", num_ups, lambda: gemm.up(rows, hidden, pre),
+         lambda: gmm(rows, up.mT, offs=offsets)),
+        ("down", 1, lambda: gemm.down(hidden, y), lambda: gmm(hidden, down.mT, offs=offsets)),
+        ("down_grad", 1, lambda: gemm.down_grad(dy, gemm.rows.row_weights, pre, dpre, hidden),
+         lambda: gmm(dy, down, offs=offsets)),
+        ("up_grad", num_ups, lambda: gemm.up_grad(dpre, y), lambda: gmm(dpre[0], up, offs=offsets)),
+        ("up weight_grad", 1, lambda: gemm.weight_grad([(dpre[0], rows)], [grad_up]),
+         lambda: gmm(dpre[0].t(), rows, offs=offsets)),
+        ("down weight_grad", 1, lambda: gemm.weight_grad([(dy, hidden)], [grad_down]),
+         lambda: gmm(dy.t(), hidden, offs=offsets)),
+    ]  # fmt: skip
+    functions = {f"{name} {who}": f for name, _, *pair in passes for who, f in zip("ct", pair)}  # noqa: B905
+    times = time_functions(functions, num_runs)
+    flop = shape.gemm_flop(num_tokens)
+    return [
+        {
+            "pass": name,
+            "flop": count * flop,
+            "ms": times[f"{name} c"],
+            "tflops": count * flop / times[f"{name} c"] / 1e9,
+            "torch_tflops": flop / times[f"{name} t"] / 1e9,
+        }
+        for name, count, *_ in passes
+    ]
+
+
+def _even_routing(shape: Shape, num_tokens: int) -> Routing:
+    """Return a routing that gives every expert as many tokens."""
+    routes = torch.arange(num_tokens * shape.top_k, device="cuda").view(num_tokens, shape.top_k)
+    ids = routes % shape.num_experts
+    counts = torch.bincount(ids.flatten(), minlength=shape.num_experts)
+    return Routing(
+        topk_ids=ids,
+        topk_weights=torch.full_like(ids, 1 / shape.top_k, dtype=torch.float32),
+        l_aux=torch.zeros((), device="cuda"),
+        exp_counts=counts,
+        capacity=int(counts.max()),
+        ranks=(routes // shape.num_experts).int(),
+        kept_counts=counts.int(),
+    )
+
+
+def bench(name: str, shape: Shape, num_tokens: int, num_runs: int) -> dict[str, Any]:
+    """Check and time one shape; return all figures, and print them on rank 0."""
     torch.manual_seed(100 + dist.get_rank())
     x, grad = torch.randn(2, num_tokens, shape.hidden, device="cuda", dtype=torch.bfloat16)
-    layers = {"deepspeed": build(DeepSpeedMoE, shape), "comet_ds": build(MoE, shape)}
-    for _ in range(3):  # the first call builds kernels
-        results = [step(layer, x, grad, torch.cuda.Event()) for layer in layers.values()]
-        for layer in layers.values():
-            layer.zero_grad(set_to_none=True)
-    for expected, got in zip(*results, strict=True):
-        error = (got.float() - expected.float()).norm() / expected.float().norm()
-        assert error < AGREEMENT, f"{name}: the layers differ by {error:.1e}"
-    figures = measure(layers, x, grad, num_runs)
-    limit = shape.forward_limit_ms(num_tokens)
+    layers = {"comet_ds": build(MoE, shape), "deepspeed": build(DeepSpeedMoE, shape)}
+    errors = check(layers, shape, x, grad)
+    ours = layers["comet_ds"]
+    record: dict[str, Any] = {
+        "shape": name,
+        **asdict(shape),
+        "num_tokens": num_tokens,
+        "path": ours.deepspeed_moe.path,
+        "limit_forward_ms": shape.forward_limit_ms(num_tokens),
+        "grads_mib": sum(p.numel() * 2 for p in ours.parameters()) / MIB,
+        "errors": errors,
+        "layers": time_layers(layers, x, grad, num_runs),
+    }
+    if record["path"] == "fused":
+        record["gate"] = time_gate(ours, x, num_runs)
+        del layers["deepspeed"]
+        record["kernels"] = time_kernels(ours, shape, num_tokens, num_runs)
     if dist.get_rank() == 0:
-        baseline = figures["deepspeed"][1]
-        for layer, (forward, both, peak) in figures.items():
-            print(
-                f"{name:13s} {layer:10s} {forward:8.2f} {both:8.2f} {peak:8.0f} "
-                f"{baseline / both:8.2f} {forward / limit:8.2f} {both / (3 * limit):8.2f}",
-                flush=True,
-            )
+        print("\n".join(_lines(record)), flush=True)
+    return record
+
+
+def _lines(record: dict[str, Any]) -> Iterator[str]:
+    """Yield the printed table of one shape."""
+    limit = record["limit_forward_ms"]
+    yield (
+        f"\n{record['shape']}: H {record['hidden']}, F {record['ffn']}, E {record['num_experts']}, "
+        f"k {record['top_k']}, {record['num_tokens']} tokens a rank, path {record['path']}, "
+        f"limit {limit:.2f} / {3 * limit:.2f} ms, grads {record['grads_mib']:.0f} MiB"
+    )
+    errors = "; ".join(
+        f"{k} " + " ".join(f"{e:.1e}" for e in v) for k, v in record["errors"].items()
+    )
+    yield f"  relative errors (output, expert gradients): {errors}"
+    yield (
+        "  layer      wall fwd      f+b   device fwd (x limit)   f+b (x limit)   saved    peak MiB"
+    )
+    for name, r in record["layers"].items():
+        forward, both = r["device_forward_ms"], r["device_both_ms"]
+        yield (
+            f"  {name:10s} {r['wall_forward_ms']:8.2f} {r['wall_both_ms']:8.2f}   "
+            f"{forward:10.2f} {forward / limit:9.2f} {both:8.2f} {both / (3 * limit):8.2f} "
+            f"{r['saved_mib']:7.0f} {r['peak_mib']:11.0f}"
+        )
+    if "gate" in record:
+        gate = record["gate"]
+        yield f"  gate {gate['gate_forward_ms']:.3f} ms, f+b {gate['gate_both_ms']:.3f} ms"
+    for r in record.get("kernels", []):
+        yield (
+            f"  {r['pass']:17s} {r['ms']:7.3f} ms {r['tflops']:6.0f} TFLOP/s, "
+            f"torch {r['torch_tflops']:4.0f}, ratio {r['tflops'] / r['torch_tflops']:.2f}"
+        )
+
+
+def parse_shapes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Shape]:
+    """Return the shapes asked for by name or by sizes."""
+    sizes = {"hidden": args.hidden, "ffn": args.ffn, "experts": args.experts, "top-k": args.top_k}
+    if any(sizes.values()):
+        if missing := [f"--{key}" for key, size in sizes.items() if not size]:
+            parser.error(f"a shape of your own also needs {', '.join(missing)}")
+        return {"given": Shape(*sizes.values(), gated=not args.gelu)}
+    if unknown := set(args.shapes.split(",")) - set(SHAPES):
+        parser.error(f"unknown shapes {sorted(unknown)}, known: {', '.join(SHAPES)}")
+    return {name: SHAPES[name] for name in args.shapes.split(",")}
 
 
 def main() -> None:
-    """Parse the command line and time every shape."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Parse the command line and run every shape."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", default=",".join(SHAPES), help="comma-separated names")
+    parser.add_argument("--hidden", type=int, help="H of a shape of your own")
+    parser.add_argument("--ffn", type=int, help="F")
+    parser.add_argument("--experts", type=int, help="E")
+    parser.add_argument("--top-k", type=int, help="K")
+    parser.add_argument("--gelu", action="store_true", help="two-matrix GELU experts with biases")
     parser.add_argument("--num-tokens", type=int, default=8192, help="tokens a rank")
     parser.add_argument("--num-runs", type=int, default=20)
+    parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args()
-    if unknown := set(args.shapes.split(",")) - set(SHAPES):
-        parser.error(f"unknown shapes {sorted(unknown)}, known: {', '.join(SHAPES)}")
+    shapes = parse_shapes(parser, args)
     if not torch.cuda.is_available():
         parser.error("timing needs a CUDA device")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     deepspeed.init_distributed()
+    device, num_ranks = torch.cuda.get_device_name(), dist.get_world_size()
     if dist.get_rank() == 0:
-        device = torch.cuda.get_device_name()
-        print(f"{dist.get_world_size()} x {device}, {args.num_tokens} tokens a rank, bf16")
-        columns = ("fwd ms", "f+b ms", "MiB", "speedup", "x limit", "x limit")
-        print(f"{'shape':13s} {'layer':10s} " + " ".join(f"{c:>8s}" for c in columns))
-    for name in args.shapes.split(","):
-        bench(name, args.num_tokens, args.num_runs)
+        print(f"{num_ranks} x {device}, torch {torch.__version__}, medians of {args.num_runs}")
+    records = []
+    for name, shape in shapes.items():
+        records.append(bench(name, shape, args.num_tokens, args.num_runs))
         torch.cuda.empty_cache()
+    if args.json and dist.get_rank() == 0:
+        facts = {"device": device, "num_ranks": num_ranks, "torch": torch.__version__}
+        args.json.write_text(json.dumps({**facts, "shapes": records}, indent=1))
 
 
 if __name__ == "__main__":

@@ -232,8 +232,13 @@ void expert_gemm(int pass, bool is_bfloat16, bool is_gated, int activation, cons
     comet_ds::ExpertGemmParams params{};
     const bool is_weight_grad = variant.pass == comet_ds::Pass::kWeightGrad;
     encode(params.a, a, is_bfloat16, kOperandRows);
-    encode(params.b, b, is_bfloat16, is_weight_grad ? kOperandRows : kResultRows);
-    encode(params.out, out, is_bfloat16, kResultRows);
+    if (variant.pass == comet_ds::Pass::kDownGrad) {
+        for (size_t i = 0; i < b.size(); ++i) params.pre[i] = pointer<void>(b[i][0]);
+        for (size_t i = 0; i < out.size(); ++i) params.results[i] = pointer<void>(out[i][0]);
+    } else {
+        encode(params.b, b, is_bfloat16, kOperandRows);
+        encode(params.out, out, is_bfloat16, kResultRows);
+    }
     for (int i = 0; i < 2; ++i) {
         params.weights[i] = pointer<CUtensorMap>(weights[i]);
         params.bias[i] = pointer<const void*>(bias[i]);

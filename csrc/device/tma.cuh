@@ -89,13 +89,6 @@ __device__ inline void tma_load_multicast(uint32_t smem, const CUtensorMap* map,
         : "memory");
 }
 
-// Brings a box into L2.
-__device__ inline void tma_prefetch(const CUtensorMap* map, int col, int row, int batch) {
-    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map),
-                 "r"(col), "r"(row), "r"(batch)
-                 : "memory");
-}
-
 // Writes a box; parts outside the tensor are left out.
 __device__ inline void tma_store(const CUtensorMap* map, uint32_t smem, int col, int row,
                                  int batch) {
@@ -166,6 +159,21 @@ __device__ inline void ldmatrix_x4(uint32_t smem, uint32_t (&matrix)[4]) {
                  : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
                  : "r"(smem)
                  : "memory");
+}
+
+__device__ inline void st_shared(uint32_t smem, uint4 value) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(value.x), "r"(value.y),
+                 "r"(value.z), "r"(value.w)
+                 : "memory");
+}
+
+__device__ inline uint4 ld_shared(uint32_t smem) {
+    uint4 value;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "r"(smem)
+                 : "memory");
+    return value;
 }
 
 }  // namespace comet_ds

@@ -3,6 +3,7 @@
 //
 // Results leave through shared memory: a warp packs 16 rows x 64 columns into one of its staging
 // buffers and hands it to the copy engine, so the math warps never wait for global memory.
+// kDownGrad, which reads as much as it writes, moves its blocks itself, 16 bytes a lane.
 #pragma once
 
 #include "device/activation.cuh"
@@ -33,84 +34,76 @@ __device__ inline float2 unpack(uint32_t packed) {
     return {to_float(pair.value[0]), to_float(pair.value[1])};
 }
 
-// A warp's staging buffers. Results: begin, write ..., send ..., end. Saved pre-activations come
-// in the same way, asked for a block ahead: request, wait, read.
+// A warp's staging buffers: 16 rows of 128 bytes, 16-byte chunks swizzled by row.
 template <int kBuffers>
 class Staging {
 public:
-    __device__ Staging(uint32_t smem, uint32_t barrier, int lane)
-        : smem_(smem), barrier_(barrier), is_leader_(lane == 0), chunk_(lane / 16) {
-        const int row = lane % 8 + lane / 8 % 2 * 8;
-        row_offset_ = row * 128;
-        swizzle_ = row % 8;
+    __device__ Staging(uint32_t smem, int lane) : smem_(smem), lane_(lane) {}
+
+    // --- as fragments of accumulators ---
+    __device__ void write(int buffer, int slice, const Packed& packed) const {
+        stmatrix_x4(fragment_address(buffer, slice), packed);
     }
+    __device__ void read(int buffer, int slice, Packed& packed) const {
+        ldmatrix_x4(fragment_address(buffer, slice), packed);
+    }
+
+    // --- out through the copy engine: begin, write ..., hand_over, send ..., end ---
 
     // Waits until what was sent has left the buffers.
     __device__ void begin() const {
-        if (is_leader_) bulk_wait_group_read<0>();
+        if (lane_ == 0) bulk_wait_group_read<0>();
         __syncwarp();
     }
-
-    __device__ void write(int buffer, int slice, const Packed& packed) const {
-        stmatrix_x4(address(buffer, slice), packed);
-    }
-
-    // Ends writing and reading; the copy engine may take over.
     __device__ void hand_over() const {
         fence_proxy_async();
         __syncwarp();
     }
-
     // Writes a buffer to `map` at (row, col).
     __device__ void send(int buffer, const CUtensorMap* map, int col, int row, int batch) const {
-        if (is_leader_) tma_store(map, smem_ + buffer * kStagingBytes, col, row, batch);
+        if (lane_ == 0) tma_store(map, smem_ + buffer * kStagingBytes, col, row, batch);
     }
-
     __device__ void end() const {
-        if (is_leader_) bulk_commit_group();
+        if (lane_ == 0) bulk_commit_group();
     }
 
-    // Brings a block of kTensors tensors to where `request` finds it sooner.
-    template <int kTensors>
-    __device__ void prefetch(const CUtensorMap* maps, int col, int row) const {
-        if (!is_leader_) return;
-#pragma unroll
-        for (int i = 0; i < kTensors; ++i) tma_prefetch(maps + i, col, row, 0);
-    }
+    // --- in and out by the warp: lane l has chunk l % 8 of rows l / 8 + 4 i ---
 
-    // Asks for a block of kTensors tensors, into the last buffers, once these have been sent.
-    template <int kTensors>
-    __device__ void request(const CUtensorMap* maps, int col, int row) const {
-        if (!is_leader_) return;
-        bulk_wait_group_read<0>();
-        mbarrier_arrive_expect_tx(barrier_, kTensors * kStagingBytes);
+    // Loads a block of a row-major matrix into registers; zeros beyond column n.
+    template <typename Element>
+    __device__ void load(const Element* block, int cols, int n, uint4 (&chunks)[4]) const {
 #pragma unroll
-        for (int i = 0; i < kTensors; ++i) {
-            const int buffer = kBuffers - kTensors + i;
-            tma_load(smem_ + buffer * kStagingBytes, maps + i, barrier_, col, row, 0);
+        for (int i = 0; i < 4; ++i) {
+            const auto* from = block + int64_t{lane_ / 8 + 4 * i} * n + lane_ % 8 * 8;
+            chunks[i] = lane_ % 8 * 8 < cols ? __ldcs(reinterpret_cast<const uint4*>(from)) : uint4{};
+        }
+    }
+    __device__ void put(int buffer, const uint4 (&chunks)[4]) const {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) st_shared(chunk_address(buffer, i), chunks[i]);
+    }
+    template <typename Element>
+    __device__ void store(int buffer, Element* block, int cols, int n) const {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            auto* to = block + int64_t{lane_ / 8 + 4 * i} * n + lane_ % 8 * 8;
+            const uint4 chunk = ld_shared(chunk_address(buffer, i));
+            if (lane_ % 8 * 8 < cols) *reinterpret_cast<uint4*>(to) = chunk;
         }
     }
 
-    __device__ void wait() {
-        mbarrier_wait(barrier_, parity_);
-        parity_ ^= 1;
-    }
-
-    __device__ void read(int buffer, int slice, Packed& packed) const {
-        ldmatrix_x4(address(buffer, slice), packed);
-    }
-
 private:
-    // Of this lane's matrix row.
-    __device__ uint32_t address(int buffer, int slice) const {
-        return smem_ + buffer * kStagingBytes + row_offset_ +
-               (((2 * slice + chunk_) ^ swizzle_) << 4);
+    __device__ uint32_t fragment_address(int buffer, int slice) const {
+        const int row = lane_ % 16, chunk = 2 * slice + lane_ / 16;
+        return smem_ + buffer * kStagingBytes + row * 128 + ((chunk ^ row % 8) << 4);
+    }
+    __device__ uint32_t chunk_address(int buffer, int i) const {
+        const int row = lane_ / 8 + 4 * i, chunk = lane_ % 8;
+        return smem_ + buffer * kStagingBytes + row * 128 + ((chunk ^ row % 8) << 4);
     }
 
-    uint32_t smem_, barrier_;
-    bool is_leader_;
-    int chunk_, row_offset_, swizzle_;
-    uint32_t parity_ = 0;
+    uint32_t smem_;
+    int lane_;
 };
 
 // Where a thread's accumulators of a block lie.
@@ -168,16 +161,39 @@ __device__ inline void finish_up(const float* acc, const float* acc_gate, const 
     staging.end();
 }
 
-// kDownGrad: acc holds dh, not yet multiplied by the routing weight. The saved pre-activations are
-// in the buffers that take their gradients. Adds <dh, h> to dots.
-template <typename Element, Activation kActivation, bool kGated, int kBuffers>
+// kDownGrad: saved pre-activations of a block on their way to the buffers.
+template <bool kGated>
+struct SavedBlock {
+    static constexpr int kTensors = 1 + kGated;
+    uint4 chunks[kTensors][4];
+
+    template <typename Element, int kBuffers>
+    __device__ void load(const ExpertGemmParams& p, int row, int col,
+                         const Staging<kBuffers>& staging) {
+#pragma unroll
+        for (int i = 0; i < kTensors; ++i) {
+            const auto* pre = static_cast<const Element*>(p.pre[i]);
+            staging.load(pre + int64_t{row} * p.n + col, p.n - col, p.n, chunks[i]);
+        }
+    }
+};
+
+// kDownGrad: acc holds dh, not yet multiplied by the routing weight. Buffers: weighted hidden, then
+// the saved pre-activations, which `saved` brings and whose gradients take their place. When they
+// are in the buffers load_next() may load the next ones. Adds <dh, h> to dots.
+template <typename Element, Activation kActivation, bool kGated, int kBuffers, typename LoadNext>
 __device__ inline void finish_down_grad(const float* acc, const Fragment& at,
                                         const ExpertGemmParams& p, const float2& weight,
-                                        float2& dots, Staging<kBuffers>& staging) {
+                                        float2& dots, const SavedBlock<kGated>& saved,
+                                        const Staging<kBuffers>& staging, LoadNext load_next) {
     constexpr int kUpBuffer = kGated ? 2 : 1;
-    staging.wait();
+    __syncwarp();  // the block before has left
+#pragma unroll
+    for (int i = 0; i < SavedBlock<kGated>::kTensors; ++i) staging.put(1 + i, saved.chunks[i]);
+    __syncwarp();
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice) {
+        if (slice == kSlices / 2) load_next();  // sooner there is no register free
         Packed hidden, up, gate;
         if constexpr (kGated) staging.read(1, slice, gate);
         staging.read(kUpBuffer, slice, up);
@@ -207,12 +223,12 @@ __device__ inline void finish_down_grad(const float* acc, const Fragment& at,
         if constexpr (kGated) staging.write(1, slice, gate);
         staging.write(kUpBuffer, slice, up);
     }
-    staging.hand_over();
+    __syncwarp();
 #pragma unroll
     for (int i = 0; i <= kUpBuffer; ++i) {
-        staging.send(i, &p.out[i], at.block_col, at.warp_row, 0);
+        auto* block = static_cast<Element*>(p.results[i]) + int64_t{at.warp_row} * p.n;
+        staging.store(i, block + at.block_col, p.n - at.block_col, p.n);
     }
-    staging.end();
 }
 
 // The other passes: acc as it is, plus a bias, into a buffer.

@@ -18,7 +18,6 @@
 // 3. Barriers, in shared memory, one of each a stage:
 //        full[s]   arrivals: the loading thread, plus the bytes of both operands (also those the
 //                  other CTA loads); waited for by the math warpgroup(s)
-//        saved[w]  a math warp's block of saved pre-activations, asked for by itself (kDownGrad)
 //        empty[s]  arrivals: every math warpgroup that has read the stage, of all CTAs of the
 //                  cluster, since all may write into it; waited for by the loading thread
 //    The parity of a phase is that of the ring's turn; nothing is reset. Loading waits only for
@@ -67,8 +66,7 @@ struct ExpertGemmConfig {
     static constexpr int kMathWarpgroups = 2;
     static constexpr int kThreads = 128 * (1 + kMathWarpgroups);
     static constexpr int kMmaRows = kPingPong ? 2 : 1;  // 64-row products a warpgroup
-    // Tensors an epilogue reads, and the most blocks of 16 x 64 it has in flight for a warp.
-    static constexpr int kReadTensors = kPass == Pass::kDownGrad ? 1 + kGated : 0;
+    // Blocks of 16 x 64 an epilogue has in flight for a warp.
     static constexpr int kResults = kPass == Pass::kUp || kPass == Pass::kDownGrad ? 2 + kGated : 1;
     static constexpr int kStagingBuffers = kResults > 1 ? kResults : 2;
     static constexpr int kStagingBytesWarp = kStagingBuffers * kStagingBytes;
@@ -79,7 +77,7 @@ struct ExpertGemmConfig {
     static constexpr int kSwizzleAlignment = 1024;
     static constexpr int kSmemBytes = kSwizzleAlignment + kStages * kStageBytes +
                                       kMathWarps * kStagingBytesWarp +
-                                      (2 * kStages + kMathWarps) * sizeof(uint64_t);
+                                      2 * kStages * sizeof(uint64_t);
     static_assert(kPass != Pass::kDownGrad || kTileCols == kDownGradTileCols);
     static_assert(kSmemBytes <= 227 * 1024, "a CTA has 227 KB of shared memory");
 };
@@ -326,23 +324,11 @@ __device__ inline int warp_row(const Tile& tile, int warpgroup, int m) {
     return tile.row + (C::kPingPong ? m : warpgroup) * kBlockElements + threadIdx.x % 128 / 32 * 16;
 }
 
-// kDownGrad: has the tile's saved pre-activations on their way while it is multiplied.
-template <typename C>
-__device__ inline void request_saved(const Tile& tile, const ExpertGemmParams& p, int warpgroup,
-                                     const Staging<C::kStagingBuffers>& staging) {
-    constexpr int kBlocks = C::kTileCols / kBlockElements;
-#pragma unroll
-    for (int i = 1; i < C::kMmaRows * kBlocks; ++i) {
-        staging.template prefetch<C::kReadTensors>(p.b, tile.col + i % kBlocks * kBlockElements,
-                                                   warp_row<C>(tile, warpgroup, i / kBlocks));
-    }
-    staging.template request<C::kReadTensors>(p.b, tile.col, warp_row<C>(tile, warpgroup, 0));
-}
-
 template <typename C>
 __device__ inline void finish_tile(const float (&acc)[C::kMmaRows][C::kTileN / 2], const Tile& tile,
                                    const ExpertGemmParams& p, int warpgroup,
-                                   Staging<C::kStagingBuffers>& staging) {
+                                   SavedBlock<C::kGated>& saved,
+                                   const Staging<C::kStagingBuffers>& staging) {
     using Element = typename C::Element;
     constexpr int kBlocks = C::kTileCols / kBlockElements;
     const int lane = threadIdx.x % 32;
@@ -368,14 +354,15 @@ __device__ inline void finish_tile(const float (&acc)[C::kMmaRows][C::kTileN / 2
                 finish_up<Element, C::kActivation, C::kGated>(
                     block + kUpColumns, block, at, p, bias(C::kGated ? 1 : 0), bias(0), staging);
             } else if constexpr (C::kPass == Pass::kDownGrad) {
-                finish_down_grad<Element, C::kActivation, C::kGated>(block, at, p, weight, dots,
-                                                                     staging);
-                const int next = m * kBlocks + c + 1;
-                if (next < C::kMmaRows * kBlocks) {
-                    staging.template request<C::kReadTensors>(
-                        p.b, tile.col + next % kBlocks * kBlockElements,
-                        warp_row<C>(tile, warpgroup, next / kBlocks));
-                }
+                const SavedBlock<C::kGated> current = saved;
+                finish_down_grad<Element, C::kActivation>(
+                    block, at, p, weight, dots, current, staging, [&] {
+                        const int next = m * kBlocks + c + 1;
+                        if (next == C::kMmaRows * kBlocks) return;
+                        saved.template load<Element>(
+                            p, warp_row<C>(tile, warpgroup, next / kBlocks),
+                            tile.col + next % kBlocks * kBlockElements, staging);
+                    });
             } else {
                 constexpr bool kIsWeightGrad = C::kPass == Pass::kWeightGrad;
                 // Two blocks leave together.
@@ -416,14 +403,12 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     const uint32_t smem = (smem_address(smem_raw) + kAlign - 1) / kAlign * kAlign;
     const uint32_t smem_staging = smem + C::kStages * C::kStageBytes;
     const uint32_t barriers = smem_staging + C::kMathWarps * C::kStagingBytesWarp;
-    const uint32_t read_barriers = barriers + 2 * C::kStages * 8;
     Ring<C> ring{smem, barriers};
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < C::kStages; ++stage) {
             mbarrier_init(barriers + stage * 8, 1);
             mbarrier_init(ring.empty(stage), C::kArrivalsEmpty);
         }
-        for (int warp = 0; warp < C::kMathWarps; ++warp) mbarrier_init(read_barriers + warp * 8, 1);
         fence_mbarrier_init();
     }
     __syncthreads();
@@ -437,8 +422,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         setmaxnreg_inc<kMathRegisters>();
         const int warpgroup = threadIdx.x / 128 - 1;
         const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
-        Staging<C::kStagingBuffers> staging(smem_staging + warp * C::kStagingBytesWarp,
-                                            read_barriers + warp * 8, lane);
+        const Staging<C::kStagingBuffers> staging(smem_staging + warp * C::kStagingBytesWarp, lane);
         const Schedule<C> schedule(p);
         if (C::kPingPong && warpgroup == 1) named_barrier_arrive(kTurn, 2 * 128);
         Tile tile;
@@ -449,10 +433,14 @@ __global__ void __launch_bounds__(C::kThreads, 1)
                 continue;
             }
             float acc[C::kMmaRows][C::kTileN / 2];
-            if constexpr (C::kReadTensors > 0) request_saved<C>(tile, p, warpgroup, staging);
+            SavedBlock<C::kGated> saved;  // of the first block, on its way while products run
+            if constexpr (C::kPass == Pass::kDownGrad) {
+                saved.template load<typename C::Element>(p, warp_row<C>(tile, warpgroup, 0),
+                                                         tile.col, staging);
+            }
             if constexpr (C::kPingPong) named_barrier_sync(kTurn + warpgroup, 2 * 128);
             multiply<C>(acc, tile.num_steps, ring, warpgroup);
-            if (tile.is_stored) finish_tile<C>(acc, tile, p, warpgroup, staging);
+            if (tile.is_stored) finish_tile<C>(acc, tile, p, warpgroup, saved, staging);
         }
         staging.begin();
     }

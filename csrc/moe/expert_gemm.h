@@ -34,12 +34,14 @@ struct WeightGradProblem {
 
 constexpr int kMaxProblems = 3;
 
-// Tensor maps have boxes of 64 x 64 elements for operands; those of results and of saved pre, which
-// epilogues handle by warps, 16 rows x 64 columns. Gated lists are [gate, up].
+// Tensor maps have boxes of 64 x 64 elements for operands, 16 x 64 (a warp's rows) for results.
+// Gated lists are [gate, up].
 struct ExpertGemmParams {
     CUtensorMap a[kMaxProblems];    // kUpGrad: dpre; kWeightGrad: one a problem
-    CUtensorMap b[kMaxProblems];    // kWeightGrad: one a problem; kDownGrad: saved pre
-    CUtensorMap out[kMaxProblems];  // kUp: h, pre; kDownGrad: weighted h, dpre
+    CUtensorMap b[kMaxProblems];    // kWeightGrad: one a problem; else unused
+    CUtensorMap out[kMaxProblems];  // kUp: h, pre; kDownGrad: unused
+    const void* pre[2];             // kDownGrad: [R, n] each
+    void* results[3];               // kDownGrad: weighted h, dpre, [R, n] each; dpre may be pre
     const CUtensorMap* weights[2];  // [num_experts] each: the pass's matrices
     const void* const* bias[2];     // [num_experts] each, or null
     const int* expert_offsets;      // [num_experts + 1] first row, multiples of kRowBlock

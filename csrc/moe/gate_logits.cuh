@@ -19,7 +19,7 @@ namespace comet_ds {
 
 constexpr int kLogitsTokens = 64;
 constexpr int kLogitsExperts = 128;
-constexpr int kLogitsPart = 32;  // 64 is 3% less accurate than fp32
+constexpr int kLogitsPart = 16;
 constexpr int kLogitsStages = 8;
 constexpr int kLogitsThreads = 128 + 32;
 constexpr int kLogitsStageBytes = 3 * kBlockBytes;
