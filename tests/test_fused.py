@@ -90,6 +90,7 @@ def check_against_fp64(shape: tuple[int, ...], form: str, dtype: torch.dtype) ->
     ]
     truth = oracle(layer, x, grad, experts)
     expected_grads = torch.cat([g.flatten() for g in truth["grads of experts"]])
+    has_gate_grad = shape[0] > 1 and shape[2] < shape[1]
     errors = {}
     for name, got in runs.items():
         expert_grads = [g.flatten() for n, g in got.items() if "deepspeed_experts" in n]
@@ -98,7 +99,8 @@ def check_against_fp64(shape: tuple[int, ...], form: str, dtype: torch.dtype) ->
             relative_error(got["output"], truth["output"]),
             relative_error(got["grad of x"], truth["grad of x"]),
             relative_error(torch.cat(expert_grads), expected_grads),
-            relative_error(gate_grad, truth["grad of gate"]) if shape[2] < shape[1] else 0.0,
+            # One token's gate gradient is one draw of a rounding error; k = E has none.
+            relative_error(gate_grad, truth["grad of gate"]) if has_gate_grad else 0.0,
         ]
     names = ("output", "grad of x", "grads of experts", "grad of gate")
     for what, ours, theirs in zip(names, errors["fused"], errors["deepspeed"], strict=True):

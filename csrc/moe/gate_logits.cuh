@@ -3,7 +3,7 @@
 //
 // 1. Math: logits[t, e] = sum_h x[t, h] weight[e, h], x and weight bf16, logits fp32. Products of
 //    bf16 are exact in fp32. Tensor cores sum with truncation, which over a whole row costs a
-//    factor 17 in accuracy; so they sum kLogitsPart products at a time, added up in fp32.
+//    factor 17 in accuracy; so they sum 64 products at a time, added up with compensation (Kahan).
 // 2. Grid and roles: one CTA for 64 tokens and 128 experts; warp 4 loads (one thread), warps 0 to 3
 //    multiply.
 // 3. Barriers, in shared memory: full[s] (the loading thread and its bytes), empty[s] (one arrival
@@ -19,7 +19,6 @@ namespace comet_ds {
 
 constexpr int kLogitsTokens = 64;
 constexpr int kLogitsExperts = 128;
-constexpr int kLogitsPart = 16;
 constexpr int kLogitsStages = 8;
 constexpr int kLogitsThreads = 128 + 32;
 constexpr int kLogitsStageBytes = 3 * kBlockBytes;
@@ -58,27 +57,28 @@ __global__ void __launch_bounds__(kLogitsThreads, 1)
         }
         return;
     }
-    float sum[kLogitsExperts / 2] = {};
+    float sum[kLogitsExperts / 2] = {}, excess[kLogitsExperts / 2] = {};
     for (int step = 0; step < num_steps; ++step) {
         const int stage = step % kLogitsStages;
         const uint32_t from = smem + stage * kLogitsStageBytes;
+        float part[kLogitsExperts / 2] = {};
         mbarrier_wait(full(stage), step / kLogitsStages % 2);
+        wgmma_fence();
 #pragma unroll
-        for (int first = 0; first < kBlockElements; first += kLogitsPart) {
-            float part[kLogitsExperts / 2] = {};
-            wgmma_fence();
-#pragma unroll
-            for (int k = first / 16; k < (first + kLogitsPart) / 16; ++k) {
-                wgmma<__nv_bfloat16, false, false>(
-                    part, matrix_descriptor(from) + k * kDescriptorStepK<false>,
-                    matrix_descriptor(from + kBlockBytes) + k * kDescriptorStepK<false>);
-            }
-            wgmma_commit();
-            wgmma_wait<0>();
-#pragma unroll
-            for (int i = 0; i < kLogitsExperts / 2; ++i) sum[i] += part[i];
+        for (int k = 0; k < kBlockElements / 16; ++k) {
+            wgmma<__nv_bfloat16, false, false>(
+                part, matrix_descriptor(from) + k * kDescriptorStepK<false>,
+                matrix_descriptor(from + kBlockBytes) + k * kDescriptorStepK<false>);
         }
+        wgmma_commit();
+        wgmma_wait<0>();
         if (threadIdx.x == 0) mbarrier_arrive(empty(stage));
+#pragma unroll
+        for (int i = 0; i < kLogitsExperts / 2; ++i) {
+            const float term = part[i] - excess[i], total = sum[i] + term;
+            excess[i] = (total - sum[i]) - term;
+            sum[i] = total;
+        }
     }
     const int token = first_token + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
