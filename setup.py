@@ -1,13 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """Package metadata. comet_ds/op_builder and comet_ds/csrc are links to the top-level folders."""
 
+import os
 import re
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "comet_ds/__init__.py").read_text())[1]
+
+
+class BuildKernels(build_ext):
+    """Compiles csrc ahead of use: DS_BUILD_COMET_MOE=1 pip install --no-build-isolation ."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Let the op builder compile."""
+        sys.path.insert(0, str(ROOT))
+        from op_builder.comet_moe import CometMoEBuilder
+
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        CometMoEBuilder().compile(output)
+
+
+IS_BUILT_AHEAD = os.environ.get("DS_BUILD_COMET_MOE") == "1"
 
 setup(
     name="comet-ds",
@@ -19,6 +38,8 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["comet_ds", "comet_ds.*"]),
     package_data={"comet_ds": ["csrc/*.cpp", "csrc/*/*.h", "csrc/*/*.cu", "csrc/*/*.cuh"]},
+    ext_modules=[Extension("comet_ds.comet_ds_moe", [])] if IS_BUILT_AHEAD else [],
+    cmdclass={"build_ext": BuildKernels},
     install_requires=[
         "torch>=2.11,<2.14",
         "deepspeed>=0.19.6,<0.20",

@@ -263,7 +263,12 @@ void expert_gemm(int pass, bool is_bfloat16, bool is_gated, int activation, cons
 
 }  // namespace
 
+#ifndef COMET_FINGERPRINT
+#define COMET_FINGERPRINT ""
+#endif
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+    m.attr("fingerprint") = COMET_FINGERPRINT;
     m.def("combine_forward", &combine_forward);
     m.def("combine_backward", &combine_backward);
     m.def("plan_routes", &plan_routes);

@@ -1,24 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op builder: compiles csrc for Hopper at first use, through DeepSpeed's JIT."""
+"""The op builder: compiles csrc for Hopper, at first use through DeepSpeed's JIT or ahead."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
+import re
 import shutil
+import subprocess
+import sysconfig
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
+import pybind11
 import torch
 from deepspeed.ops.op_builder.builder import CUDAOpBuilder
 from torch.utils.cpp_extension import CUDA_HOME
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 COMPUTE_CAPABILITY = (9, 0)
+# The oldest toolkit with everything csrc uses (cudaGetDriverEntryPointByVersion).
+OLDEST_CUDA = (12, 5)
 
 
 class CometMoEBuilder(CUDAOpBuilder):
-    """Builds the CUDA kernels of comet_ds.
+    """Builds the CUDA kernels of comet_ds; they need no headers but CUDA's and pybind11's.
 
-    ``load()`` compiles with ninja into torch's extension folder ($TORCH_EXTENSIONS_DIR, else
-    ~/.cache/torch_extensions), once for all processes of a machine, and returns the module.
+    ``load()`` takes the module that the installation compiled (``DS_BUILD_COMET_MOE=1 pip install
+    .``) if it fits the sources; else it compiles with ninja into torch's extension folder
+    ($TORCH_EXTENSIONS_DIR, else ~/.cache/torch_extensions), once for all processes of a machine:
+    the others wait at a lock file there.
     """
 
     BUILD_VAR = "DS_BUILD_COMET_MOE"
@@ -54,6 +67,69 @@ class CometMoEBuilder(CUDAOpBuilder):
         """
         return ["-gencode=arch=compute_90a,code=sm_90a"]
 
+    def fingerprint(self) -> str:
+        """Return a digest of the sources and flags; a compiled module carries that of its own."""
+        digest = hashlib.sha256(repr((self.cxx_args(), self.nvcc_args())).encode())
+        for path in sorted(p for p in CSRC.rglob("*") if p.is_file()):
+            digest.update(path.read_bytes())
+        return digest.hexdigest()[:16]
+
+    def compile(self, output: Path) -> None:
+        """Compile ahead of use, without a GPU and without torch's headers.
+
+        Args:
+            output: the shared library to write.
+
+        Raises:
+            RuntimeError: without nvcc, or with the compiler's message where it fails.
+        """
+        if reason := self._why_no_compiler():
+            raise RuntimeError(f"{self.NAME} cannot be compiled: {reason}")
+        nvcc = find_nvcc()
+        includes = [str(CSRC), pybind11.get_include(), sysconfig.get_path("include")]
+        include_flags = [flag for path in includes for flag in ("-I", path)]
+        macros = [
+            f"-DTORCH_EXTENSION_NAME={self.NAME}",
+            f'-DCOMET_FINGERPRINT="{self.fingerprint()}"',
+        ]
+        folder = output.with_suffix(".objects")
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def compile_source(source: str) -> str:
+            target = str(folder / Path(source).with_suffix(".o").name)
+            flags = [*self.nvcc_args(), "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+            _run([nvcc, *flags, *macros, *include_flags, "-c", source, "-o", target])
+            return target
+
+        with ThreadPoolExecutor() as pool:
+            objects = list(pool.map(compile_source, self.sources()))
+        _run([nvcc, "-shared", "-cudart", "static", *objects, "-o", str(output)])
+        shutil.rmtree(folder)
+
+    def prebuilt(self) -> Path | None:
+        """Return the module the installation compiled, if it has."""
+        spec = importlib.util.find_spec("comet_ds")
+        for folder in spec.submodule_search_locations if spec else ():
+            path = Path(folder) / f"{self.NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
+            if path.exists():
+                return path
+        return None
+
+    def load(self, verbose: bool = True) -> ModuleType:
+        """Return the module; compile it first where that has not been done."""
+        if path := self.prebuilt():
+            spec = importlib.util.spec_from_file_location(self.NAME, path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            if module.fingerprint == self.fingerprint():
+                return module
+            self.warning(f"{path} was compiled from other sources; compiling again")
+        start = time.perf_counter()
+        module = super().load(verbose)
+        if (seconds := time.perf_counter() - start) > 2:  # a cached module takes less
+            self.warning(f"compiled the kernels of comet_ds in {seconds:.0f} s")
+        return module
+
     def why_not(self) -> str | None:
         """Return why the kernels cannot be built and run here, None where they can."""
         if not torch.cuda.is_available():
@@ -61,10 +137,23 @@ class CometMoEBuilder(CUDAOpBuilder):
         capability = torch.cuda.get_device_capability()
         if capability != COMPUTE_CAPABILITY:
             return f"the kernels need compute capability 9.0, this GPU has {capability}"
-        if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
-            return "nvcc not found: install the CUDA toolkit or set CUDA_HOME"
+        if self.prebuilt():
+            return None
+        if reason := self._why_no_compiler():
+            return reason
+        nvcc_major, torch_cuda = cuda_version()[0], torch.version.cuda or "none"
+        if str(nvcc_major) != torch_cuda.split(".")[0]:
+            return f"nvcc is of CUDA {nvcc_major}, torch of CUDA {torch_cuda}: install one to match"
         if shutil.which("ninja") is None:
             return "ninja not found: pip install ninja"
+        return None
+
+    @staticmethod
+    def _why_no_compiler() -> str | None:
+        if find_nvcc() is None:
+            return "nvcc not found: install the CUDA toolkit or set CUDA_HOME"
+        if (version := cuda_version()) < OLDEST_CUDA:
+            return f"nvcc {version[0]}.{version[1]} is too old: the kernels need CUDA 12.5"
         return None
 
     def is_compatible(self, verbose: bool = False) -> bool:
@@ -75,3 +164,24 @@ class CometMoEBuilder(CUDAOpBuilder):
             if verbose:
                 self.warning(f"{self.NAME}: {reason}")
         return reason is None
+
+
+def find_nvcc() -> str | None:
+    """Return the nvcc torch would use; one on the PATH where torch knows no CUDA."""
+    if CUDA_HOME is None:
+        return shutil.which("nvcc")
+    nvcc = Path(CUDA_HOME) / "bin" / "nvcc"
+    return str(nvcc) if nvcc.exists() else None
+
+
+def cuda_version() -> tuple[int, int]:
+    """Return nvcc's version."""
+    done = subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True, check=True)
+    found = re.search(r"release (\d+)\.(\d+)", done.stdout)
+    return int(found[1]), int(found[2])
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")

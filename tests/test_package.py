@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.ops.op_builder.builder import CUDAOpBuilder
 
+from comet_ds import report
 from comet_ds.op_builder.comet_moe import CSRC, CometMoEBuilder
 
 ROOT = Path(__file__).parent.parent
@@ -55,8 +57,33 @@ def test_builder_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert "compute capability 9.0, this GPU has (8, 0)" in CometMoEBuilder().why_not()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(comet_moe, "CUDA_HOME", "/nowhere")
+    monkeypatch.setattr(comet_moe, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(comet_moe, "cuda_version", lambda: (12, 4))
+    assert "nvcc 12.4 is too old" in CometMoEBuilder().why_not()
+    monkeypatch.setattr(comet_moe, "cuda_version", lambda: (13, 0))
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert "nvcc is of CUDA 13, torch of CUDA 12.8" in CometMoEBuilder().why_not()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert CometMoEBuilder().why_not() is None
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "ninja not found" in CometMoEBuilder().why_not()
+    monkeypatch.setattr(comet_moe, "find_nvcc", lambda: None)
     assert "nvcc not found" in CometMoEBuilder().why_not()
+    with pytest.raises(RuntimeError, match="nvcc not found"):
+        CometMoEBuilder().compile(Path("/nowhere/kernels.so"))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_compiled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the installation compiles is taken, as long as it is of these sources."""
+    builder = CometMoEBuilder()
+    path = tmp_path / "comet_ds_moe.so"
+    builder.compile(path)
+    monkeypatch.setattr(builder, "prebuilt", lambda: path)
+    assert builder.load().row_block == 128
+    monkeypatch.setattr(builder, "fingerprint", lambda: "of other sources")
+    monkeypatch.setattr(CUDAOpBuilder, "load", lambda self, verbose: "compiled again")
+    assert builder.load() == "compiled again"
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
@@ -69,6 +96,21 @@ def test_kernels_compile_without_spills(source: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     spills = re.findall(r"(\d+) bytes spill", done.stderr)
     assert spills and set(spills) == {"0"}, done.stderr
+
+
+def test_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Says what is there, why there are no kernels, and which path a layer takes."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    report.main()
+    text = capsys.readouterr().out
+    assert f"torch        {torch.__version__}" in text
+    assert "kernels      no: no CUDA device" in text
+    assert "path         pipelined, with PyTorch operations: no CUDA device" in text
+    monkeypatch.setattr(CometMoEBuilder, "why_not", lambda self: None)
+    report.main()
+    text = capsys.readouterr().out
+    assert "compiled at first use in" in text or "compiled in" in text
+    assert "path         fused with ep_size 1" in text
 
 
 def test_importing_needs_no_cuda_and_no_build() -> None:

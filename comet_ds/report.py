@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Say what this machine is, and which path a layer would take on it.
+
+python -m comet_ds.report
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import deepspeed
+import torch
+from torch.utils.cpp_extension import _get_build_directory
+
+from comet_ds import __version__
+from comet_ds.op_builder.comet_moe import CometMoEBuilder, cuda_version, find_nvcc
+
+
+def describe_versions() -> Iterator[str]:
+    """Yield one line per piece of software."""
+    nvcc = find_nvcc()
+    yield f"comet_ds     {__version__}, {Path(__file__).parent}"
+    yield f"DeepSpeed    {deepspeed.__version__}"
+    yield f"torch        {torch.__version__}, CUDA {torch.version.cuda or 'none'}"
+    yield "nvcc         " + (
+        "not found" if nvcc is None else "{}.{}, ".format(*cuda_version()) + nvcc
+    )
+
+
+def describe_gpus() -> Iterator[str]:
+    """Yield one line per GPU and one for what links them."""
+    count = torch.cuda.device_count()
+    if count == 0:
+        yield "GPU          none"
+    for i in range(count):
+        gpu = torch.cuda.get_device_properties(i)
+        memory = gpu.total_memory / 2**30
+        yield (
+            f"GPU {i}        {gpu.name}, compute capability {gpu.major}.{gpu.minor}, "
+            f"{gpu.multi_processor_count} SMs, {memory:.0f} GiB"
+        )
+    if count > 1:
+        pairs = [(i, j) for i in range(count) for j in range(count) if i != j]
+        direct = sum(torch.cuda.can_device_access_peer(i, j) for i, j in pairs)
+        yield f"links        {direct} of {len(pairs)} ordered pairs have peer access; {_nvlinks()}"
+
+
+def _nvlinks() -> str:
+    try:
+        done = subprocess.run(["nvidia-smi", "nvlink", "-s", "-i", "0"], capture_output=True)
+    except FileNotFoundError:
+        return "nvidia-smi not found"
+    links = done.stdout.decode().count("GB/s")
+    return f"GPU 0 has {links} NVLinks" if links else "no NVLink"
+
+
+def describe_kernels() -> Iterator[str]:
+    """Yield where the kernels come from, and the path a layer takes."""
+    builder = CometMoEBuilder()
+    reason = builder.why_not()
+    if reason is not None:
+        yield f"kernels      no: {reason}"
+    elif path := builder.prebuilt():
+        yield f"kernels      compiled by the installation, {path}"
+    else:
+        folder = Path(_get_build_directory(builder.NAME, verbose=False))
+        is_cached = any(folder.glob("*.so"))
+        yield f"kernels      {'compiled' if is_cached else 'compiled at first use'} in {folder}"
+        if (folder / "lock").exists():
+            yield f"             someone is compiling, or was killed: then rm -r {folder}"
+    if reason is None:
+        yield "path         fused with ep_size 1, bf16 or fp16 and MLP experts; else pipelined"
+    else:
+        yield f"path         pipelined, with PyTorch operations: {reason}"
+
+
+def main() -> None:
+    """Print the report."""
+    for describe in (describe_versions, describe_gpus, describe_kernels):
+        for line in describe():
+            print(line)
+
+
+if __name__ == "__main__":
+    main()
