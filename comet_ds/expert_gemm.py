@@ -75,8 +75,15 @@ class ExpertWeights:
             None if group[0].bias is None else [linear.bias for linear in group]
             for group in linears
         ]
-        self.parameters = [p for group in self.weights for p in group]
-        self.parameters += [p for group in self.biases if group is not None for p in group]
+        # Where the modules keep them: a parameter may be replaced by another.
+        names = ["weight"] * len(linears) + ["bias"] * sum(b is not None for b in self.biases)
+        groups = linears + [g for g, b in zip(linears, self.biases, strict=True) if b is not None]
+        self._slots = [
+            (linear._parameters, name)
+            for group, name in zip(groups, names, strict=True)
+            for linear in group
+        ]
+        self.parameters = [parameters[name] for parameters, name in self._slots]
         self.dtype, self.device = first.up.weight.dtype, first.up.weight.device
         self.num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         self._addresses = self._read_addresses()
@@ -94,8 +101,11 @@ class ExpertWeights:
         ]
 
     def is_current(self) -> bool:
-        """Whether the parameters are where they were."""
-        return self._read_addresses() == self._addresses
+        """Whether the modules still have these parameters, and these are where they were."""
+        return (
+            all(slots[name] is p for (slots, name), p in zip(self._slots, self.parameters))  # noqa: B905
+            and self._read_addresses() == self._addresses
+        )
 
     def map_addresses(self, *indices: int) -> tuple[int, int]:
         """Return the addresses of the tensor maps of one or two groups of ``weights``."""
@@ -113,18 +123,19 @@ class ExpertWeights:
         return [p.data_ptr() for p in self.parameters]
 
 
-def why_not_addressable(mlps: Sequence[ExpertMLP]) -> str | None:
-    """Return why the kernels cannot read the parameters in place, or None."""
+def why_not_addressable(mlps: Sequence[ExpertMLP], x: Tensor) -> str | None:
+    """Return why the kernels cannot read the parameters in place for an input, or None."""
     for size in mlps[0].up.weight.shape:
-        if size * mlps[0].up.weight.element_size() % ALIGNMENT_BYTES:
+        if size * x.element_size() % ALIGNMENT_BYTES:
             return f"the kernels need sizes that are multiples of 8, got {size}"
-    for mlp in mlps:
-        for linear in filter(None, (mlp.gate, mlp.up, mlp.down)):
-            if linear.weight.data_ptr() % ALIGNMENT_BYTES or not linear.weight.is_contiguous():
-                return "the kernels need contiguous matrices at multiples of 16 bytes"
-            # Biases are read two at a time.
-            if linear.bias is not None and linear.bias.data_ptr() % 4:
-                return "the kernels need biases at multiples of 4 bytes"
+    linears = [m for mlp in mlps for m in (mlp.gate, mlp.up, mlp.down) if m is not None]
+    for param in (p for linear in linears for p in linear.parameters()):
+        if param.dtype != x.dtype or param.device != x.device:
+            return f"the experts are {param.dtype} on {param.device}, the input {x.dtype}"
+        # Biases are read two elements at a time.
+        alignment = ALIGNMENT_BYTES if param.dim() == 2 else 2 * param.element_size()
+        if param.data_ptr() % alignment or not param.is_contiguous():
+            return f"the kernels need contiguous parameters at multiples of {alignment} bytes"
     return None
 
 

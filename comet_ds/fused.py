@@ -21,8 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from comet_ds.expert_gemm import ExpertGemm, ExpertRows, ExpertWeights, why_not_addressable
-from comet_ds.experts import RecognisedExperts
+from comet_ds.expert_gemm import (
+    ALIGNMENT_BYTES,
+    ExpertGemm,
+    ExpertRows,
+    ExpertWeights,
+    why_not_addressable,
+)
+from comet_ds.experts import ExpertMLP, RecognisedExperts
 from comet_ds.gate import Routing
 from comet_ds.kernels import current_stream, load_kernels, why_no_kernels
 from comet_ds.row_ops import sum_rows
@@ -126,15 +132,22 @@ class FusedExperts:
         mlps = self._recognised.find(self.experts)
         if isinstance(mlps, str):
             return mlps
-        if mlps[0].up.weight.dtype != x.dtype:
-            return f"the experts' dtype is {mlps[0].up.weight.dtype}, the input's {x.dtype}"
-        weights = self._weights
-        if weights is None or weights.mlps is not mlps or not weights.is_current():
+        if not self._fits(mlps, x):
             self._weights = None
-            if reason := why_not_addressable(mlps):
+            if reason := why_not_addressable(mlps, x):
                 return reason
             self._weights = ExpertWeights(mlps, kernels)
         return None
+
+    def _fits(self, mlps: Sequence[ExpertMLP], x: Tensor) -> bool:
+        """Whether the tables made last are right for these experts and this input."""
+        weights = self._weights
+        return (
+            weights is not None
+            and weights.mlps is mlps
+            and (weights.dtype, weights.device) == (x.dtype, x.device)
+            and weights.is_current()
+        )
 
     def describe(self) -> str:
         """Return a phrase for the log line."""
@@ -153,7 +166,7 @@ class FusedExperts:
         """
         plan = plan_rows(routing, self._weights.kernels)
         return _FusedMLP.apply(
-            x.contiguous(), routing.topk_weights, plan, self._weights, *self._weights.parameters
+            _aligned(x), routing.topk_weights, plan, self._weights, *self._weights.parameters
         )
 
 
@@ -188,7 +201,7 @@ class _FusedMLP(torch.autograd.Function):
         _check_versions(weights.parameters, ctx.versions)
         gemm, kernels = ExpertGemm(weights, plan), weights.kernels
         needs_parameters = any(ctx.needs_input_grad[4:])
-        grad = grad.contiguous()
+        grad = _aligned(grad)
         dy = _dispatch(grad, plan, kernels)
         # Nobody reads the pre-activations again, unless the graph is kept: their gradients take
         # their place.
@@ -212,6 +225,12 @@ class _FusedMLP(torch.autograd.Function):
                 grads.add(dpre_of_matrix, rows, is_weighted=False)
                 dpre_of_matrix.untyped_storage().resize_(0)  # autograd still has a reference
         return grad_x, grad_topk_weights, None, None, *grads.in_order(needs_parameters)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Return a contiguous tensor whose rows can be read 16 bytes at a time."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT_BYTES else tensor
 
 
 def _check_versions(parameters: Sequence[Tensor], versions: Sequence[int]) -> None:

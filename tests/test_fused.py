@@ -265,6 +265,29 @@ def test_moved_parameters_are_noticed() -> None:
     assert all(torch.equal(got[what], value) for what, value in expected.items())
     flat.zero_()
     assert layer(x)[0].count_nonzero() == 0
+    for expert in layer.deepspeed_moe.experts.deepspeed_experts:
+        expert.w2.bias = nn.Parameter(torch.ones_like(expert.w2.bias))
+    output, _, _ = layer(x)
+    torch.testing.assert_close(output, torch.ones_like(output))  # weights of a token sum to 1
+
+
+@pytest.mark.gpu(1)
+def test_misaligned_input() -> None:
+    """A view that starts anywhere in its storage, also for the gradient."""
+    shape = (300, 8, 2, 128, 192)
+    x, grad = case(shape, BF16)
+    layer = build_fused(shape, "swiglu", BF16, comet_ds={"path": "fused", "exact_gate": True})
+    expected = run(layer, x, grad)
+    views = []
+    for tensor in (x, grad):
+        storage = torch.empty(tensor.numel() + 1, dtype=BF16, device="cuda")
+        storage[1:] = tensor.flatten()
+        views.append(storage[1:].view_as(tensor))
+    flat = views[0].requires_grad_()
+    torch.manual_seed(7)
+    output, l_aux, _ = layer(flat)
+    torch.autograd.backward([output, l_aux], [views[1], torch.ones_like(l_aux)])
+    assert torch.equal(output, expected["output"]) and torch.equal(flat.grad, expected["grad of x"])
 
 
 def misalign(layer: MoE) -> None:

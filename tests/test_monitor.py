@@ -143,6 +143,7 @@ def count_reads(rank: int, size: int, folder: str) -> tuple[int, int, int]:
         block = {"metrics": metrics, "metrics_interval": interval}
         settings = config(size, csv_monitor=monitor, comet_ds=block)
         engine = build_engine("comet_ds", settings, ep_size=size, k=2)
+        train(engine, rank, 1)  # capacities are remembered
         with CountReads() as reads:
             train(engine, rank, 4)
         counts.append(reads.count)

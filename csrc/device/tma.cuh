@@ -106,9 +106,6 @@ __device__ inline void bulk_wait_group_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
-// Waits until all of this thread's groups have been written.
-__device__ inline void bulk_wait_group() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
-
 // Orders this thread's accesses to shared memory before later ones by the copy engine.
 __device__ inline void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -117,10 +114,6 @@ __device__ inline void fence_proxy_async() {
 // Lets this thread use a tensor map in global memory that was written before the launch.
 __device__ inline void fence_tensormap_acquire(const CUtensorMap* map) {
     asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(map) : "memory");
-}
-
-__device__ inline void prefetch_tensormap(const CUtensorMap* map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // --- clusters, registers, fragments ---------------------------------------------------------------
