@@ -104,8 +104,12 @@ class ExpertWeights:
         """Whether the modules still have these parameters, and these are where they were."""
         return (
             all(slots[name] is p for (slots, name), p in zip(self._slots, self.parameters))  # noqa: B905
-            and self._read_addresses() == self._addresses
+            and self.is_in_place()
         )
+
+    def is_in_place(self) -> bool:
+        """Whether the parameters are where they were."""
+        return self._read_addresses() == self._addresses
 
     def map_addresses(self, *indices: int) -> tuple[int, int]:
         """Return the addresses of the tensor maps of one or two groups of ``weights``."""
@@ -125,9 +129,14 @@ class ExpertWeights:
 
 def why_not_addressable(mlps: Sequence[ExpertMLP], x: Tensor) -> str | None:
     """Return why the kernels cannot read the parameters in place for an input, or None."""
-    for size in mlps[0].up.weight.shape:
+    (ffn, hidden), width = mlps[0].up.weight.shape, x.shape[-1]
+    for size in (ffn, hidden):
         if size * x.element_size() % ALIGNMENT_BYTES:
             return f"the kernels need sizes that are multiples of 8, got {size}"
+    for mlp in mlps:
+        shapes = [tuple(m.weight.shape) for m in (mlp.gate or mlp.up, mlp.up, mlp.down)]
+        if hidden != width or shapes != [(ffn, hidden), (ffn, hidden), (hidden, ffn)]:
+            return f"matrices of shapes {shapes} do not make an MLP on {width} features"
     linears = [m for mlp in mlps for m in (mlp.gate, mlp.up, mlp.down) if m is not None]
     for param in (p for linear in linears for p in linear.parameters()):
         if param.dtype != x.dtype or param.device != x.device:

@@ -209,6 +209,10 @@ class RecognisedExperts:
         # By train or eval mode.
         self._found: dict[bool, tuple[ModuleStructure, list[ExpertMLP] | str]] = {}
 
+    def __reduce__(self) -> tuple[type, tuple]:
+        """Forget in copies: what is remembered are other modules' dictionaries."""
+        return RecognisedExperts, ()
+
     def find(self, experts: Sequence[nn.Module]) -> list[ExpertMLP] | str:
         """Return the MLPs or why there are none; the same object as long as nothing changes."""
         mode = experts[0].training

@@ -8,7 +8,7 @@ One token's way, with the rows of ``RowPlan``:
                weight gradients
 
 Saved for backward are the dispatched rows and the pre-activations; the rest is computed again in
-the epilogue that needs it. No step waits on the host.
+the epilogue that needs it. No step waits on the host, but the first after parameters have moved.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from comet_ds.expert_gemm import (
     ALIGNMENT_BYTES,
@@ -117,6 +118,10 @@ class FusedExperts:
         self._recognised = RecognisedExperts()
         self._weights: ExpertWeights | None = None
 
+    def __reduce__(self) -> tuple[type, tuple]:
+        """Make tables anew in copies."""
+        return FusedExperts, (self.experts,)
+
     def why_not(self, x: Tensor) -> str | None:
         """Return why the experts cannot take the fused path with this input, None where they can.
 
@@ -124,8 +129,10 @@ class FusedExperts:
         """
         if x.device.type != "cuda":
             return f"it needs a CUDA device, not {x.device.type}"
-        if x.dtype not in DTYPES or torch.is_autocast_enabled(x.device.type):
-            return f"it needs bfloat16 or float16 without autocast, not {x.dtype}"
+        if x.dtype not in DTYPES:
+            return f"it needs bfloat16 or float16, not {x.dtype}"
+        if torch.is_autocast_enabled(x.device.type):
+            return "it does not know autocast"
         kernels = load_kernels(x.device)
         if kernels is None:
             return f"it has no kernels: {why_no_kernels()}"
@@ -164,9 +171,12 @@ class FusedExperts:
             [T, H] in x's dtype. Gradients for x, the routing weights and every expert parameter;
             the same input gives the same bits.
         """
-        plan = plan_rows(routing, self._weights.kernels)
+        plan, parameters = plan_rows(routing, self._weights.kernels), self._weights.parameters
+        has_backward = torch.is_grad_enabled() and any(
+            t.requires_grad for t in (x, routing.topk_weights, *parameters)
+        )
         return _FusedMLP.apply(
-            _aligned(x), routing.topk_weights, plan, self._weights, *self._weights.parameters
+            _aligned(x), routing.topk_weights, plan, self._weights, has_backward, *parameters
         )
 
 
@@ -178,13 +188,14 @@ class _FusedMLP(torch.autograd.Function):
         topk_weights: Tensor,
         plan: RowPlan,
         weights: ExpertWeights,
+        has_backward: bool,
         *parameters: Tensor,
     ) -> Tensor:
         gemm = ExpertGemm(weights, plan)
         rows = _dispatch(x, plan, weights.kernels)
         hidden = x.new_empty(plan.max_rows, weights.ffn)
         pre = None
-        if any(ctx.needs_input_grad):
+        if has_backward:
             pre = [torch.empty_like(hidden) for _ in range(1 + weights.is_gated)]
             ctx.plan, ctx.weights = plan, weights
             ctx.versions = [p._version for p in parameters]
@@ -195,12 +206,13 @@ class _FusedMLP(torch.autograd.Function):
         return sum_rows(y, plan.row_of_route, topk_weights.contiguous())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, *pre = ctx.saved_tensors
         plan, weights = ctx.plan, ctx.weights
-        _check_versions(weights.parameters, ctx.versions)
+        _check_unchanged(weights, ctx.versions)
         gemm, kernels = ExpertGemm(weights, plan), weights.kernels
-        needs_parameters = any(ctx.needs_input_grad[4:])
+        needs_parameters = any(ctx.needs_input_grad[5:])
         grad = _aligned(grad)
         dy = _dispatch(grad, plan, kernels)
         # Nobody reads the pre-activations again, unless the graph is kept: their gradients take
@@ -224,7 +236,7 @@ class _FusedMLP(torch.autograd.Function):
             for dpre_of_matrix in dpre:
                 grads.add(dpre_of_matrix, rows, is_weighted=False)
                 dpre_of_matrix.untyped_storage().resize_(0)  # autograd still has a reference
-        return grad_x, grad_topk_weights, None, None, *grads.in_order(needs_parameters)
+        return grad_x, grad_topk_weights, None, None, None, *grads.in_order(needs_parameters)
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -233,12 +245,12 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT_BYTES else tensor
 
 
-def _check_versions(parameters: Sequence[Tensor], versions: Sequence[int]) -> None:
-    """Refuse weights changed since forward, as autograd refuses saved tensors."""
-    if [p._version for p in parameters] != list(versions):
+def _check_unchanged(weights: ExpertWeights, versions: Sequence[int]) -> None:
+    """Refuse weights changed or moved since forward, as autograd refuses saved tensors."""
+    if [p._version for p in weights.parameters] != list(versions) or not weights.is_in_place():
         raise RuntimeError(
-            "an expert parameter needed for gradient computation has been modified in place "
-            "between forward and backward"
+            "an expert parameter needed for gradient computation has been modified in place or "
+            "moved between forward and backward"
         )
 
 

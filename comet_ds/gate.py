@@ -121,8 +121,8 @@ class TopKGate(sharded_moe.TopKGate):
         fits = x.dtype == weight.dtype == torch.bfloat16 and x.shape[1] % 8 == 0
         if fits and not (jitter or self.exact_logits):
             kernels = load_kernels(x.device)
-            is_aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0
-            if kernels and is_aligned and not torch.is_autocast_enabled(x.device.type):
+            is_plain = weight.is_contiguous() and (x.data_ptr() | weight.data_ptr()) % 16 == 0
+            if kernels and is_plain and not torch.is_autocast_enabled(x.device.type):
                 return FastLogits.apply(x, weight, kernels)
         x = x.float()
         if jitter:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from comet_ds.kernels import current_stream
 
@@ -39,6 +40,7 @@ class FastLogits(torch.autograd.Function):
         return logits
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         num_tokens, num_experts = grad.shape
@@ -113,6 +115,7 @@ class RouteTokens(torch.autograd.Function):
         return weights, l_aux, ids, ranks, kept_counts, exp_counts
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any, grad_weights: Tensor, grad_l_aux: Tensor, *_: Any
     ) -> tuple[Tensor, None, None]:

@@ -214,7 +214,12 @@ class _AddBias(torch.autograd.Function):
 
 def _why_not_stackable(mlps: Sequence[ExpertMLP]) -> str | None:
     """Return why the matrices of recognised experts cannot share grouped GEMMs, or None."""
-    for size in mlps[0].up.weight.shape:
+    ffn, hidden = mlps[0].up.weight.shape
+    for mlp in mlps:
+        shapes = [tuple(m.weight.shape) for m in (mlp.gate or mlp.up, mlp.down)]
+        if shapes != [(ffn, hidden), (hidden, ffn)]:
+            return f"grouped GEMM needs equal up and gate, and down the other way, got {shapes}"
+    for size in (ffn, hidden):
         if size * mlps[0].up.weight.element_size() % GEMM_ALIGNMENT_BYTES:
             return f"grouped GEMM needs sizes that are multiples of 8, got {size}"
     if any(m.up.weight.dtype != torch.bfloat16 for m in mlps):

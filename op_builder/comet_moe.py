@@ -121,7 +121,7 @@ class CometMoEBuilder(CUDAOpBuilder):
             spec = importlib.util.spec_from_file_location(self.NAME, path)
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-            if module.fingerprint == self.fingerprint():
+            if getattr(module, "fingerprint", None) == self.fingerprint():
                 return module
             self.warning(f"{path} was compiled from other sources; compiling again")
         start = time.perf_counter()

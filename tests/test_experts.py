@@ -132,6 +132,16 @@ def test_structure_notices_changes() -> None:
     assert not structure.holds(experts[:1]), "another list"
 
 
+def test_copies_notice_changes() -> None:
+    """What is remembered of modules must not be of the modules a copy was made from."""
+    experts, recognised = [GatedMLP(HIDDEN, FFN)], RecognisedExperts()
+    recognised.find(experts)
+    experts, recognised = copy.deepcopy((experts, recognised))
+    assert isinstance(recognised.find(experts), list)
+    experts[0].w1.register_forward_hook(lambda *_: None)
+    assert "hooks" in recognised.find(experts)
+
+
 def test_tracing_draws_no_random_number() -> None:
     before = torch.get_rng_state()
     recognise_mlp(RECOGNISED["gated"][0])

@@ -22,7 +22,7 @@
 //                  cluster, since all may write into it; waited for by the loading thread
 //    The parity of a phase is that of the ring's turn; nothing is reset. Loading waits only for
 //    products, products only for loads, and stores for nothing: there is no cycle.
-// 4. Shared memory: kStages x (A 16 KB + B 32 or 16 KB), then 2 to 4 staging buffers of 2 KB for
+// 4. Shared memory: kStages x (A 16 KB + B 32 or 16 KB), then 2 or 3 staging buffers of 2 KB for
 //    every math warp, then the barriers. Products are summed in order of k, results
 //    have one writer: the same input gives the same bits.
 // 5. Sources: PTX ISA (wgmma, cp.async.bulk.tensor, mbarrier); CUTLASS names the two schedules

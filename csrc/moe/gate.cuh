@@ -217,6 +217,10 @@ public:
     // Keeps the `capacity` of highest priority. Priority 0 is also that of tokens not routed here,
     // and the choice among those is by index: DeepSpeed takes the largest of a whole column.
     __device__ void admit_by_priority(int capacity) {
+        if (capacity == 0) {
+            admit_in_order(0);
+            return;
+        }
         const auto is_positive = [](uint32_t key) { return key > kOrderedZero; };
         const int positive = scan([&](int64_t word) { return count(word, is_positive); },
                                   [](int64_t, int) {});
