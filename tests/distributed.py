@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,12 +32,12 @@ class World:
         context = mp.get_context("spawn")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+            self._port = free.getsockname()[1]
         self._pipes, self._processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, size, port, backend, theirs), daemon=True
+                target=_serve, args=(rank, size, self._port, backend, theirs), daemon=True
             )
             process.start()
             self._pipes.append(ours)
@@ -80,11 +81,13 @@ class World:
         return bool(self._processes)
 
     def close(self) -> None:
-        """Kill the processes."""
+        """Kill the processes, and remove the shared memory DeepSpeed's CPU backend leaves."""
         for process in self._processes:
             process.kill()
             process.join()
         self._processes = []
+        for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self._port}_*"):
+            path.unlink()
 
 
 def _serve(rank: int, size: int, port: int, backend: str, pipe: Any) -> None:
