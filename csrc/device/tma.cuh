@@ -56,7 +56,7 @@ __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
         : "memory");
 }
 
-// --- named barriers: some of a CTA's warps ---------------------------------------------------------
+// --- named barriers: some of a CTA's warps -------------------------------------------------------
 
 __device__ inline void named_barrier_sync(int barrier, int num_threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
@@ -98,7 +98,9 @@ __device__ inline void tma_store(const CUtensorMap* map, uint32_t smem, int col,
                  : "memory");
 }
 
-__device__ inline void bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+__device__ inline void bulk_commit_group() {
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
 
 // Waits until at most kPending of this thread's groups still read shared memory.
 template <int kPending>
@@ -116,7 +118,7 @@ __device__ inline void fence_tensormap_acquire(const CUtensorMap* map) {
     asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(map) : "memory");
 }
 
-// --- clusters, registers, fragments ---------------------------------------------------------------
+// --- clusters, registers, fragments --------------------------------------------------------------
 
 __device__ inline int cluster_cta_rank() {
     int rank;

@@ -21,8 +21,8 @@ struct GateParams {
     int64_t num_experts;
     int64_t top_k;
 
-    // Scratch, laid out by route_tokens. Words have one bit a token; an expert's queue is its first choices, then (top_k = 2)
-    // its second ones.
+    // Scratch, laid out by route_tokens. Words have one bit a token; an expert's queue is its first
+    // choices, then (top_k = 2) its second ones.
     int32_t* chosen;     // [num_tokens, top_k]; -1 = token not used
     uint32_t* routed;    // [queues, num_experts, words]
     uint32_t* kept;      // [num_experts, words]
