@@ -151,7 +151,7 @@ class FusedExperts:
         weights = self._weights
         return (
             weights is not None
-            and weights.mlps is mlps
+            and weights.mlps == mlps  # train and eval mode have lists of their own, often equal
             and (weights.dtype, weights.device) == (x.dtype, x.device)
             and weights.is_current()
         )

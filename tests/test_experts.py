@@ -132,6 +132,16 @@ def test_structure_notices_changes() -> None:
     assert not structure.holds(experts[:1]), "another list"
 
 
+def test_modes_that_compute_the_same_are_equal() -> None:
+    """So switching between them makes no new tables of weights."""
+    experts, recognised = [GatedMLP(HIDDEN, FFN) for _ in range(2)], RecognisedExperts()
+    found = recognised.find(experts)
+    for expert in experts:
+        expert.eval()
+    assert recognised.find(experts) == found and recognised.find(experts) is not found
+    assert found != RecognisedExperts().find([GatedMLP(HIDDEN, FFN) for _ in range(2)])
+
+
 def test_copies_notice_changes() -> None:
     """What is remembered of modules must not be of the modules a copy was made from."""
     experts, recognised = [GatedMLP(HIDDEN, FFN)], RecognisedExperts()

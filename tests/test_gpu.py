@@ -82,13 +82,8 @@ def test_two_ranks(world, name: str, dtype: torch.dtype) -> None:
         world(2, "nccl").run(check, name, dtype, k, 129)
 
 
-@pytest.mark.gpu(1)
-@pytest.mark.parametrize("k", [1, 2, 4])
-@pytest.mark.parametrize("path", ["fused", "pipelined"])
-def test_no_host_synchronisation(path: str, k: int) -> None:
-    common = dict(expert=EXPERTS["gated"](), k=k, dtype=torch.bfloat16, device="cuda")
-    layer = build(MoE, 0, **common, comet_ds={"path": path})
-    x, grad = tokens(0, 256, torch.bfloat16)
+def check_no_synchronisation(layer: MoE, rank: int) -> None:
+    x, grad = tokens(rank, 256, torch.bfloat16)
     run(layer, x, grad)  # builds the kernels and torch's distributions
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -97,6 +92,15 @@ def test_no_host_synchronisation(path: str, k: int) -> None:
         torch.autograd.backward([output, l_aux], [grad, torch.ones_like(l_aux)])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("path", ["fused", "pipelined"])
+def test_no_host_synchronisation(path: str, k: int) -> None:
+    common = dict(expert=EXPERTS["gated"](), k=k, dtype=torch.bfloat16, device="cuda")
+    layer = build(MoE, 0, **common, comet_ds={"path": path})
+    check_no_synchronisation(layer, 0)
 
 
 @pytest.mark.gpu(1)
@@ -131,15 +135,7 @@ def check_no_wait(rank: int, size: int) -> None:
     """With expert parallelism the one wait is for the counts' event; nothing else synchronises."""
     common = dict(expert=EXPERTS["gated"](), ep_size=size, k=2, dtype=torch.bfloat16)
     layer = build(MoE, rank, **common, device="cuda", parallel=True)
-    x, grad = tokens(rank, 256, torch.bfloat16)
-    run(layer, x, grad)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        output, l_aux, _ = layer(x.requires_grad_())
-        torch.autograd.backward([output, l_aux], [grad, torch.ones_like(l_aux)])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    check_no_synchronisation(layer, rank)
 
 
 @pytest.mark.gpu(2)
