@@ -254,9 +254,9 @@ def time_kernels(layer: MoE, shape: Shape, num_tokens: int, num_runs: int) -> li
         ("down_grad", 1, lambda: gemm.down_grad(dy, gemm.rows.row_weights, pre, dpre, hidden),
          lambda: gmm(dy, down, offs=offsets)),
         ("up_grad", num_ups, lambda: gemm.up_grad(dpre, y), lambda: gmm(dpre[0], up, offs=offsets)),
-        ("up weight_grad", 1, lambda: gemm.weight_grad([(dpre[0], rows)], [grad_up]),
+        ("up weight_grad", 1, lambda: gemm.weight_grad(dpre[0], rows, grad_up),
          lambda: gmm(dpre[0].t(), rows, offs=offsets)),
-        ("down weight_grad", 1, lambda: gemm.weight_grad([(dy, hidden)], [grad_down]),
+        ("down weight_grad", 1, lambda: gemm.weight_grad(dy, hidden, grad_down),
          lambda: gmm(dy.t(), hidden, offs=offsets)),
     ]  # fmt: skip
     functions = {f"{name} {who}": f for name, _, *pair in passes for who, f in zip("ct", pair)}  # noqa: B905

@@ -223,14 +223,15 @@ class ExpertGemm:
         w = self.weights
         self._launch(Pass.UP_GRAD, dpre, [], [dx], self._ups, n=w.hidden, k=w.ffn)
 
-    def weight_grad(self, pairs: Sequence[tuple[Tensor, Tensor]], grads: Sequence[Tensor]) -> None:
-        """Compute grads[i][e] = a^T b over the rows of expert e, for each pair (a, b).
+    def weight_grad(self, a: Tensor, b: Tensor, grad: Tensor) -> None:
+        """Compute grad[e] = a^T b over the rows of expert e.
 
         Args:
-            pairs: up to three, a [R, m] and b [R, n].
-            grads: [E, m, n] each, written; zero for an expert without rows.
+            a, b: [R, m], [R, n].
+            grad: [E, m, n], written; zero for an expert without rows.
         """
-        self._launch(Pass.WEIGHT_GRAD, *map(list, zip(*pairs, strict=True)), grads, (), n=0, k=0)
+        _, m, n = grad.shape
+        self._launch(Pass.WEIGHT_GRAD, [a], [b], [grad], (), m=m, n=n)
 
     def _launch(
         self,
@@ -240,8 +241,9 @@ class ExpertGemm:
         results: Sequence[Tensor],
         groups: tuple[int, ...],
         *,
+        m: int = 0,
         n: int,
-        k: int,
+        k: int = 0,
         save_pre: bool = False,
         row_weights: Tensor | None = None,
         row_dots: Tensor | None = None,
@@ -265,6 +267,7 @@ class ExpertGemm:
             0 if row_dots is None else row_dots.data_ptr(),
             len(w.mlps),
             rows.max_rows,
+            m,
             n,
             k,
             save_pre,

@@ -303,7 +303,7 @@ class _ParameterGrads:
         weights, plan = self.gemm.weights, self.gemm.rows
         num_experts = len(weights.mlps)
         result = a.new_empty(num_experts, a.shape[1], b.shape[1])
-        self.gemm.weight_grad([(a, b)], [result])
+        self.gemm.weight_grad(a, b, result)
         self._weights.append(result.unbind())
         matrix = len(self._weights) - 2  # -1 is down, which comes first, then 0 and on
         if weights.biases[matrix] is None:

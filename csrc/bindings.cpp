@@ -225,18 +225,17 @@ void expert_gemm(int pass, bool is_bfloat16, bool is_gated, int activation, cons
                  const Matrices& b, const Matrices& out, std::array<uintptr_t, 2> weights,
                  std::array<uintptr_t, 2> bias, uintptr_t expert_offsets,
                  uintptr_t expert_of_block, uintptr_t row_weights, uintptr_t row_dots,
-                 int num_experts, int max_rows, int n, int k, bool save_pre, int num_sms,
+                 int num_experts, int max_rows, int m, int n, int k, bool save_pre, int num_sms,
                  uintptr_t stream) {
     const comet_ds::ExpertGemmVariant variant{comet_ds::Pass{pass}, is_bfloat16, is_gated,
                                               comet_ds::Activation{activation}};
     comet_ds::ExpertGemmParams params{};
-    const bool is_weight_grad = variant.pass == comet_ds::Pass::kWeightGrad;
     encode(params.a, a, is_bfloat16, kOperandRows);
     if (variant.pass == comet_ds::Pass::kDownGrad) {
         for (size_t i = 0; i < b.size(); ++i) params.pre[i] = pointer<void>(b[i][0]);
         for (size_t i = 0; i < out.size(); ++i) params.results[i] = pointer<void>(out[i][0]);
     } else {
-        encode(params.b, b, is_bfloat16, kOperandRows);
+        encode(&params.b, b, is_bfloat16, kOperandRows);
         encode(params.out, out, is_bfloat16, kResultRows);
     }
     for (int i = 0; i < 2; ++i) {
@@ -247,14 +246,9 @@ void expert_gemm(int pass, bool is_bfloat16, bool is_gated, int activation, cons
     params.expert_of_block = pointer<int>(expert_of_block);
     params.row_weights = pointer<float>(row_weights);
     params.row_dots = pointer<float>(row_dots);
-    if (is_weight_grad) {
-        params.num_problems = out.size();
-        for (size_t i = 0; i < out.size(); ++i) {
-            params.problems[i] = {int(out[i][2]), int(out[i][3])};
-        }
-    }
     params.num_experts = num_experts;
     params.max_rows = max_rows;
+    params.m = m;
     params.n = n;
     params.k = k;
     params.save_pre = save_pre;

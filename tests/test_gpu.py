@@ -221,6 +221,18 @@ PRECISIONS = {
 }
 
 
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_training_fused(world, stage: int, precision: str) -> None:
+    settings, dtype = PRECISIONS[precision]
+    settings = {"zero_optimization": {"stage": stage}, "comet_ds": {"path": "fused"}, **settings}
+    ((start, end, our_start, our_end),) = world(1, "nccl").run(check_curve, settings, dtype)
+    assert end < 0.9 * start
+    assert our_start == pytest.approx(start, rel=1e-2)
+    assert our_end == pytest.approx(end, rel=3e-2)
+
+
 @pytest.mark.gpu(2)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("stage", [1, 2])

@@ -6,6 +6,15 @@
 
 namespace comet_ds {
 
+// 1 / (1 + exp(-x)) in two special functions; the flushing forms need no care for subnormals.
+__device__ inline float sigmoid(float x) {
+    constexpr float kLog2E = 1.44269504f;
+    float exp, result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(exp) : "f"(-kLog2E * x));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(1.0f + exp));
+    return result;
+}
+
 struct ValueAndSlope {
     float value;
     float slope;
@@ -19,16 +28,15 @@ __device__ inline ValueAndSlope activate(float x) {
         return {x * cdf, cdf + x * kInvSqrt2Pi * __expf(-0.5f * x * x)};
     } else if constexpr (kActivation == Activation::kGeluTanh) {
         constexpr float kSqrt2OverPi = 0.79788456f, kCubic = 0.044715f;
-        const float inner = kSqrt2OverPi * (x + kCubic * x * x * x);
-        const float tanh = 1.0f - __fdividef(2.0f, 1.0f + __expf(2.0f * inner));
-        const float inner_slope = kSqrt2OverPi * (1.0f + 3.0f * kCubic * x * x);
-        return {0.5f * x * (1.0f + tanh),
-                0.5f * (1.0f + tanh) + 0.5f * x * (1.0f - tanh * tanh) * inner_slope};
+        // 0.5 (1 + tanh(y)) = sigmoid(2 y)
+        const float s = sigmoid(2.0f * kSqrt2OverPi * (x + kCubic * x * x * x));
+        const float inner_slope = 2.0f * kSqrt2OverPi * (1.0f + 3.0f * kCubic * x * x);
+        return {x * s, s + x * s * (1.0f - s) * inner_slope};
     } else if constexpr (kActivation == Activation::kRelu) {
         return {x <= 0.0f ? 0.0f : x, x <= 0.0f ? 0.0f : 1.0f};
     } else {
-        const float sigmoid = __fdividef(1.0f, 1.0f + __expf(-x));
-        return {x * sigmoid, sigmoid * (1.0f + x * (1.0f - sigmoid))};
+        const float s = sigmoid(x);
+        return {x * s, s * (1.0f + x * (1.0f - s))};
     }
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every launcher does after a launch.
+// Errors of the CUDA runtime as exceptions.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,10 +9,12 @@
 
 namespace comet_ds {
 
-inline void check_launch(const char* op) {
-    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) {
+inline void check(cudaError_t error, const char* op) {
+    if (error != cudaSuccess) {
         throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(error));
     }
 }
+
+inline void check_launch(const char* op) { check(cudaGetLastError(), op); }
 
 }  // namespace comet_ds

@@ -92,9 +92,9 @@ __device__ inline void tma_load_multicast(uint32_t smem, const CUtensorMap* map,
 // Writes a box; parts outside the tensor are left out.
 __device__ inline void tma_store(const CUtensorMap* map, uint32_t smem, int col, int row,
                                  int batch) {
-    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::
-                     "l"(map),
-                 "r"(smem), "r"(col), "r"(row), "r"(batch)
+    asm volatile(
+        "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];"
+        ::"l"(map), "r"(smem), "r"(col), "r"(row), "r"(batch)
                  : "memory");
 }
 

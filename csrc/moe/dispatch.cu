@@ -40,10 +40,12 @@ void plan_rows(const RowPlanParams& p, cudaStream_t stream) {
 
 void dispatch_rows(const RowPlan& plan, const void* tokens, void* rows, int64_t row_bytes,
                    cudaStream_t stream) {
-    const int64_t num_blocks = ceil_div(plan.max_rows, kRowWarps);
-    dispatch_rows_kernel<<<num_blocks, kRowWarps * 32, 0, stream>>>(
-        plan, static_cast<const uint4*>(tokens), static_cast<uint4*>(rows),
-        row_bytes / sizeof(uint4));
+    const int64_t row_vectors = row_bytes / sizeof(uint4);
+    const int64_t num_parts = plan.num_tokens * ceil_div(row_vectors, kCopyVectors * 32);
+    const int64_t num_token_blocks = ceil_div(num_parts, kRowWarps);
+    dispatch_rows_kernel<<<num_token_blocks + plan.num_experts, kRowWarps * 32, 0, stream>>>(
+        plan, static_cast<const uint4*>(tokens), static_cast<uint4*>(rows), row_vectors,
+        num_token_blocks);
     check_launch("dispatch_rows");
 }
 

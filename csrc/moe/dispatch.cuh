@@ -3,8 +3,9 @@
 //
 // 1. Math: dispatch.h. Rows are sorted by expert, tokens ascending, each expert's padded to a
 //    multiple of kRowBlock: row = expert_offsets[e] + rank.
-// 2. Grid: plan one thread a route or padding row; dispatch one warp a row; dots one warp a route;
-//    expert sums one block an expert and kSumCols columns.
+// 2. Grid: plan one thread a route or padding row; dispatch one warp kCopyVectors x 32 vectors of a
+//    token, behind these one block an expert for its padding; dots one warp a route; expert sums
+//    one block an expert and kSumCols columns.
 // 3. Flags: none. No atomics; sums run in a fixed order.
 // 4. Shared memory: plan 4 (E + 1) bytes, expert sums 2 KB.
 #pragma once
@@ -17,6 +18,7 @@ namespace comet_ds {
 
 constexpr int kPlanThreads = 256;
 constexpr int kRowWarps = 8;
+constexpr int kCopyVectors = 4;
 constexpr int kSumCols = 64;
 constexpr int kSumSlices = 8;
 
@@ -58,15 +60,37 @@ __global__ void __launch_bounds__(kPlanThreads) plan_rows_kernel(RowPlanParams p
 }
 
 __global__ void __launch_bounds__(kRowWarps * 32)
-    dispatch_rows_kernel(RowPlan plan, const uint4* tokens, uint4* rows, int64_t row_vectors) {
-    const int64_t row = int64_t{blockIdx.x} * kRowWarps + threadIdx.x / 32;
-    if (row >= plan.expert_offsets[plan.num_experts]) return;
-    const int token = plan.token_of_row[row];
-    const uint4* in = tokens + token * row_vectors;
-    uint4* out = rows + row * row_vectors;
-#pragma unroll 8
-    for (int64_t i = threadIdx.x % 32; i < row_vectors; i += 32) {
-        out[i] = token < 0 ? uint4{} : in[i];
+    dispatch_rows_kernel(RowPlan plan, const uint4* tokens, uint4* rows, int64_t row_vectors,
+                         int64_t num_token_blocks) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (blockIdx.x >= num_token_blocks) {
+        const int64_t expert = blockIdx.x - num_token_blocks;
+        const int64_t begin = plan.expert_offsets[expert], end = plan.expert_offsets[expert + 1];
+        for (int64_t row = end - 1 - warp; row >= begin && plan.token_of_row[row] < 0;
+             row -= kRowWarps) {
+            for (int64_t i = lane; i < row_vectors; i += 32) rows[row * row_vectors + i] = uint4{};
+        }
+        return;
+    }
+    // A token is read once and written to all its rows.
+    const int64_t parts = (row_vectors + kCopyVectors * 32 - 1) / (kCopyVectors * 32);
+    const int64_t item = int64_t{blockIdx.x} * kRowWarps + warp;
+    const int64_t token = item / parts, first = item % parts * kCopyVectors * 32 + lane;
+    if (token >= plan.num_tokens) return;
+    uint4 part[kCopyVectors];
+#pragma unroll
+    for (int i = 0; i < kCopyVectors; ++i) {
+        const int64_t at = first + i * 32;
+        if (at < row_vectors) part[i] = tokens[token * row_vectors + at];
+    }
+    for (int64_t k = 0; k < plan.top_k; ++k) {
+        const int64_t row = plan.row_of_route[token * plan.top_k + k];
+        if (row < 0) continue;
+#pragma unroll
+        for (int i = 0; i < kCopyVectors; ++i) {
+            const int64_t at = first + i * 32;
+            if (at < row_vectors) rows[row * row_vectors + at] = part[i];
+        }
     }
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the math warps do with a finished tile: bias, activation or its derivative, rounding, store.
+// What the math warps do with a finished tile: activation or its derivative, rounding, store.
 //
 // Results leave through shared memory: a warp packs 16 rows x 64 columns into one of its staging
 // buffers and hands it to the copy engine, so the math warps never wait for global memory.
@@ -72,10 +72,12 @@ public:
     // Loads a block of a row-major matrix into registers; zeros beyond column n.
     template <typename Element>
     __device__ void load(const Element* block, int cols, int n, uint4 (&chunks)[4]) const {
+        block += int64_t{lane_ / 8} * n + lane_ % 8 * 8;
+        auto* from = reinterpret_cast<const uint4*>(block);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const auto* from = block + int64_t{lane_ / 8 + 4 * i} * n + lane_ % 8 * 8;
-            chunks[i] = lane_ % 8 * 8 < cols ? __ldcs(reinterpret_cast<const uint4*>(from)) : uint4{};
+            chunks[i] = lane_ % 8 * 8 < cols ? __ldcs(from) : uint4{};
+            from += n / 2;
         }
     }
     __device__ void put(int buffer, const uint4 (&chunks)[4]) const {
@@ -84,11 +86,13 @@ public:
     }
     template <typename Element>
     __device__ void store(int buffer, Element* block, int cols, int n) const {
+        block += int64_t{lane_ / 8} * n + lane_ % 8 * 8;
+        auto* to = reinterpret_cast<uint4*>(block);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            auto* to = block + int64_t{lane_ / 8 + 4 * i} * n + lane_ % 8 * 8;
             const uint4 chunk = ld_shared(chunk_address(buffer, i));
-            if (lane_ % 8 * 8 < cols) *reinterpret_cast<uint4*>(to) = chunk;
+            if (lane_ % 8 * 8 < cols) *to = chunk;
+            to += n / 2;
         }
     }
 
@@ -110,35 +114,23 @@ private:
 struct Fragment {
     int warp_row;   // first of the warp's 16 rows, in the whole matrix
     int block_col;  // first of the block's 64 columns
-    int col;        // the thread's first, block_col + 2 (lane % 4)
 };
-
-// Reads two neighbouring bias entries; 0 without bias or outside.
-template <typename Element>
-__device__ inline float2 load_bias(const void* bias, int col, int n) {
-    if (bias == nullptr || col >= n) return {0.0f, 0.0f};
-    return unpack<Element>(
-        *reinterpret_cast<const uint32_t*>(static_cast<const Element*>(bias) + col));
-}
 
 // kUp: acc holds pre-activations, gated ones in acc_gate beside those of the up matrix.
 template <typename Element, Activation kActivation, bool kGated, int kBuffers>
 __device__ inline void finish_up(const float* acc, const float* acc_gate, const Fragment& at,
-                                 const ExpertGemmParams& p, const void* bias, const void* bias_gate,
-                                 const Staging<kBuffers>& staging) {
+                                 const ExpertGemmParams& p, const Staging<kBuffers>& staging) {
     staging.begin();
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice) {
         Packed hidden, up, gate;
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
-            const int i = 8 * slice + 2 * q, col = at.col + slice * kSliceCols + q / 2 * 8;
-            const float2 b = load_bias<Element>(bias, col, p.n);
-            const float u0 = acc[i] + b.x, u1 = acc[i + 1] + b.y;
+            const int i = 8 * slice + 2 * q;
+            const float u0 = acc[i], u1 = acc[i + 1];
             up[q] = pack<Element>(u0, u1);
             if constexpr (kGated) {
-                const float2 bg = load_bias<Element>(bias_gate, col, p.n);
-                const float g0 = acc_gate[i] + bg.x, g1 = acc_gate[i + 1] + bg.y;
+                const float g0 = acc_gate[i], g1 = acc_gate[i + 1];
                 gate[q] = pack<Element>(g0, g1);
                 hidden[q] = pack<Element>(activate<kActivation>(g0).value * u0,
                                           activate<kActivation>(g1).value * u1);
@@ -202,22 +194,24 @@ __device__ inline void finish_down_grad(const float* acc, const Fragment& at,
             const float w = q % 2 ? weight.y : weight.x;
             const float d0 = acc[8 * slice + 2 * q], d1 = acc[8 * slice + 2 * q + 1];
             const float2 u = unpack<Element>(up[q]);
-            float h0, h1;
+            float& dot = q % 2 ? dots.y : dots.x;
             if constexpr (kGated) {
                 const float2 g = unpack<Element>(gate[q]);
                 const ValueAndSlope a0 = activate<kActivation>(g.x);
                 const ValueAndSlope a1 = activate<kActivation>(g.y);
-                h0 = a0.value * u.x, h1 = a1.value * u.y;
-                gate[q] = pack<Element>(w * d0 * u.x * a0.slope, w * d1 * u.y * a1.slope);
-                up[q] = pack<Element>(w * d0 * a0.value, w * d1 * a1.value);
+                const float du0 = d0 * u.x, du1 = d1 * u.y;
+                const float weighted0 = w * a0.value, weighted1 = w * a1.value;
+                dot += du0 * a0.value + du1 * a1.value;
+                gate[q] = pack<Element>(w * du0 * a0.slope, w * du1 * a1.slope);
+                up[q] = pack<Element>(d0 * weighted0, d1 * weighted1);
+                hidden[q] = pack<Element>(weighted0 * u.x, weighted1 * u.y);
             } else {
                 const ValueAndSlope a0 = activate<kActivation>(u.x);
                 const ValueAndSlope a1 = activate<kActivation>(u.y);
-                h0 = a0.value, h1 = a1.value;
+                dot += d0 * a0.value + d1 * a1.value;
                 up[q] = pack<Element>(w * d0 * a0.slope, w * d1 * a1.slope);
+                hidden[q] = pack<Element>(w * a0.value, w * a1.value);
             }
-            (q % 2 ? dots.y : dots.x) += d0 * h0 + d1 * h1;
-            hidden[q] = pack<Element>(w * h0, w * h1);
         }
         staging.write(0, slice, hidden);
         if constexpr (kGated) staging.write(1, slice, gate);
@@ -231,19 +225,16 @@ __device__ inline void finish_down_grad(const float* acc, const Fragment& at,
     }
 }
 
-// The other passes: acc as it is, plus a bias, into a buffer.
+// The other passes: acc as it is, into a buffer.
 template <typename Element, int kBuffers>
-__device__ inline void write_plain(const float* acc, const Fragment& at, const void* bias, int n,
-                                   int buffer, const Staging<kBuffers>& staging) {
+__device__ inline void write_plain(const float* acc, int buffer, const Staging<kBuffers>& staging) {
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice) {
         Packed out;
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
             const int i = 8 * slice + 2 * q;
-            const float2 b =
-                load_bias<Element>(bias, at.col + slice * kSliceCols + q / 2 * 8, n);
-            out[q] = pack<Element>(acc[i] + b.x, acc[i + 1] + b.y);
+            out[q] = pack<Element>(acc[i], acc[i + 1]);
         }
         staging.write(buffer, slice, out);
     }

@@ -15,7 +15,8 @@ struct Launch {
     template <typename C>
     void run() const {
         const auto kernel = expert_gemm_kernel<C>;
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSmemBytes);
+        const auto kSmem = cudaFuncAttributeMaxDynamicSharedMemorySize;
+        check(cudaFuncSetAttribute(kernel, kSmem, C::kSmemBytes), "expert_gemm");
         cudaLaunchAttribute cluster;
         cluster.id = cudaLaunchAttributeClusterDimension;
         cluster.val.clusterDim = {C::kClusterSize, 1, 1};
@@ -26,8 +27,7 @@ struct Launch {
         config.stream = stream;
         config.attrs = &cluster;
         config.numAttrs = 1;
-        cudaLaunchKernelEx(&config, kernel, params);
-        check_launch("expert_gemm");
+        check(cudaLaunchKernelEx(&config, kernel, params), "expert_gemm");
     }
 };
 

@@ -5,16 +5,16 @@
 //    rows to a multiple of 128, so no tile of rows belongs to two experts and none needs a mask;
 //    columns and k outside the matrices are cut off by the copy engine.
 //        pass          A (rows x k)        B (columns x k)     result
-//        kUp           x, k contiguous     up, k contiguous    128 columns of gate and of up a tile
+//        kUp           x, k contiguous     up, k contiguous    gated: half a tile gate, half up
 //        kDown         h, k contiguous     down, k contiguous
 //        kDownGrad     dy, k contiguous    down, transposed
 //        kUpGrad       dpre, k contiguous  up, transposed      gated: k runs over gate, then up
 //        kWeightGrad   dpre, transposed    x, transposed       k runs over an expert's rows
-// 2. Grid and roles: persistent clusters of one or two CTAs. Two work on neighbouring blocks of rows
-//    and the same columns; where both rows are one expert's, each loads half of B for both. In a CTA
-//    warpgroup 0 loads (one thread), warpgroups 1 and 2 multiply. Either both work on one 128 x 256
-//    tile, 64 rows each, or (ping-pong) each on 128 x 128 tiles of its own, so that one's epilogue
-//    runs under the other's products. All roles walk the same Schedule.
+// 2. Grid and roles: persistent clusters of one or two CTAs. Two work on neighbouring blocks of
+//    rows and the same columns; where both blocks are one expert's, each loads half of B for both.
+//    In a CTA warpgroup 0 loads (one thread), warpgroups 1 and 2 multiply. Either both work on one
+//    128 x 256 tile, 64 rows each, or (ping-pong) each on 128 x 128 tiles of its own, so that one's
+//    epilogue runs under the other's products. All roles walk the same Schedule.
 // 3. Barriers, in shared memory, one of each a stage:
 //        full[s]   arrivals: the loading thread, plus the bytes of both operands (also those the
 //                  other CTA loads); waited for by the math warpgroup(s)
@@ -23,8 +23,8 @@
 //    The parity of a phase is that of the ring's turn; nothing is reset. Loading waits only for
 //    products, products only for loads, and stores for nothing: there is no cycle.
 // 4. Shared memory: kStages x (A 16 KB + B 32 or 16 KB), then 2 or 3 staging buffers of 2 KB for
-//    every math warp, then the barriers. Products are summed in order of k, results
-//    have one writer: the same input gives the same bits.
+//    every math warp, then the barriers. Products are summed in order of k, results have one
+//    writer: the same input gives the same bits.
 // 5. Sources: PTX ISA (wgmma, cp.async.bulk.tensor, mbarrier); CUTLASS names the two schedules
 //    cooperative and ping-pong.
 #pragma once
@@ -88,7 +88,6 @@ enum Barrier : int { kTurn = 1 };
 // Which tile of the result a CTA works on.
 struct Tile {
     int expert;
-    int problem;    // kWeightGrad only
     int row;        // first row of the result (kWeightGrad: of out[expert])
     int col;        // first column
     int first_k;    // kWeightGrad: first row of the expert
@@ -103,10 +102,12 @@ template <typename C>
 class Schedule {
 public:
     __device__ explicit Schedule(const ExpertGemmParams& p) : p_(p) {
-        if constexpr (C::kPass != Pass::kWeightGrad) {
+        units_n_ = ceil_div(p.n, C::kTileCols);
+        if constexpr (C::kPass == Pass::kWeightGrad) {
+            units_m_ = ceil_div(p.m, C::kTileM);
+        } else {
             num_blocks_ = p.expert_offsets[p.num_experts] / C::kTileM;
             units_m_ = ceil_div(num_blocks_, C::kClusterSize);
-            units_n_ = ceil_div(p.n, C::kTileCols);
             const int segments = C::kPass == Pass::kUpGrad && C::kGated ? 2 : 1;
             num_steps_ = segments * ceil_div(p.k, C::kTileK);
         }
@@ -116,24 +117,31 @@ public:
     __device__ bool get(int i, Tile& tile) const {
         const int cluster = blockIdx.x / C::kClusterSize, rank = blockIdx.x % C::kClusterSize;
         const int unit = cluster + i * (gridDim.x / C::kClusterSize);
+        int unit_m, unit_n;
         if constexpr (C::kPass == Pass::kWeightGrad) {
-            return weight_grad(unit, tile);
+            tile.expert = unit / (units_m_ * units_n_);
+            if (tile.expert >= p_.num_experts) return false;
+            place(unit - tile.expert * units_m_ * units_n_, unit_m, unit_n);
+            tile.row = unit_m * C::kTileM;
+            tile.is_stored = true;
+            tile.shares_b = false;
+            tile.first_k = p_.expert_offsets[tile.expert];
+            tile.num_steps = (p_.expert_offsets[tile.expert + 1] - tile.first_k) / C::kTileK;
         } else {
             if (unit >= units_m_ * units_n_) return false;
-            int unit_m, unit_n;
-            place(unit, units_m_, units_n_, unit_m, unit_n);
+            place(unit, unit_m, unit_n);
             const int first = unit_m * C::kClusterSize, block = first + rank;
+            tile.row = block * C::kTileM;
             // Without a block of its own a CTA still loads its part of the other's operand.
             tile.is_stored = block < num_blocks_;
             tile.expert = p_.expert_of_block[tile.is_stored ? block : first];
             tile.shares_b = C::kClusterSize > 1 &&
                             (first + 1 >= num_blocks_ ||
                              p_.expert_of_block[first] == p_.expert_of_block[first + 1]);
-            tile.row = block * C::kTileM;
-            tile.col = unit_n * C::kTileCols;
             tile.num_steps = num_steps_;
-            return true;
         }
+        tile.col = unit_n * C::kTileCols;
+        return true;
     }
 
 private:
@@ -141,38 +149,13 @@ private:
 
     static __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-    static __device__ void place(int unit, int units_m, int units_n, int& m, int& n) {
-        const int group = unit / (kGroupRows * units_n), first = group * kGroupRows;
-        const int size = min(kGroupRows, units_m - first);
-        const int rest = unit - first * units_n;
+    __device__ void place(int unit, int& m, int& n) const {
+        const int group = unit / (kGroupRows * units_n_), first = group * kGroupRows;
+        const int size = min(kGroupRows, units_m_ - first);
+        const int rest = unit - first * units_n_;
         m = first + rest % size;
         n = rest / size;
     }
-
-    __device__ bool weight_grad(int unit, Tile& tile) const {
-        int tiles_per_expert = 0;
-        for (int i = 0; i < p_.num_problems; ++i) tiles_per_expert += tiles_m(i) * tiles_n(i);
-        tile.expert = unit / tiles_per_expert;
-        if (tile.expert >= p_.num_experts) return false;
-        int rest = unit - tile.expert * tiles_per_expert;
-        tile.problem = 0;
-        while (rest >= tiles_m(tile.problem) * tiles_n(tile.problem)) {
-            rest -= tiles_m(tile.problem) * tiles_n(tile.problem);
-            ++tile.problem;
-        }
-        int m, n;
-        place(rest, tiles_m(tile.problem), tiles_n(tile.problem), m, n);
-        tile.row = m * C::kTileM;
-        tile.col = n * C::kTileN;
-        tile.shares_b = false;
-        tile.first_k = p_.expert_offsets[tile.expert];
-        tile.num_steps = (p_.expert_offsets[tile.expert + 1] - tile.first_k) / C::kTileK;
-        tile.is_stored = true;
-        return true;
-    }
-
-    __device__ int tiles_m(int problem) const { return ceil_div(p_.problems[problem].m, C::kTileM); }
-    __device__ int tiles_n(int problem) const { return ceil_div(p_.problems[problem].n, C::kTileN); }
 
     const ExpertGemmParams& p_;
     int num_blocks_, units_m_, units_n_, num_steps_;
@@ -253,9 +236,9 @@ __device__ inline void load_tiles(const ExpertGemmParams& p, Ring<C> ring) {
             constexpr int kHalfCols = C::kTileN / 2;
             if constexpr (C::kPass == Pass::kWeightGrad) {
                 const int k = tile.first_k + step * C::kTileK;
-                load_a(&p.a[tile.problem], k);
-                load_b(&p.b[tile.problem], 0, tile.col, k);
-                load_b(&p.b[tile.problem], 1, tile.col + kHalfCols, k);
+                load_a(&p.a[0], k);
+                load_b(&p.b, 0, tile.col, k);
+                load_b(&p.b, 1, tile.col + kHalfCols, k);
             } else if constexpr (C::kPass == Pass::kUp && C::kGated) {
                 load_a(&p.a[0], step * C::kTileK);
                 load_b(first, 0, tile.col, step * C::kTileK);
@@ -317,6 +300,32 @@ __device__ inline void multiply(float (&acc)[C::kMmaRows][C::kTileN / 2], int nu
     if (previous >= 0) release(previous);
 }
 
+template <typename C>
+__device__ inline void add_bias(float (&acc)[C::kMmaRows][C::kTileN / 2], const Tile& tile,
+                                const ExpertGemmParams& p) {
+    using Element = typename C::Element;
+    constexpr int kMatrices = C::kPass == Pass::kUp && C::kGated ? 2 : 1;
+    constexpr int kGroups = C::kTileN / 8 / kMatrices;  // of 8 columns
+    const int col = tile.col + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int matrix = 0; matrix < kMatrices; ++matrix) {
+        if (p.bias[matrix] == nullptr) continue;
+        const auto* bias = static_cast<const Element*>(p.bias[matrix][tile.expert]) + col;
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+            if (col + group * 8 >= p.n) continue;
+            const float2 pair =
+                unpack<Element>(*reinterpret_cast<const uint32_t*>(bias + group * 8));
+#pragma unroll
+            for (int m = 0; m < C::kMmaRows; ++m) {
+                float* to = acc[m] + (matrix * kGroups + group) * 4;
+                to[0] += pair.x, to[1] += pair.y;
+                to[2] += pair.x, to[3] += pair.y;
+            }
+        }
+    }
+}
+
 // First of a warp's 16 rows in its m-th 64 rows of a tile.
 template <typename C>
 __device__ inline int warp_row(const Tile& tile, int warpgroup, int m) {
@@ -324,16 +333,14 @@ __device__ inline int warp_row(const Tile& tile, int warpgroup, int m) {
 }
 
 template <typename C>
-__device__ inline void finish_tile(const float (&acc)[C::kMmaRows][C::kTileN / 2], const Tile& tile,
+__device__ inline void finish_tile(float (&acc)[C::kMmaRows][C::kTileN / 2], const Tile& tile,
                                    const ExpertGemmParams& p, int warpgroup,
                                    SavedBlock<C::kGated>& saved,
                                    const Staging<C::kStagingBuffers>& staging) {
     using Element = typename C::Element;
     constexpr int kBlocks = C::kTileCols / kBlockElements;
     const int lane = threadIdx.x % 32;
-    const auto bias = [&](int i) {
-        return p.bias[i] == nullptr ? nullptr : p.bias[i][tile.expert];
-    };
+    if constexpr (C::kPass == Pass::kUp || C::kPass == Pass::kDown) add_bias<C>(acc, tile, p);
 #pragma unroll
     for (int m = 0; m < C::kMmaRows; ++m) {
         Fragment at;
@@ -346,12 +353,11 @@ __device__ inline void finish_tile(const float (&acc)[C::kMmaRows][C::kTileN / 2
 #pragma unroll
         for (int c = 0; c < kBlocks; ++c) {
             at.block_col = tile.col + c * kBlockElements;
-            at.col = at.block_col + lane % 4 * 2;
             const float* block = acc[m] + c * kBlockElements / 2;
             if constexpr (C::kPass == Pass::kUp) {
                 constexpr int kUpColumns = C::kGated ? C::kTileN / 4 : 0;
-                finish_up<Element, C::kActivation, C::kGated>(
-                    block + kUpColumns, block, at, p, bias(C::kGated ? 1 : 0), bias(0), staging);
+                finish_up<Element, C::kActivation, C::kGated>(block + kUpColumns, block, at, p,
+                                                              staging);
             } else if constexpr (C::kPass == Pass::kDownGrad) {
                 const SavedBlock<C::kGated> current = saved;
                 finish_down_grad<Element, C::kActivation>(
@@ -366,14 +372,12 @@ __device__ inline void finish_tile(const float (&acc)[C::kMmaRows][C::kTileN / 2
                 constexpr bool kIsWeightGrad = C::kPass == Pass::kWeightGrad;
                 // Two blocks leave together.
                 if (c % 2 == 0) staging.begin();
-                write_plain<Element>(block, at, kIsWeightGrad ? nullptr : bias(0), p.n, c % 2,
-                                     staging);
+                write_plain<Element>(block, c % 2, staging);
                 if (c % 2 == 0) continue;
                 staging.hand_over();
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    staging.send(i, &p.out[kIsWeightGrad ? tile.problem : 0],
-                                 at.block_col + (i - 1) * kBlockElements, at.warp_row,
+                    staging.send(i, &p.out[0], at.block_col + (i - 1) * kBlockElements, at.warp_row,
                                  kIsWeightGrad ? tile.expert : 0);
                 }
                 staging.end();

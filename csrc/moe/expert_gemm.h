@@ -26,20 +26,12 @@ enum class Pass : int {
     kWeightGrad = 4,  // d up[e] = dpre^T x over the expert's rows, d down[e] = dy^T (weighted h)
 };
 
-// One product of kWeightGrad, out[e] [m, n] = a[rows of e, m]^T b[rows of e, n].
-struct WeightGradProblem {
-    int m;
-    int n;
-};
-
-constexpr int kMaxProblems = 3;
-
 // Tensor maps have boxes of 64 x 64 elements for operands, 16 x 64 (a warp's rows) for results.
 // Gated lists are [gate, up].
 struct ExpertGemmParams {
-    CUtensorMap a[kMaxProblems];    // kUpGrad: dpre; kWeightGrad: one a problem
-    CUtensorMap b[kMaxProblems];    // kWeightGrad: one a problem; else unused
-    CUtensorMap out[kMaxProblems];  // kUp: h, pre; kDownGrad: unused
+    CUtensorMap a[2];               // kUpGrad: dpre
+    CUtensorMap b;                  // kWeightGrad only
+    CUtensorMap out[3];             // kUp: h, pre; kDownGrad: unused
     const void* pre[2];             // kDownGrad: [R, n] each
     void* results[3];               // kDownGrad: weighted h, dpre, [R, n] each; dpre may be pre
     const CUtensorMap* weights[2];  // [num_experts] each: the pass's matrices
@@ -48,12 +40,11 @@ struct ExpertGemmParams {
     const int* expert_of_block;     // [row blocks]
     const float* row_weights;       // kDownGrad: [R], 0 in padding
     float* row_dots;                // kDownGrad: [ceil(n / kDownGradTileCols), max_rows]: <dh, h>
-    WeightGradProblem problems[kMaxProblems];
-    int num_problems;
     int num_experts;
     int max_rows;   // allocated R
+    int m;          // kWeightGrad: rows of one expert's result
     int n;          // columns of the result (one matrix's where gated)
-    int k;          // length of the reduction (one matrix's where gated)
+    int k;          // length of the reduction (one matrix's where gated); not of kWeightGrad
     bool save_pre;  // kUp: whether to write pre
 };
 

@@ -85,7 +85,8 @@ __global__ void __launch_bounds__(kSelectThreads) select_experts_kernel(GatePara
         for (int k = 0; k < p.top_k; ++k) {
             if (p.scores != nullptr && k == p.top_k - 1) {
                 limit = ~uint64_t{0};
-                expert = select_next(p.scores + token * p.num_experts, p.num_experts, expert, limit);
+                const float* scores = p.scores + token * p.num_experts;
+                expert = select_next(scores, p.num_experts, expert, limit);
             } else {
                 expert = select_next(probs, p.num_experts, -1, limit);
             }

@@ -8,8 +8,8 @@
 //        place    rank of a route among equal ones before it in its block: its row
 //    order_arrival turns rank-major segments into expert-major ones; every block sums the few
 //    segment sizes for itself. One launch.
-// 2. Grid: count and place one block per kRoutesPerBlock routes, one thread a route; scan one block,
-//    one thread a segment. order_arrival one thread a row.
+// 2. Grid: count and place one block per kRoutesPerBlock routes, one thread a route; scan one
+//    block, one thread a segment. order_arrival one thread a row.
 // 3. Flags: none; launches on one stream are ordered. The only atomics count integers.
 // 4. Shared memory: count 4 (S + 1) bytes, place 4 kRoutesPerBlock, scan 4 (S + 1),
 //    order_arrival 12 S, with S segments.
