@@ -22,7 +22,7 @@
 //                  cluster, since all may write into it; waited for by the loading thread
 //    The parity of a phase is that of the ring's turn; nothing is reset. Loading waits only for
 //    products, products only for loads, and stores for nothing: there is no cycle.
-// 4. Shared memory: kStages x (A 16 KB + B 32 or 16 KB), then 2 or 3 staging buffers of 2 KB for
+// 4. Shared memory: kStages x (A 16 KB + B 32 or 16 KB), then 2 to 4 staging buffers of 2 KB for
 //    every math warp, then the barriers. Products are summed in order of k, results have one
 //    writer: the same input gives the same bits.
 // 5. Sources: PTX ISA (wgmma, cp.async.bulk.tensor, mbarrier); CUTLASS names the two schedules
@@ -67,10 +67,11 @@ struct ExpertGemmConfig {
     static constexpr int kThreads = 128 * (1 + kMathWarpgroups);
     static constexpr int kMmaRows = kPingPong ? 2 : 1;  // 64-row products a warpgroup
     // Blocks of 16 x 64 an epilogue has in flight for a warp.
-    static constexpr int kStagingBuffers = kHasActivation && kGated ? 3 : 2;
+    static constexpr int kStagingBuffers =
+        kPass == Pass::kWeightGrad ? 4 : kHasActivation && kGated ? 3 : 2;
     static constexpr int kStagingBytesWarp = kStagingBuffers * kStagingBytes;
     static constexpr int kMathWarps = 4 * kMathWarpgroups;
-    static constexpr int kStages = kPingPong ? 5 : 4;
+    static constexpr int kStages = kPingPong ? 5 : kPass == Pass::kWeightGrad ? 3 : 4;
     static constexpr int kArrivalsEmpty = (kPingPong ? 1 : kMathWarpgroups) * kClusterSize;
 
     static constexpr int kSwizzleAlignment = 1024;
@@ -370,15 +371,17 @@ __device__ inline void finish_tile(float (&acc)[C::kMmaRows][C::kTileN / 2], con
                     });
             } else {
                 constexpr bool kIsWeightGrad = C::kPass == Pass::kWeightGrad;
-                // Two blocks leave together.
-                if (c % 2 == 0) staging.begin();
-                write_plain<Element>(block, c % 2, staging);
-                if (c % 2 == 0) continue;
+                // As many blocks as there are buffers leave together.
+                constexpr int kTogether = C::kStagingBuffers;
+                const int buffer = c % kTogether;
+                if (buffer == 0) staging.begin();
+                write_plain<Element>(block, buffer, staging);
+                if (buffer + 1 < kTogether) continue;
                 staging.hand_over();
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    staging.send(i, &p.out[0], at.block_col + (i - 1) * kBlockElements, at.warp_row,
-                                 kIsWeightGrad ? tile.expert : 0);
+                for (int i = 0; i < kTogether; ++i) {
+                    staging.send(i, &p.out[0], at.block_col + (i - buffer) * kBlockElements,
+                                 at.warp_row, kIsWeightGrad ? tile.expert : 0);
                 }
                 staging.end();
             }

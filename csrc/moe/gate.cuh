@@ -361,30 +361,34 @@ __global__ void __launch_bounds__(kGradWarps * 32) route_backward_kernel(GateGra
     const int64_t* ids = p.topk_ids + token * p.top_k;
     const float* grad_weights = p.grad_weights + token * p.top_k;
 
-    // d weights / d probs, one value a kept route.
     float kept_sum = 0.0f, dot = 0.0f;
-    for (int k = 0; k < p.top_k; ++k) {
+    for (int k = lane; k < p.top_k; k += 32) {
         if (ids[k] < 0) continue;
         kept_sum += probs[ids[k]];
         dot += grad_weights[k] * probs[ids[k]];
     }
+    kept_sum = warp_sum(kept_sum), dot = warp_sum(dot);
     const bool is_clamped = kept_sum < kEpsilon;
     const float divisor = p.top_k == 1 ? 1.0f : is_clamped ? kEpsilon : kept_sum;
     const float mean = p.top_k == 1 || is_clamped ? 0.0f : dot / divisor;
-    const auto grad_prob = [&](int expert) {
-        float grad = *p.grad_l_aux * p.loss_share[expert];
-        for (int k = 0; k < p.top_k; ++k) {
-            if (ids[k] == expert) grad += (grad_weights[k] - mean) / divisor;
-        }
-        return grad;
+    // p times the gradient of p: every expert's from the loss, a kept route's from its weight.
+    const auto from_loss = [&](int expert) {
+        return probs[expert] * *p.grad_l_aux * p.loss_share[expert];
+    };
+    const auto from_weight = [&](int k) {
+        return ids[k] < 0 ? 0.0f : probs[ids[k]] * (grad_weights[k] - mean) / divisor;
     };
     float sum = 0.0f;
-    for (int expert = lane; expert < p.num_experts; expert += 32) {
-        sum += probs[expert] * grad_prob(expert);
-    }
+    for (int expert = lane; expert < p.num_experts; expert += 32) sum += from_loss(expert);
+    for (int k = lane; k < p.top_k; k += 32) sum += from_weight(k);
     sum = warp_sum(sum);
+    float* grad_logits = p.grad_logits + token * p.num_experts;
     for (int expert = lane; expert < p.num_experts; expert += 32) {
-        p.grad_logits[token * p.num_experts + expert] = probs[expert] * (grad_prob(expert) - sum);
+        grad_logits[expert] = from_loss(expert) - probs[expert] * sum;
+    }
+    __syncwarp();
+    for (int k = lane; k < p.top_k; k += 32) {
+        if (ids[k] >= 0) grad_logits[ids[k]] += from_weight(k);
     }
 }
 
