@@ -18,7 +18,6 @@
 namespace comet_ds {
 
 constexpr int kForwardThreads = 128;
-constexpr int kRowsInFlight = 4;  // a thread loads at once
 constexpr int kWarpsPerBlock = 8;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
@@ -32,23 +31,14 @@ __global__ void __launch_bounds__(kForwardThreads) combine_forward_kernel(Combin
 
     for (int64_t col = threadIdx.x * kSize; col < p.hidden; col += kForwardThreads * kSize) {
         float sum[kSize] = {};
-        for (int64_t first = 0; first < p.top_k; first += kRowsInFlight) {
-            Vec in[kRowsInFlight];
-            float weight[kRowsInFlight];
+#pragma unroll 4
+        for (int64_t k = 0; k < p.top_k; ++k) {
+            const int64_t row = row_of_route[k];
+            if (row < 0) continue;
+            const float weight = kIsWeighted ? p.weights[token * p.top_k + k] : 1.0f;
+            const Vec in = *reinterpret_cast<const Vec*>(rows + row * p.hidden + col);
 #pragma unroll
-            for (int i = 0; i < kRowsInFlight; ++i) {
-                const int64_t k = first + i, row = k < p.top_k ? row_of_route[k] : -1;
-                in[i] = Vec{};
-                weight[i] = 0.0f;
-                if (row < 0) continue;
-                in[i] = *reinterpret_cast<const Vec*>(rows + row * p.hidden + col);
-                weight[i] = kIsWeighted ? p.weights[token * p.top_k + k] : 1.0f;
-            }
-#pragma unroll
-            for (int i = 0; i < kRowsInFlight; ++i) {
-#pragma unroll
-                for (int j = 0; j < kSize; ++j) sum[j] += weight[i] * to_float(in[i].value[j]);
-            }
+            for (int i = 0; i < kSize; ++i) sum[i] += weight * to_float(in.value[i]);
         }
         Vec out;
 #pragma unroll
