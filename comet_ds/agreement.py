@@ -8,9 +8,14 @@ same error and none is left in a collective.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import mmap
+import os
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -115,6 +120,13 @@ class InputRules:
                 return self.USED_TOKEN, used_token.numel()
         return self.OK, 0
 
+    def raise_first(self, faults: Sequence[Sequence[int]]) -> None:
+        """Raise ValueError for the first fault, if any; faults by rank of the EP group."""
+        for rank, (code, value) in enumerate(faults):
+            if code != self.OK:
+                where = f"rank {rank} of the expert parallel group"
+                raise ValueError(f"{where}: {self.message(code, value)}")
+
     def message(self, code: int, value: int) -> str:
         """Return the rule and what was given."""
         if code == self.HIDDEN:
@@ -169,8 +181,107 @@ class CountExchange:
         if self._arrived is not None:
             self._arrived.synchronize()
         host = self._host.view(self.ep_size, -1).numpy()
-        for rank, (code, value) in enumerate(host[:, :2].tolist()):
-            if code != self.rules.OK:
-                where = f"rank {rank} of the expert parallel group"
-                raise ValueError(f"{where}: {self.rules.message(code, value)}")
+        self.rules.raise_first(host[:, :2].tolist())
         return host[:, 2:], self._gathered.view(self.ep_size, -1)[:, 2:]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a rank says of its next forward.
+
+    Attributes:
+        num_tokens: T of the rank; 0 with a fault.
+        can_fuse: whether its input and experts can take the fused path.
+        fault: code and value of the rule its input breaks, ``(InputRules.OK, 0)`` if none.
+    """
+
+    num_tokens: int
+    can_fuse: bool
+    fault: tuple[int, int]
+
+
+class RollCall:
+    """Every rank's ``Answer`` on every rank of a host, without its GPU: a page of shared memory.
+
+    Words are written whole and carry the number of the call, so their order does not matter. There
+    are two of each: a rank writes a call's when all have written, and so read, the one before.
+
+    Args:
+        group: process group, all of one host; all its ranks construct one.
+        timeout_s: how long to wait for another rank.
+    """
+
+    WORDS, NUMBER_BITS = 2, 15
+    PAYLOAD_BITS = 63 - NUMBER_BITS
+
+    def __init__(self, group: Any, timeout_s: float) -> None:
+        self.rank, self.num_ranks = dist.get_rank(group=group), dist.get_world_size(group=group)
+        self.timeout_s, self._number = timeout_s, 0
+        path: list[Any] = [None]
+        if self.rank == 0:
+            file, path[0] = tempfile.mkstemp(prefix="comet_ds_", dir=self._directory())
+            os.ftruncate(file, mmap.PAGESIZE)
+            os.close(file)
+        torch.distributed.broadcast_object_list(path, group=group, group_src=0)
+        with open(path[0], "r+b") as file:
+            self._page = mmap.mmap(file.fileno(), mmap.PAGESIZE)
+        self._words = memoryview(self._page).cast("q")
+        self._processes: list[Any] = [None] * self.num_ranks
+        torch.distributed.all_gather_object(self._processes, os.getpid(), group=group)
+        if self.rank == 0:  # all have it open
+            os.unlink(path[0])
+
+    @staticmethod
+    def _directory() -> str | None:
+        return "/dev/shm" if os.path.isdir("/dev/shm") else None
+
+    def call(self, mine: Answer) -> list[Answer]:
+        """Return the answers of all ranks to the same call, by rank.
+
+        Raises:
+            RuntimeError: a rank did not come in time, or its process has ended.
+        """
+        self._number += 1
+        code, value = mine.fault
+        payloads = (mine.num_tokens | mine.can_fuse << 32 | code << 33, value + 1)
+        first = self._first_word(self.rank)
+        for i, payload in enumerate(payloads):
+            self._words[first + i] = self._tag() << self.PAYLOAD_BITS | payload
+        return [self._read(rank) for rank in range(self.num_ranks)]
+
+    def _read(self, rank: int) -> Answer:
+        first, tag, mask = self._first_word(rank), self._tag(), (1 << self.PAYLOAD_BITS) - 1
+        start, polls = time.monotonic(), 0
+        while any(self._words[first + i] >> self.PAYLOAD_BITS != tag for i in range(self.WORDS)):
+            polls += 1
+            if polls % 4096 == 0:
+                self._check(rank, time.monotonic() - start)
+                time.sleep(0)
+        payload, value = (self._words[first + i] & mask for i in range(self.WORDS))
+        fault = (payload >> 33, value - 1)
+        return Answer(payload & 0xFFFFFFFF, bool(payload >> 32 & 1), fault)
+
+    def _check(self, rank: int, waited_s: float) -> None:
+        where = f"rank {rank} of the expert parallel group"
+        if _has_ended(self._processes[rank]):
+            raise RuntimeError(f"{where}: its process has ended")
+        if waited_s > self.timeout_s:
+            raise RuntimeError(
+                f"{where} did not come to its forward number {self._number} within "
+                f"{self.timeout_s:g} s"
+            )
+
+    def _tag(self) -> int:
+        return self._number % (1 << self.NUMBER_BITS - 1) + 1  # never 0, what a new page holds
+
+    def _first_word(self, rank: int) -> int:
+        return (self._number % 2 * self.num_ranks + rank) * self.WORDS
+
+
+def _has_ended(process: int) -> bool:
+    """Whether a process of this host has ended, also where nobody has asked for its status yet."""
+    try:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return True
+    return status.rpartition(")")[2].split()[0] in "ZX"

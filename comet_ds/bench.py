@@ -3,7 +3,7 @@
 
     python -m comet_ds.bench --shapes qwen2-moe,mixtral-8x7b
     python -m comet_ds.bench --hidden 1024 --ffn 512 --experts 32 --top-k 4 --num-tokens 2048
-    torchrun --nproc_per_node 2 -m comet_ds.bench --json result.json
+    python -m comet_ds.bench --ranks 2 --json result.json
 
 bf16, one expert parallel group over all ranks, gate included, DeepSpeed's layer beside ours with
 the same input and weights. Nothing is timed before our output and gradients are as close to fp32
@@ -24,6 +24,7 @@ import json
 import os
 import socket
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,8 +37,8 @@ from deepspeed import comm as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from torch import Tensor, nn
 
+from comet_ds.dispatcher import LocalDispatcher
 from comet_ds.expert_gemm import ExpertGemm
-from comet_ds.fused import plan_rows
 from comet_ds.gate import Routing
 from comet_ds.layer import MoE
 from comet_ds.reference import reference_moe
@@ -230,7 +231,8 @@ def time_kernels(layer: MoE, shape: Shape, num_tokens: int, num_runs: int) -> li
         gated experts' two equal matrices it is given one; its rate is compared.
     """
     weights = layer.deepspeed_moe.fused._weights
-    gemm = ExpertGemm(weights, plan_rows(_even_routing(shape, num_tokens), weights.kernels))
+    dispatcher = LocalDispatcher(_even_routing(shape, num_tokens), weights.kernels)
+    gemm = ExpertGemm(weights, dispatcher.plan)
     num_rows = gemm.rows.max_rows
     offsets = gemm.rows.expert_offsets[1:].contiguous()
     num_ups = 1 + shape.gated
@@ -251,7 +253,7 @@ def time_kernels(layer: MoE, shape: Shape, num_tokens: int, num_runs: int) -> li
         ("up", num_ups, lambda: gemm.up(rows, hidden, pre),
          lambda: gmm(rows, up.mT, offs=offsets)),
         ("down", 1, lambda: gemm.down(hidden, y), lambda: gmm(hidden, down.mT, offs=offsets)),
-        ("down_grad", 1, lambda: gemm.down_grad(dy, gemm.rows.row_weights, pre, dpre, hidden),
+        ("down_grad", 1, lambda: gemm.down_grad(dy, dispatcher.plan.row_weights, pre, dpre, hidden),
          lambda: gmm(dy, down, offs=offsets)),
         ("up_grad", num_ups, lambda: gemm.up_grad(dpre, y), lambda: gmm(dpre[0], up, offs=offsets)),
         ("up weight_grad", 1, lambda: gemm.weight_grad(dpre[0], rows, grad_up),
@@ -307,7 +309,7 @@ def bench(name: str, shape: Shape, num_tokens: int, num_runs: int) -> dict[str, 
         "errors": errors,
         "layers": time_layers(layers, x, grad, num_runs),
     }
-    if record["path"] == "fused":
+    if record["path"] == "fused" and dist.get_world_size() == 1:
         record["gate"] = time_gate(ours, x, num_runs)
         del layers["deepspeed"]
         record["kernels"] = time_kernels(ours, shape, num_tokens, num_runs)
@@ -373,11 +375,16 @@ def main() -> None:
     parser.add_argument("--gelu", action="store_true", help="two-matrix GELU experts with biases")
     parser.add_argument("--num-tokens", type=int, default=8192, help="tokens a rank")
     parser.add_argument("--num-runs", type=int, default=20)
+    parser.add_argument("--ranks", type=int, default=1, help="GPUs of this host, a rank each")
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args()
     shapes = parse_shapes(parser, args)
     if not torch.cuda.is_available():
         parser.error("timing needs a CUDA device")
+    if "RANK" not in os.environ and args.ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(args.ranks)]
+        command = [sys.executable, *launcher, "-m", "comet_ds.bench", *sys.argv[1:]]
+        os.execv(sys.executable, command)
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" not in os.environ:
         with socket.socket() as free:

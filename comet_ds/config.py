@@ -24,6 +24,7 @@ class CometConfig(BaseModel):
             "auto" takes 1 where nothing is communicated.
         exact_gate: compute gate logits with DeepSpeed's own operation everywhere; see ``TopKGate``.
         grouped_gemm: use torch's grouped GEMM where it applies (path "pipelined").
+        timeout_s: seconds to wait for another rank of the expert parallel group (path "fused").
         metrics: write metrics to DeepSpeed's monitor when one is enabled.
         metrics_interval: steps between two writes; None takes DeepSpeed's steps_per_print.
     """
@@ -34,6 +35,7 @@ class CometConfig(BaseModel):
     num_chunks: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     exact_gate: bool = False
     grouped_gemm: bool = True
+    timeout_s: float = Field(default=600, gt=0)
     metrics: bool = True
     metrics_interval: int | None = Field(default=None, ge=1)
 

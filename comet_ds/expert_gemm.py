@@ -42,11 +42,13 @@ class ExpertRows:
     Attributes:
         expert_offsets: [E + 1] int32; first row of each expert, multiples of ``row_block``.
         expert_of_block: [R / row_block] int32.
+        block_order: [R / row_block] int32; the order in which blocks are computed.
         max_rows: R.
     """
 
     expert_offsets: Tensor
     expert_of_block: Tensor
+    block_order: Tensor
     max_rows: int
 
 
@@ -151,6 +153,9 @@ def why_not_addressable(mlps: Sequence[ExpertMLP], x: Tensor) -> str | None:
 class ExpertGemm:
     """The passes over one layer's experts and one call's rows. Launches on the current stream.
 
+    ``beside``, where a pass takes it, is what CTAs set apart do meanwhile: ``Communication`` of
+    csrc/moe/exchange.h.
+
     Args:
         weights: the experts.
         rows: whose rows are whose.
@@ -160,8 +165,21 @@ class ExpertGemm:
         self.weights, self.rows = weights, rows
         self._down = 2 if weights.is_gated else 1
         self._ups = (0, 1) if weights.is_gated else (0,)
+        self._nothing = weights.kernels.Communication()
 
-    def up(self, x: Tensor, hidden: Tensor, pre: Sequence[Tensor] | None) -> None:
+    @property
+    def flop_per_matrix(self) -> int:
+        """FLOP of one expert matrix over all allocated rows."""
+        return 2 * self.rows.max_rows * self.weights.hidden * self.weights.ffn
+
+    def up(
+        self,
+        x: Tensor,
+        hidden: Tensor,
+        pre: Sequence[Tensor] | None,
+        *,
+        beside: object | None = None,
+    ) -> None:
         """Compute hidden = act(x up^T + bias), gated act(x gate^T + bias) * (x up^T + bias).
 
         Args:
@@ -173,13 +191,23 @@ class ExpertGemm:
         w = self.weights
         results = [hidden, *(pre if pre is not None else [hidden] * len(self._ups))]
         self._launch(
-            Pass.UP, [x], [], results, self._ups, n=w.ffn, k=w.hidden, save_pre=pre is not None
+            Pass.UP,
+            [x],
+            [],
+            results,
+            self._ups,
+            n=w.ffn,
+            k=w.hidden,
+            save_pre=pre is not None,
+            beside=beside,
         )
 
-    def down(self, hidden: Tensor, y: Tensor) -> None:
+    def down(self, hidden: Tensor, y: Tensor, *, beside: object | None = None) -> None:
         """Compute y [R, H] = hidden [R, F] down^T + bias."""
         w = self.weights
-        self._launch(Pass.DOWN, [hidden], [], [y], (self._down,), n=w.hidden, k=w.ffn)
+        self._launch(
+            Pass.DOWN, [hidden], [], [y], (self._down,), n=w.hidden, k=w.ffn, beside=beside
+        )
 
     def down_grad(
         self,
@@ -188,6 +216,8 @@ class ExpertGemm:
         pre: Sequence[Tensor],
         dpre: Sequence[Tensor],
         weighted_hidden: Tensor,
+        *,
+        beside: object | None = None,
     ) -> Tensor:
         """Go back through ``down``, the routing weight and the activation.
 
@@ -215,6 +245,7 @@ class ExpertGemm:
             k=w.hidden,
             row_weights=row_weights,
             row_dots=row_dots,
+            beside=beside,
         )
         return row_dots
 
@@ -223,7 +254,9 @@ class ExpertGemm:
         w = self.weights
         self._launch(Pass.UP_GRAD, dpre, [], [dx], self._ups, n=w.hidden, k=w.ffn)
 
-    def weight_grad(self, a: Tensor, b: Tensor, grad: Tensor) -> None:
+    def weight_grad(
+        self, a: Tensor, b: Tensor, grad: Tensor, *, beside: object | None = None
+    ) -> None:
         """Compute grad[e] = a^T b over the rows of expert e.
 
         Args:
@@ -231,7 +264,7 @@ class ExpertGemm:
             grad: [E, m, n], written; zero for an expert without rows.
         """
         _, m, n = grad.shape
-        self._launch(Pass.WEIGHT_GRAD, [a], [b], [grad], (), m=m, n=n)
+        self._launch(Pass.WEIGHT_GRAD, [a], [b], [grad], (), m=m, n=n, beside=beside)
 
     def _launch(
         self,
@@ -247,6 +280,7 @@ class ExpertGemm:
         save_pre: bool = False,
         row_weights: Tensor | None = None,
         row_dots: Tensor | None = None,
+        beside: object | None = None,
     ) -> None:
         w, rows = self.weights, self.rows
         # A gradient of a linear function has no bias.
@@ -263,6 +297,7 @@ class ExpertGemm:
             w.bias_addresses(*groups) if has_bias else (0, 0),
             rows.expert_offsets.data_ptr(),
             rows.expert_of_block.data_ptr(),
+            rows.block_order.data_ptr(),
             0 if row_weights is None else row_weights.data_ptr(),
             0 if row_dots is None else row_dots.data_ptr(),
             len(w.mlps),
@@ -272,6 +307,7 @@ class ExpertGemm:
             k,
             save_pre,
             w.num_sms,
+            beside or self._nothing,
             current_stream(rows.expert_offsets),
         )
 

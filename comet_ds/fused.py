@@ -7,6 +7,8 @@ One token's way, with the rows of ``RowPlan``:
     backward   grad -> dispatch -> down, weight and activation -> up -> combine -> x.grad;
                weight gradients
 
+``dispatcher.py`` has dispatch and combine, on one rank and between ranks.
+
 Saved for backward are the dispatched rows and the pre-activations; the rest is computed again in
 the epilogue that needs it. No step waits on the host, but the first after parameters have moved.
 """
@@ -14,96 +16,20 @@ the epilogue that needs it. No step waits on the host, but the first after param
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from comet_ds.expert_gemm import (
-    ALIGNMENT_BYTES,
-    ExpertGemm,
-    ExpertRows,
-    ExpertWeights,
-    why_not_addressable,
-)
+from comet_ds.dispatcher import LocalDispatcher, PeerDispatcher
+from comet_ds.exchange import Exchange
+from comet_ds.expert_gemm import ALIGNMENT_BYTES, ExpertGemm, ExpertWeights, why_not_addressable
 from comet_ds.experts import ExpertMLP, RecognisedExperts
 from comet_ds.gate import Routing
 from comet_ds.kernels import current_stream, load_kernels, why_no_kernels
-from comet_ds.row_ops import sum_rows
 
 DTYPES = (torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class RowPlan(ExpertRows):
-    """Where the routes of one forward lie as rows; reused in its backward.
-
-    Rows are sorted by expert, tokens ascending, each expert's padded to a multiple of the kernels'
-    row block; R bounds their number whatever the routing.
-
-    Attributes:
-        row_of_route: [T, K] int64; -1 = dropped.
-        token_of_row: [R] int32; -1 = padding.
-        row_weights: [R] fp32; routing weight, 0 in padding.
-        topk_ids: [T, K] int64; expert of each route.
-
-    Worked example, 2 experts, tokens routed to experts 1, 0, 1, row block 128: rows 0 to 127 are
-    expert 0's (token 1, then padding), 128 to 255 expert 1's (tokens 0 and 2, then padding);
-    row_of_route is [[128], [0], [129]], expert_offsets [0, 128, 256].
-    """
-
-    row_of_route: Tensor
-    token_of_row: Tensor
-    row_weights: Tensor
-    topk_ids: Tensor
-
-    def fields(self) -> tuple[int, ...]:
-        """Return PlanFields of csrc/bindings.cpp."""
-        tensors = (self.row_of_route, self.token_of_row, self.row_weights, self.expert_offsets)
-        num_experts = self.expert_offsets.numel() - 1
-        addresses = (t.data_ptr() for t in tensors)
-        return *addresses, *self.row_of_route.shape, num_experts, self.max_rows
-
-
-def plan_rows(routing: Routing, kernels: ModuleType) -> RowPlan:
-    """Lay out the kept routes as rows.
-
-    Args:
-        routing: from the CUDA gate (with ranks); all its experts are local.
-        kernels: the compiled kernels.
-
-    Returns:
-        The plan; no host synchronisation.
-    """
-    ids = routing.topk_ids
-    num_tokens, top_k = ids.shape
-    num_experts, block = routing.exp_counts.numel(), kernels.row_block
-    max_rows = num_tokens * top_k + num_experts * (block - 1)
-    if routing.capacity is not None:
-        per_expert = min(routing.capacity, num_tokens)
-        max_rows = min(max_rows, num_experts * -(-per_expert // block) * block)
-    max_rows = max(max_rows // block, 1) * block
-    row_of_route = torch.empty_like(ids)
-    token_of_row = routing.ranks.new_empty(max_rows)
-    row_weights = routing.topk_weights.new_empty(max_rows)
-    expert_offsets = routing.ranks.new_empty(num_experts + 1)
-    expert_of_block = routing.ranks.new_empty(max_rows // block)
-    weights = routing.topk_weights.contiguous()
-    inputs = (ids, weights, routing.ranks, routing.kept_counts)
-    results = (row_of_route, token_of_row, row_weights, expert_offsets, expert_of_block)
-    kernels.plan_rows(
-        *(t.data_ptr() for t in (*inputs, *results)),
-        num_tokens,
-        top_k,
-        num_experts,
-        current_stream(ids),
-    )
-    return RowPlan(
-        expert_offsets, expert_of_block, max_rows, row_of_route, token_of_row, row_weights, ids
-    )
 
 
 class FusedExperts:
@@ -160,24 +86,38 @@ class FusedExperts:
         """Return a phrase for the log line."""
         return f"{self._weights.mlps[0].describe()} experts"
 
-    def run(self, x: Tensor, routing: Routing) -> Tensor:
-        """Compute the layer's output for this rank's tokens, all experts local.
+    def run(
+        self,
+        x: Tensor,
+        routing: Routing,
+        exchange: Exchange | None = None,
+        num_tokens: tuple[int, ...] = (),
+        capacities: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Compute the layer's output for this rank's tokens.
 
         Args:
             x: [T, H], what ``why_not`` has accepted.
             routing: from the CUDA gate.
+            exchange: of the expert parallel group, whose ranks all make this call; None where all
+                experts are local.
+            num_tokens: T of every rank of the group.
+            capacities: most routes of a rank's tokens one expert keeps, by rank; None for no limit.
 
         Returns:
             [T, H] in x's dtype. Gradients for x, the routing weights and every expert parameter;
             the same input gives the same bits.
         """
-        plan, parameters = plan_rows(routing, self._weights.kernels), self._weights.parameters
+        weights = self._weights
         has_backward = torch.is_grad_enabled() and any(
-            t.requires_grad for t in (x, routing.topk_weights, *parameters)
+            t.requires_grad for t in (x, routing.topk_weights, *weights.parameters)
         )
-        return _FusedMLP.apply(
-            _aligned(x), routing.topk_weights, plan, self._weights, has_backward, *parameters
-        )
+        if exchange is None:
+            dispatcher = LocalDispatcher(routing, weights.kernels)
+        else:
+            dispatcher = PeerDispatcher(routing, exchange, num_tokens, capacities, weights.num_sms)
+        inputs = (_aligned(x), routing.topk_weights, dispatcher, weights, has_backward)
+        return _FusedMLP.apply(*inputs, *weights.parameters)
 
 
 class _FusedMLP(torch.autograd.Function):
@@ -186,57 +126,68 @@ class _FusedMLP(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         topk_weights: Tensor,
-        plan: RowPlan,
+        dispatcher: LocalDispatcher | PeerDispatcher,
         weights: ExpertWeights,
         has_backward: bool,
         *parameters: Tensor,
     ) -> Tensor:
-        gemm = ExpertGemm(weights, plan)
-        rows = _dispatch(x, plan, weights.kernels)
-        hidden = x.new_empty(plan.max_rows, weights.ffn)
+        gemm = ExpertGemm(weights, dispatcher.plan)
+        flop = gemm.flop_per_matrix
+        rows, pull = dispatcher.dispatch(x, flop=flop * (1 + weights.is_gated))
+        hidden = x.new_empty(dispatcher.plan.max_rows, weights.ffn)
         pre = None
         if has_backward:
             pre = [torch.empty_like(hidden) for _ in range(1 + weights.is_gated)]
-            ctx.plan, ctx.weights = plan, weights
+            ctx.dispatcher, ctx.weights = dispatcher, weights
             ctx.versions = [p._version for p in parameters]
             ctx.save_for_backward(rows, *pre)
-        gemm.up(rows, hidden, pre)
+        gemm.up(rows, hidden, pre, beside=pull)
         y = torch.empty_like(rows)
-        gemm.down(hidden, y)
-        return sum_rows(y, plan.row_of_route, topk_weights.contiguous())
+        push = dispatcher.push(y, is_weighted=True, flop=flop)
+        gemm.down(hidden, y, beside=push)
+        return dispatcher.combine(y, is_weighted=True, is_pushed=push is not None)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, *pre = ctx.saved_tensors
-        plan, weights = ctx.plan, ctx.weights
+        dispatcher, weights = ctx.dispatcher, ctx.weights
         _check_unchanged(weights, ctx.versions)
-        gemm, kernels = ExpertGemm(weights, plan), weights.kernels
+        gemm = ExpertGemm(weights, dispatcher.plan)
         needs_parameters = any(ctx.needs_input_grad[5:])
-        grad = _aligned(grad)
-        dy = _dispatch(grad, plan, kernels)
+        flop = gemm.flop_per_matrix
+        dy, pull = dispatcher.dispatch(_aligned(grad), flop=flop)
         # Nobody reads the pre-activations again, unless the graph is kept: their gradients take
         # their place.
         is_kept = torch._C._autograd._get_current_graph_task_keep_graph()
         dpre = [torch.empty_like(p) for p in pre] if is_kept else pre
         weighted_hidden = torch.empty_like(pre[0])
-        row_dots = gemm.down_grad(dy, plan.row_weights, pre, dpre, weighted_hidden)
-        grad_topk_weights = _grad_topk_weights(plan, row_dots, grad, weights)
+        row_weights = dispatcher.plan.row_weights
+        row_dots = gemm.down_grad(dy, row_weights, pre, dpre, weighted_hidden, beside=pull)
+        bias, _ = weights.bias_addresses(-1)
+        dispatcher.send_grad_weights(row_dots, dy, bias, weights.dtype == torch.bfloat16)
         grads = _ParameterGrads(gemm)
         if needs_parameters:  # what is not needed any more goes before the next is allocated
             grads.add(dy, weighted_hidden, is_weighted=True)
         del dy, weighted_hidden, row_dots
-        grad_x = None
-        if ctx.needs_input_grad[0]:
+        grad_x = push = None
+        if ctx.needs_input_grad[0] or dispatcher.has_peers:
             dx = torch.empty_like(rows)
             gemm.up_grad(dpre, dx)
-            grad_x = sum_rows(dx, plan.row_of_route)
-            del dx
+            if needs_parameters:
+                push = dispatcher.push(dx, is_weighted=False, flop=flop)
+            if push is None:
+                grad_x = dispatcher.combine(dx, is_weighted=False)
+                del dx
         if needs_parameters:
-            for dpre_of_matrix in dpre:
-                grads.add(dpre_of_matrix, rows, is_weighted=False)
+            for i, dpre_of_matrix in enumerate(dpre):
+                beside = push if i == 0 else None
+                grads.add(dpre_of_matrix, rows, is_weighted=False, beside=beside)
                 dpre_of_matrix.untyped_storage().resize_(0)  # autograd still has a reference
-        return grad_x, grad_topk_weights, None, None, None, *grads.in_order(needs_parameters)
+        if push is not None:
+            grad_x = dispatcher.combine(dx, is_weighted=False, is_pushed=True)
+        grad_weights = dispatcher.grad_weights()
+        return grad_x, grad_weights, None, None, None, *grads.in_order(needs_parameters)
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -254,37 +205,6 @@ def _check_unchanged(weights: ExpertWeights, versions: Sequence[int]) -> None:
         )
 
 
-def _dispatch(tokens: Tensor, plan: RowPlan, kernels: ModuleType) -> Tensor:
-    """Return [R, H]: every row its token, padding zero."""
-    rows = tokens.new_empty(plan.max_rows, tokens.shape[1])
-    row_bytes = tokens.shape[1] * tokens.element_size()
-    kernels.dispatch_rows(
-        plan.fields(), tokens.data_ptr(), rows.data_ptr(), row_bytes, current_stream(tokens)
-    )
-    return rows
-
-
-def _grad_topk_weights(
-    plan: RowPlan, row_dots: Tensor, grad: Tensor, weights: ExpertWeights
-) -> Tensor:
-    """Return [T, K] fp32: <grad, expert output> of every kept route, 0 elsewhere."""
-    result = plan.row_weights.new_empty(plan.topk_ids.shape)
-    bias, _ = weights.bias_addresses(-1)
-    weights.kernels.sum_row_dots(
-        plan.fields(),
-        plan.topk_ids.data_ptr(),
-        row_dots.data_ptr(),
-        row_dots.shape[0],
-        grad.data_ptr(),
-        bias,
-        weights.hidden,
-        weights.dtype == torch.bfloat16,
-        result.data_ptr(),
-        current_stream(grad),
-    )
-    return result
-
-
 class _ParameterGrads:
     """Gradients of ``ExpertWeights.parameters``, computed matrix by matrix, ``down`` first."""
 
@@ -293,17 +213,18 @@ class _ParameterGrads:
         self._weights: list[tuple[Tensor, ...]] = []
         self._biases: list[tuple[Tensor, ...]] = []
 
-    def add(self, a: Tensor, b: Tensor, *, is_weighted: bool) -> None:
+    def add(self, a: Tensor, b: Tensor, *, is_weighted: bool, beside: object | None = None) -> None:
         """Add a^T b over every expert's rows, and where the matrix has a bias the sum of a's rows.
 
         Args:
             a, b: [R, m], [R, n].
             is_weighted: for the bias multiply a's rows by the routing weight.
+            beside: what CTAs set apart do meanwhile.
         """
         weights, plan = self.gemm.weights, self.gemm.rows
         num_experts = len(weights.mlps)
         result = a.new_empty(num_experts, a.shape[1], b.shape[1])
-        self.gemm.weight_grad(a, b, result)
+        self.gemm.weight_grad(a, b, result, beside=beside)
         self._weights.append(result.unbind())
         matrix = len(self._weights) - 2  # -1 is down, which comes first, then 0 and on
         if weights.biases[matrix] is None:

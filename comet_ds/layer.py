@@ -23,8 +23,9 @@ from deepspeed.utils.bwc import (
 from torch import Tensor, nn
 
 from comet_ds import row_ops
-from comet_ds.agreement import CountExchange, InputRules, agree_on_setup
+from comet_ds.agreement import Answer, CountExchange, InputRules, agree_on_setup
 from comet_ds.config import CometConfig
+from comet_ds.exchange import Exchange, connect
 from comet_ds.experts import tag_expert_parameters
 from comet_ds.fused import FusedExperts
 from comet_ds.gate import Routing, TopKGate
@@ -185,6 +186,7 @@ class MoE(deepspeed_layer.MoE):
             "path": config.path,
             "num_chunks": config.num_chunks,
             "exact_gate": config.exact_gate,
+            "timeout_s": config.timeout_s,
         }
 
     def _tag_experts(self) -> None:
@@ -243,41 +245,82 @@ class MOELayer(sharded_moe.MOELayer):
         """
         group = self._group()
         rules = self._input_rules()
+        exchange = self._connect(group, rules)
         fault = rules.check(hidden_states, used_token)
         if fault[0] != rules.OK:
-            self._raise_everywhere(fault, rules, group)
+            self._raise_everywhere(fault, rules, group, exchange)
         with self._timed(sharded_moe.MOE_TIMER), _current(hidden_states.device):
             x = hidden_states.reshape(-1, hidden_states.shape[-1])
             routing = self.gate.route(x, used_token)
             self.l_aux, self.exp_counts = routing.l_aux, routing.exp_counts
             self.routing = routing.detach()
-            self.path, self._why_not_fused = self._choose_path(x)
+            self.path, self._why_not_fused, answers = self._choose_path(x, exchange, rules)
             if self.path == "fused":
                 self._announce(self.fused.describe())
-                output = self.fused.run(x, routing)
+                output = self._run_fused(x, routing, exchange, answers)
             else:
                 output = self._run_tensor_parallel(x, routing, group, rules)
         if self.wall_clock_breakdown:
             self._read_timers()
         return output.reshape(hidden_states.shape)
 
-    def _choose_path(self, x: Tensor) -> tuple[str, str | None]:
-        """Return the path for this input, and why it is not the fused one if it could be."""
+    def _connect(self, group: Any, rules: InputRules) -> Exchange | str | None:
+        """Return what the fused path exchanges tokens by, or why it cannot run on this group.
+
+        None where it is not asked for or has nothing to exchange.
+        """
         if self.config.path in ("reference", "pipelined"):
-            return self.config.path, None
+            return None
         tp_size = bwc_tensor_model_parallel_world_size(groups.mpu)
-        if self.ep_size > 1:
-            reason = f"it needs all experts on one rank, ep_size is {self.ep_size}"
-        elif tp_size > 1:
-            reason = f"it needs whole experts and tokens, tensor parallel size is {tp_size}"
+        if tp_size > 1:
+            return f"it needs whole experts and tokens, tensor parallel size is {tp_size}"
+        if rules.device.type != "cuda":
+            return f"it needs a CUDA device, not {rules.device.type}"
+        if self.ep_size == 1:
+            return None
+        if self.config.path == "auto":
+            return 'between ranks it runs where "path": "fused" asks for it'
+        with _current(rules.device):
+            return connect(group, rules.device, self.config.timeout_s)
+
+    def _choose_path(
+        self, x: Tensor, exchange: Exchange | str | None, rules: InputRules
+    ) -> tuple[str, str | None, list[Answer]]:
+        """Return the path for this input, and why it is not the fused one if it could be.
+
+        Where the ranks of the group decide together also what they said.
+        """
+        answers: list[Answer] = []
+        if self.config.path in ("reference", "pipelined"):
+            return self.config.path, None, answers
+        if isinstance(exchange, str):
+            reason = exchange
         else:
             self.fused.experts = self.experts.deepspeed_experts  # whatever stands there now
             reason = self.fused.why_not(x)
+        if isinstance(exchange, Exchange):
+            mine = Answer(x.shape[0], reason is None, (rules.OK, 0))
+            answers = exchange.roll_call.call(mine)
+            rules.raise_first([answer.fault for answer in answers])
+            refusing = [rank for rank, answer in enumerate(answers) if not answer.can_fuse]
+            if refusing and reason is None:
+                reason = f"rank {refusing[0]} of the expert parallel group cannot"
         if reason is None:
-            return "fused", None
+            return "fused", None, answers
         if self.config.path == "fused":
             raise RuntimeError(f'path "fused" is pinned and cannot run: {reason}')
-        return "pipelined", reason
+        return "pipelined", reason, answers
+
+    def _run_fused(
+        self, x: Tensor, routing: Routing, exchange: Exchange | None, answers: list[Answer]
+    ) -> Tensor:
+        if exchange is None:
+            return self.fused.run(x, routing)
+        num_tokens = tuple(answer.num_tokens for answer in answers)
+        capacities = None
+        if self.gate.drop_tokens:
+            capacities = [self.gate.capacity(count) for count in num_tokens]
+        return self.fused.run(x, routing, exchange, num_tokens, capacities)
 
     def _run_tensor_parallel(
         self, x: Tensor, routing: Routing, group: Any, rules: InputRules
@@ -370,9 +413,18 @@ class MOELayer(sharded_moe.MOELayer):
             takes_used_token=self.gate.k == 1,
         )
 
-    def _raise_everywhere(self, fault: tuple[int, int], rules: InputRules, group: Any) -> None:
-        """Raise, after telling the peers, which wait for this rank's counts."""
-        if self.ep_size > 1:
+    def _raise_everywhere(
+        self,
+        fault: tuple[int, int],
+        rules: InputRules,
+        group: Any,
+        exchange: Exchange | str | None,
+    ) -> None:
+        """Raise, after telling the peers, which wait for this rank's answer or counts."""
+        if isinstance(exchange, Exchange):
+            answers = exchange.roll_call.call(Answer(0, False, fault))
+            rules.raise_first([answer.fault for answer in answers])
+        elif self.ep_size > 1:
             size = 1 if self.path == "reference" else self._chunk_schedule()[0].num_segments
             counts = torch.zeros(size, dtype=torch.int64, device=rules.device)
             CountExchange(counts, group, rules, fault=fault).wait()

@@ -5,11 +5,13 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <stdexcept>
 #include <vector>
 
 #include "device/tensor_map.h"
 #include "moe/combine.h"
 #include "moe/dispatch.h"
+#include "moe/exchange.h"
 #include "moe/expert_gemm.h"
 #include "moe/gate.h"
 #include "moe/gate_logits.h"
@@ -146,53 +148,120 @@ void split_bfloat16(uintptr_t in, uintptr_t out, int64_t num_rows, int64_t num_c
                              pointer<CUstream_st>(stream));
 }
 
-void plan_rows(uintptr_t topk_ids, uintptr_t topk_weights, uintptr_t ranks, uintptr_t kept_counts,
-               uintptr_t row_of_route, uintptr_t token_of_row, uintptr_t row_weights,
-               uintptr_t expert_offsets, uintptr_t expert_of_block, int64_t num_tokens,
-               int64_t top_k, int64_t num_experts, uintptr_t stream) {
-    const comet_ds::RowPlanParams params{.topk_ids = pointer<int64_t>(topk_ids),
-                                         .topk_weights = pointer<float>(topk_weights),
-                                         .ranks = pointer<int32_t>(ranks),
-                                         .kept_counts = pointer<int32_t>(kept_counts),
-                                         .row_of_route = pointer<int64_t>(row_of_route),
-                                         .token_of_row = pointer<int32_t>(token_of_row),
-                                         .row_weights = pointer<float>(row_weights),
-                                         .expert_offsets = pointer<int32_t>(expert_offsets),
-                                         .expert_of_block = pointer<int32_t>(expert_of_block),
-                                         .num_tokens = num_tokens,
-                                         .top_k = top_k,
-                                         .num_experts = num_experts};
-    plan_rows(params, pointer<CUstream_st>(stream));
+// Of every rank the addresses of topk_ids, topk_weights, ranks, kept_counts, tokens, slots and
+// grad_weights; then num_tokens.
+comet_ds::Sources make_sources(const std::vector<std::array<int64_t, 8>>& ranks, int rank) {
+    if (ranks.size() > comet_ds::kMaxRanks) throw std::invalid_argument("too many ranks");
+    comet_ds::Sources sources{.rank = rank, .num_ranks = int(ranks.size())};
+    int64_t first_token = 0;
+    for (size_t i = 0; i < ranks.size(); ++i) {
+        const auto& f = ranks[i];
+        sources.source[i] = {.topk_ids = pointer<int64_t>(f[0]),
+                             .topk_weights = pointer<float>(f[1]),
+                             .ranks = pointer<int32_t>(f[2]),
+                             .kept_counts = pointer<int32_t>(f[3]),
+                             .tokens = pointer<void>(f[4]),
+                             .slots = pointer<void>(f[5]),
+                             .grad_weights = pointer<float>(f[6]),
+                             .num_tokens = f[7],
+                             .first_token = first_token};
+        first_token += f[7];
+    }
+    return sources;
 }
 
-// Addresses of row_of_route, token_of_row, row_weights, expert_offsets; then num_tokens, top_k,
-// num_experts, max_rows.
-using PlanFields = std::array<int64_t, 8>;
+// Addresses of row_of_route, token_of_row, row_weights, expert_offsets, expert_of_block,
+// block_order, remote_rows, topk_ids; then num_tokens, top_k, num_experts, max_rows.
+using PlanFields = std::array<int64_t, 12>;
 
 comet_ds::RowPlan row_plan(const PlanFields& f) {
     return {.row_of_route = pointer<int64_t>(f[0]),
             .token_of_row = pointer<int32_t>(f[1]),
             .row_weights = pointer<float>(f[2]),
             .expert_offsets = pointer<int32_t>(f[3]),
-            .num_tokens = f[4],
-            .top_k = f[5],
-            .num_experts = f[6],
-            .max_rows = f[7]};
+            .expert_of_block = pointer<int32_t>(f[4]),
+            .block_order = pointer<int32_t>(f[5]),
+            .remote_rows = pointer<int32_t>(f[6]),
+            .topk_ids = pointer<int64_t>(f[7]),
+            .num_tokens = f[8],
+            .top_k = f[9],
+            .num_experts = f[10],
+            .max_rows = f[11]};
 }
 
-void dispatch_rows(const PlanFields& plan, uintptr_t tokens, uintptr_t rows, int64_t row_bytes,
-                   uintptr_t stream) {
-    comet_ds::dispatch_rows(row_plan(plan), pointer<void>(tokens), pointer<void>(rows), row_bytes,
+void plan_rows(const comet_ds::Sources& sources, const PlanFields& plan, uintptr_t stream) {
+    comet_ds::plan_rows(sources, row_plan(plan), pointer<CUstream_st>(stream));
+}
+
+void dispatch_rows(const comet_ds::Sources& sources, const PlanFields& plan, uintptr_t rows,
+                   int64_t row_bytes, uintptr_t stream) {
+    comet_ds::dispatch_rows(sources, row_plan(plan), pointer<void>(rows), row_bytes,
                             pointer<CUstream_st>(stream));
 }
 
-void sum_row_dots(const PlanFields& plan, uintptr_t topk_ids, uintptr_t row_dots,
-                  int64_t num_tiles, uintptr_t grad, uintptr_t bias, int64_t hidden,
-                  bool is_bfloat16, uintptr_t grad_weights, uintptr_t stream) {
-    comet_ds::sum_row_dots(row_plan(plan), pointer<int64_t>(topk_ids), pointer<float>(row_dots),
-                           num_tiles, pointer<void>(grad), pointer<const void*>(bias), hidden,
-                           is_bfloat16, pointer<float>(grad_weights),
-                           pointer<CUstream_st>(stream));
+void sum_row_dots(const comet_ds::Sources& sources, const PlanFields& plan, uintptr_t row_dots,
+                  int64_t num_tiles, uintptr_t grad_rows, uintptr_t bias, int64_t hidden,
+                  bool is_bfloat16, uintptr_t stream) {
+    comet_ds::sum_row_dots(sources, row_plan(plan), pointer<float>(row_dots), num_tiles,
+                           pointer<void>(grad_rows), pointer<const void*>(bias), hidden,
+                           is_bfloat16, pointer<CUstream_st>(stream));
+}
+
+// Address to copy from, address to copy to, bytes.
+void publish(const std::vector<std::array<int64_t, 3>>& copies, uintptr_t stream) {
+    if (copies.size() > comet_ds::kMaxCopies) throw std::invalid_argument("too many copies");
+    comet_ds::CopyParams params{.num_copies = int(copies.size())};
+    for (size_t i = 0; i < copies.size(); ++i) {
+        params.from[i] = pointer<void>(copies[i][0]);
+        params.to[i] = pointer<void>(copies[i][1]);
+        params.num_bytes[i] = copies[i][2];
+    }
+    comet_ds::publish(params, pointer<CUstream_st>(stream));
+}
+
+void meet(const std::vector<uintptr_t>& flags, int rank, uintptr_t epoch, uintptr_t late,
+          uint64_t timeout_ns, int what, uintptr_t stream) {
+    if (flags.size() > comet_ds::kMaxRanks) throw std::invalid_argument("too many ranks");
+    comet_ds::MeetParams params{.epoch = pointer<uint64_t>(epoch),
+                                .late = pointer<uint64_t>(late),
+                                .timeout_ns = timeout_ns,
+                                .what = comet_ds::Meeting{what}};
+    params.mailboxes.rank = rank;
+    params.mailboxes.num_ranks = flags.size();
+    for (size_t i = 0; i < flags.size(); ++i) {
+        params.mailboxes.flags[i] = pointer<uint64_t>(flags[i]);
+    }
+    comet_ds::meet(params, pointer<CUstream_st>(stream));
+}
+
+comet_ds::ExchangeParams exchange_params(const comet_ds::Sources& sources, const PlanFields& plan,
+                                         int64_t hidden, int dtype) {
+    return {.sources = sources, .plan = row_plan(plan), .hidden = hidden, .dtype = DType{dtype}};
+}
+
+comet_ds::Communication make_communication(const comet_ds::Sources& sources,
+                                           const PlanFields& plan, int64_t hidden, int dtype,
+                                           uintptr_t rows, int num_ctas, uintptr_t progress,
+                                           uint64_t timeout_ns, uintptr_t late) {
+    return {.exchange = exchange_params(sources, plan, hidden, dtype),
+            .rows = pointer<void>(rows),
+            .num_ctas = num_ctas,
+            .progress = pointer<uint32_t>(progress),
+            .timeout_ns = timeout_ns,
+            .late = pointer<uint64_t>(late)};
+}
+
+void push_sums(const comet_ds::Sources& sources, const PlanFields& plan, int64_t hidden, int dtype,
+               uintptr_t rows, bool is_weighted, int num_sms, uintptr_t stream) {
+    comet_ds::push_sums(exchange_params(sources, plan, hidden, dtype), pointer<void>(rows),
+                        is_weighted, num_sms, pointer<CUstream_st>(stream));
+}
+
+void sum_partials(const comet_ds::Sources& sources, const PlanFields& plan, int64_t hidden,
+                  int dtype, uintptr_t rows, bool is_weighted, uintptr_t output,
+                  uintptr_t stream) {
+    comet_ds::sum_partials(exchange_params(sources, plan, hidden, dtype), pointer<void>(rows),
+                           is_weighted, pointer<void>(output), pointer<CUstream_st>(stream));
 }
 
 void sum_expert_rows(const PlanFields& plan, uintptr_t rows, bool is_weighted, int64_t cols,
@@ -224,9 +293,10 @@ py::bytes tensor_maps(const std::vector<uintptr_t>& addresses, int64_t rows, int
 void expert_gemm(int pass, bool is_bfloat16, bool is_gated, int activation, const Matrices& a,
                  const Matrices& b, const Matrices& out, std::array<uintptr_t, 2> weights,
                  std::array<uintptr_t, 2> bias, uintptr_t expert_offsets,
-                 uintptr_t expert_of_block, uintptr_t row_weights, uintptr_t row_dots,
+                 uintptr_t expert_of_block, uintptr_t block_order, uintptr_t row_weights,
+                 uintptr_t row_dots,
                  int num_experts, int max_rows, int m, int n, int k, bool save_pre, int num_sms,
-                 uintptr_t stream) {
+                 const comet_ds::Communication& communication, uintptr_t stream) {
     const comet_ds::ExpertGemmVariant variant{comet_ds::Pass{pass}, is_bfloat16, is_gated,
                                               comet_ds::Activation{activation}};
     comet_ds::ExpertGemmParams params{};
@@ -244,6 +314,7 @@ void expert_gemm(int pass, bool is_bfloat16, bool is_gated, int activation, cons
     }
     params.expert_offsets = pointer<int>(expert_offsets);
     params.expert_of_block = pointer<int>(expert_of_block);
+    params.block_order = pointer<int>(block_order);
     params.row_weights = pointer<float>(row_weights);
     params.row_dots = pointer<float>(row_dots);
     params.num_experts = num_experts;
@@ -252,7 +323,7 @@ void expert_gemm(int pass, bool is_bfloat16, bool is_gated, int activation, cons
     params.n = n;
     params.k = k;
     params.save_pre = save_pre;
-    expert_gemm(params, variant, num_sms, pointer<CUstream_st>(stream));
+    expert_gemm(params, variant, communication, num_sms, pointer<CUstream_st>(stream));
 }
 
 }  // namespace
@@ -276,10 +347,20 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("dispatch_rows", &dispatch_rows);
     m.def("sum_row_dots", &sum_row_dots);
     m.def("sum_expert_rows", &sum_expert_rows);
+    py::class_<comet_ds::Sources>(m, "Sources").def(py::init(&make_sources));
+    m.def("publish", &publish);
+    m.def("meet", &meet);
+    py::class_<comet_ds::Communication>(m, "Communication")
+        .def(py::init<>())
+        .def(py::init(&make_communication));
+    m.def("push_sums", &push_sums);
+    m.def("sum_partials", &sum_partials);
     m.def("tensor_maps", &tensor_maps);
     m.def("expert_gemm", &expert_gemm);
     m.attr("routes_per_block") = comet_ds::kRoutesPerBlock;
     m.attr("max_segments") = comet_ds::kMaxSegments;
     m.attr("row_block") = comet_ds::kRowBlock;
+    m.attr("max_ranks") = comet_ds::kMaxRanks;
+    m.attr("panel_cols") = comet_ds::kPanelCols;
     m.attr("down_grad_tile_cols") = comet_ds::kDownGradTileCols;
 }

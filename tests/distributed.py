@@ -17,7 +17,7 @@ import torch
 import torch.multiprocessing as mp
 
 CALL_TIMEOUT_S = 240
-GRACE_S = 5
+GRACE_S = 10
 
 
 class World:
@@ -64,7 +64,10 @@ class World:
                 break
             for pipe in ready:
                 rank = waiting.pop(pipe)
-                ok, value = pipe.recv()
+                try:
+                    ok, value = pipe.recv()
+                except EOFError:
+                    ok, value = False, "its process has ended"
                 results[rank] = value
                 if not ok:
                     failures.append(f"rank {rank}:\n{value}")

@@ -88,7 +88,7 @@ def test_compiled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("source", sorted(CSRC.rglob("*.cu")), ids=lambda p: p.name)
-def test_kernels_compile_without_spills(source: Path, tmp_path: Path) -> None:
+def test_kernels_compile_without_spills_or_losses(source: Path, tmp_path: Path) -> None:
     builder = CometMoEBuilder()
     command = ["nvcc", *builder.nvcc_args(), "-I", str(CSRC), "-Xptxas", "-v", "-Werror"]
     command += ["all-warnings", "-c", str(source), "-o", str(tmp_path / "kernel.o")]
@@ -96,6 +96,8 @@ def test_kernels_compile_without_spills(source: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     spills = re.findall(r"(\d+) bytes spill", done.stderr)
     assert spills and set(spills) == {"0"}, done.stderr
+    # Such as wgmma that are serialised because a function is called beside them.
+    assert "Potential Performance Loss" not in done.stderr, done.stderr
 
 
 def test_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -12,13 +12,12 @@ namespace {
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <typename T>
-void launch_row_dots(const RowPlan& plan, const int64_t* topk_ids, const float* row_dots,
-                     int64_t num_tiles, const void* grad, const void* const* bias, int64_t hidden,
-                     float* grad_weights, cudaStream_t stream) {
+void launch_row_dots(const Sources& sources, const RowPlan& plan, const float* row_dots,
+                     int64_t num_tiles, const void* grad_rows, const void* const* bias,
+                     int64_t hidden, cudaStream_t stream) {
     const int64_t num_blocks = ceil_div(plan.num_tokens * plan.top_k, kRowWarps);
     sum_row_dots_kernel<<<num_blocks, kRowWarps * 32, 0, stream>>>(
-        plan, topk_ids, row_dots, num_tiles, static_cast<const T*>(grad), bias, hidden,
-        grad_weights);
+        sources, plan, row_dots, num_tiles, static_cast<const T*>(grad_rows), bias, hidden);
 }
 
 template <typename T>
@@ -31,30 +30,31 @@ void launch_expert_rows(const RowPlan& plan, const void* rows, bool is_weighted,
 
 }  // namespace
 
-void plan_rows(const RowPlanParams& p, cudaStream_t stream) {
-    const int64_t num_items = std::max(p.num_tokens * p.top_k, p.num_experts * kRowBlock);
-    const int smem_bytes = (p.num_experts + 1) * sizeof(int);
-    plan_rows_kernel<<<ceil_div(num_items, kPlanThreads), kPlanThreads, smem_bytes, stream>>>(p);
+void plan_rows(const Sources& sources, const RowPlan& plan, cudaStream_t stream) {
+    const int64_t num_items = std::max(plan.num_tokens * plan.top_k, plan.num_experts * kRowBlock);
+    const int smem_bytes = (plan.num_experts * (sources.num_ranks + 1) + 1) * sizeof(int);
+    plan_rows_kernel<<<ceil_div(num_items, kPlanThreads), kPlanThreads, smem_bytes, stream>>>(
+        sources, plan);
     check_launch("plan_rows");
 }
 
-void dispatch_rows(const RowPlan& plan, const void* tokens, void* rows, int64_t row_bytes,
+void dispatch_rows(const Sources& sources, const RowPlan& plan, void* rows, int64_t row_bytes,
                    cudaStream_t stream) {
     const int64_t row_vectors = row_bytes / sizeof(uint4);
-    const int64_t num_parts = plan.num_tokens * ceil_div(row_vectors, kCopyVectors * 32);
+    const int64_t num_tokens = sources.source[sources.rank].num_tokens;
+    const int64_t num_parts = num_tokens * ceil_div(row_vectors, kCopyVectors * 32);
     const int64_t num_token_blocks = ceil_div(num_parts, kRowWarps);
     dispatch_rows_kernel<<<num_token_blocks + plan.num_experts, kRowWarps * 32, 0, stream>>>(
-        plan, static_cast<const uint4*>(tokens), static_cast<uint4*>(rows), row_vectors,
-        num_token_blocks);
+        sources, plan, static_cast<uint4*>(rows), row_vectors, num_token_blocks);
     check_launch("dispatch_rows");
 }
 
-void sum_row_dots(const RowPlan& plan, const int64_t* topk_ids, const float* row_dots,
-                  int64_t num_tiles, const void* grad, const void* const* bias, int64_t hidden,
-                  bool is_bfloat16, float* grad_weights, cudaStream_t stream) {
+void sum_row_dots(const Sources& sources, const RowPlan& plan, const float* row_dots,
+                  int64_t num_tiles, const void* grad_rows, const void* const* bias,
+                  int64_t hidden, bool is_bfloat16, cudaStream_t stream) {
     if (plan.num_tokens == 0) return;
     const auto launch = is_bfloat16 ? launch_row_dots<__nv_bfloat16> : launch_row_dots<__half>;
-    launch(plan, topk_ids, row_dots, num_tiles, grad, bias, hidden, grad_weights, stream);
+    launch(sources, plan, row_dots, num_tiles, grad_rows, bias, hidden, stream);
     check_launch("sum_row_dots");
 }
 

@@ -1,66 +1,106 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rows of the experts' GEMMs: where they lie, bringing tokens there, and the small sums over them.
 //
-// 1. Math: dispatch.h. Rows are sorted by expert, tokens ascending, each expert's padded to a
-//    multiple of kRowBlock: row = expert_offsets[e] + rank.
+// 1. Math: dispatch.h. Rows are sorted by expert, then by the token's rank in ring order from this
+//    one, then by token; each expert's are padded to a multiple of kRowBlock.
 // 2. Grid: plan one thread a route or padding row; dispatch one warp kCopyVectors x 32 vectors of a
 //    token, behind these one block an expert for its padding; dots one warp a route; expert sums
 //    one block an expert and kSumCols columns.
 // 3. Flags: none. No atomics; sums run in a fixed order.
-// 4. Shared memory: plan 4 (E + 1) bytes, expert sums 2 KB.
+// 4. Shared memory: plan 4 (E (W + 1) + 1) bytes for E experts and W ranks, expert sums 2 KB.
 #pragma once
 
 #include "device/vector.cuh"
 #include "dispatch.h"
-#include "expert_gemm.h"
+#include "token_rows.cuh"
 
 namespace comet_ds {
 
 constexpr int kPlanThreads = 256;
 constexpr int kRowWarps = 8;
-constexpr int kCopyVectors = 4;
 constexpr int kSumCols = 64;
 constexpr int kSumSlices = 8;
 
-__global__ void __launch_bounds__(kPlanThreads) plan_rows_kernel(RowPlanParams p) {
-    extern __shared__ int smem_offsets[];  // [num_experts + 1]
-    for (int expert = threadIdx.x; expert <= p.num_experts; expert += kPlanThreads) {
-        int offset = 0;
-        for (int before = 0; before < expert; ++before) {
-            offset += (p.kept_counts[before] + kRowBlock - 1) / kRowBlock * kRowBlock;
+__global__ void __launch_bounds__(kPlanThreads)
+    plan_rows_kernel(const __grid_constant__ Sources sources, const __grid_constant__ RowPlan plan) {
+    extern __shared__ int smem[];
+    const int num_experts = plan.num_experts, num_ranks = sources.num_ranks;
+    int* offsets = smem;                     // [num_experts + 1]
+    int* counts = offsets + num_experts + 1;  // [num_ranks, num_experts]: an expert's rows of this
+                                              // rank and of those up to a distance in ring order
+    const int* totals = counts + (num_ranks - 1) * num_experts;
+    const int64_t first_expert = int64_t{sources.rank} * num_experts;
+    for (int expert = threadIdx.x; expert < num_experts; expert += kPlanThreads) {
+        int count = 0;
+        for (int distance = 0; distance < num_ranks; ++distance) {
+            const int rank = (sources.rank + distance) % num_ranks;
+            count += sources.source[rank].kept_counts[first_expert + expert];
+            counts[distance * num_experts + expert] = count;
         }
-        smem_offsets[expert] = offset;
-        if (blockIdx.x == 0) p.expert_offsets[expert] = offset;
     }
     __syncthreads();
-    const int64_t i = int64_t{blockIdx.x} * kPlanThreads + threadIdx.x;
-    if (i < p.num_tokens * p.top_k) {
-        const int64_t expert = p.topk_ids[i];
-        const int row = expert < 0 ? -1 : smem_offsets[expert] + p.ranks[i];
-        p.row_of_route[i] = row;
-        if (row >= 0) {
-            p.token_of_row[row] = i / p.top_k;
-            p.row_weights[row] = p.topk_weights[i];
+    for (int expert = threadIdx.x; expert <= num_experts; expert += kPlanThreads) {
+        int offset = 0;
+        for (int other = 0; other < expert; ++other) {
+            offset += (totals[other] + kRowBlock - 1) / kRowBlock * kRowBlock;
         }
+        offsets[expert] = offset;
+        if (blockIdx.x == 0) plan.expert_offsets[expert] = offset;
+    }
+    __syncthreads();
+    // Blocks of an expert whose rows are all there when the tokens up to a distance have come.
+    const auto complete = [&](int expert, int distance) {
+        if (distance < 0) return 0;
+        const int count = counts[distance * num_experts + expert];
+        return (count == totals[expert] ? count + kRowBlock - 1 : count) / kRowBlock;
+    };
+    const int64_t i = int64_t{blockIdx.x} * kPlanThreads + threadIdx.x;
+    if (i < plan.num_tokens * plan.top_k) {
+        const int64_t token = i / plan.top_k;
+        const int rank = source_of(sources, token);
+        const Source& source = sources.source[rank];
+        const int64_t route = i - source.first_token * plan.top_k;
+        const int64_t id = source.topk_ids[route], expert = id - first_expert;
+        if (plan.topk_ids != source.topk_ids) plan.topk_ids[i] = id;
+        int row = -1;
+        if (id >= 0 && expert >= 0 && expert < num_experts) {
+            const int distance = (rank - sources.rank + num_ranks) % num_ranks;
+            const int before = distance == 0 ? 0 : counts[(distance - 1) * num_experts + expert];
+            row = offsets[expert] + before + source.ranks[route];
+            plan.token_of_row[row] = token;
+            plan.row_weights[row] = source.topk_weights[route];
+        }
+        plan.row_of_route[i] = row;
     }
     // The i-th padding row an expert may have, and its i-th block.
     const int64_t expert = i / kRowBlock;
-    if (expert < p.num_experts) {
-        const int end = smem_offsets[expert + 1];
-        const int row = smem_offsets[expert] + p.kept_counts[expert] + i % kRowBlock;
+    if (expert < num_experts) {
+        const int end = offsets[expert + 1];
+        const int row = offsets[expert] + totals[expert] + i % kRowBlock;
         if (row < end) {
-            p.token_of_row[row] = -1;
-            p.row_weights[row] = 0.0f;
+            plan.token_of_row[row] = -1;
+            plan.row_weights[row] = 0.0f;
         }
-        const int first_block = smem_offsets[expert] / kRowBlock;
-        for (int block = first_block + i % kRowBlock; block < end / kRowBlock; block += kRowBlock) {
-            p.expert_of_block[block] = expert;
+        const int num_blocks = (end - offsets[expert]) / kRowBlock;
+        for (int j = i % kRowBlock; j < num_blocks; j += kRowBlock) {
+            const int block = offsets[expert] / kRowBlock + j, own = counts[expert];
+            plan.expert_of_block[block] = expert;
+            plan.remote_rows[block] = max(min(totals[expert], (j + 1) * kRowBlock) -
+                                          max(own, j * kRowBlock), 0);
+            int distance = 0;
+            while (j >= complete(expert, distance)) ++distance;
+            int position = j - complete(expert, distance - 1);
+            for (int other = 0; other < num_experts; ++other) {
+                position += complete(other, other < expert ? distance : distance - 1);
+            }
+            plan.block_order[position] = block;
         }
     }
 }
 
 __global__ void __launch_bounds__(kRowWarps * 32)
-    dispatch_rows_kernel(RowPlan plan, const uint4* tokens, uint4* rows, int64_t row_vectors,
+    dispatch_rows_kernel(const __grid_constant__ Sources sources,
+                         const __grid_constant__ RowPlan plan, uint4* rows, int64_t row_vectors,
                          int64_t num_token_blocks) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (blockIdx.x >= num_token_blocks) {
@@ -72,53 +112,42 @@ __global__ void __launch_bounds__(kRowWarps * 32)
         }
         return;
     }
-    // A token is read once and written to all its rows.
+    const Source& own = sources.source[sources.rank];
     const int64_t parts = (row_vectors + kCopyVectors * 32 - 1) / (kCopyVectors * 32);
-    const int64_t item = int64_t{blockIdx.x} * kRowWarps + warp;
-    const int64_t token = item / parts, first = item % parts * kCopyVectors * 32 + lane;
-    if (token >= plan.num_tokens) return;
-    uint4 part[kCopyVectors];
-#pragma unroll
-    for (int i = 0; i < kCopyVectors; ++i) {
-        const int64_t at = first + i * 32;
-        if (at < row_vectors) part[i] = tokens[token * row_vectors + at];
-    }
-    for (int64_t k = 0; k < plan.top_k; ++k) {
-        const int64_t row = plan.row_of_route[token * plan.top_k + k];
-        if (row < 0) continue;
-#pragma unroll
-        for (int i = 0; i < kCopyVectors; ++i) {
-            const int64_t at = first + i * 32;
-            if (at < row_vectors) rows[row * row_vectors + at] = part[i];
-        }
-    }
+    const int64_t item = int64_t{blockIdx.x} * kRowWarps + warp, token = item / parts;
+    if (token >= own.num_tokens) return;
+    copy_part(static_cast<const uint4*>(own.tokens) + token * row_vectors, rows, row_vectors,
+              item % parts * kCopyVectors * 32,
+              plan.row_of_route + (own.first_token + token) * plan.top_k, plan.top_k);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kRowWarps * 32)
-    sum_row_dots_kernel(RowPlan plan, const int64_t* topk_ids, const float* row_dots,
-                        int64_t num_tiles, const T* grad, const void* const* bias, int64_t hidden,
-                        float* grad_weights) {
+    sum_row_dots_kernel(const __grid_constant__ Sources sources,
+                        const __grid_constant__ RowPlan plan, const float* row_dots,
+                        int64_t num_tiles, const T* grad_rows, const void* const* bias, int64_t hidden) {
     const int64_t route = int64_t{blockIdx.x} * kRowWarps + threadIdx.x / 32;
     if (route >= plan.num_tokens * plan.top_k) return;
-    const int lane = threadIdx.x % 32;
-    const int64_t row = plan.row_of_route[route];
+    const int lane = threadIdx.x % 32, rank = source_of(sources, route / plan.top_k);
+    const Source& source = sources.source[rank];
+    const int64_t row = plan.row_of_route[route], id = plan.topk_ids[route];
+    if (row < 0 && (rank != sources.rank || id >= 0)) return;  // another rank's to write
     float sum = 0.0f;
     if (row >= 0) {
         for (int64_t tile = lane; tile < num_tiles; tile += 32) {
             sum += row_dots[tile * plan.max_rows + row];
         }
         if (bias != nullptr) {
-            const auto* expert_bias = static_cast<const T*>(bias[topk_ids[route]]);
-            const T* token = grad + route / plan.top_k * hidden;
+            const int64_t expert = id - int64_t{sources.rank} * plan.num_experts;
+            const auto* expert_bias = static_cast<const T*>(bias[expert]);
             for (int64_t i = lane; i < hidden; i += 32) {
-                sum += to_float(token[i]) * to_float(expert_bias[i]);
+                sum += to_float(grad_rows[row * hidden + i]) * to_float(expert_bias[i]);
             }
         }
     }
 #pragma unroll
     for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
-    if (lane == 0) grad_weights[route] = sum;
+    if (lane == 0) source.grad_weights[route - source.first_token * plan.top_k] = sum;
 }
 
 template <typename T>

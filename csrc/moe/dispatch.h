@@ -8,27 +8,41 @@
 
 namespace comet_ds {
 
-struct RowPlanParams {
-    const int64_t* topk_ids;     // [num_tokens, top_k]; -1 = dropped
+// Rows of an expert start at a multiple of this; rows of padding are zero.
+constexpr int kRowBlock = 128;
+
+// Ranks of an expert parallel group; kernels take a table of them by value.
+constexpr int kMaxRanks = 32;
+
+// The tokens of one rank and what its gate says of them, in that rank's memory.
+struct Source {
+    const int64_t* topk_ids;     // [num_tokens, top_k]: expert, of all ranks' ; -1 = dropped
     const float* topk_weights;   // [num_tokens, top_k]
-    const int32_t* ranks;        // [num_tokens, top_k]: position among the expert's routes
-    const int32_t* kept_counts;  // [num_experts]
-    int64_t* row_of_route;       // [num_tokens, top_k]; -1 = dropped
-    int32_t* token_of_row;       // [max_rows]; -1 = padding
-    float* row_weights;          // [max_rows]; 0 in padding
-    int32_t* expert_offsets;     // [num_experts + 1], multiples of kRowBlock
-    int32_t* expert_of_block;    // [max_rows / kRowBlock]
+    const int32_t* ranks;        // [num_tokens, top_k]: position among its routes to the expert
+    const int32_t* kept_counts;  // [experts of all ranks]
+    const void* tokens;          // [num_tokens, hidden]: activations or gradients
+    void* slots;                 // [slots, num_tokens, hidden]: partial sums from other ranks
+    float* grad_weights;         // [num_tokens, top_k]
     int64_t num_tokens;
-    int64_t top_k;
-    int64_t num_experts;
+    int64_t first_token;  // among the tokens of all ranks
 };
 
-// What the other kernels read of it.
+struct Sources {
+    Source source[kMaxRanks];
+    int rank;  // this one's
+    int num_ranks;
+};
+
+// Tokens are those of all ranks, by rank; experts are this rank's.
 struct RowPlan {
-    const int64_t* row_of_route;
-    const int32_t* token_of_row;
-    const float* row_weights;
-    const int32_t* expert_offsets;
+    int64_t* row_of_route;     // [num_tokens, top_k]; -1 = dropped or on another rank
+    int32_t* token_of_row;     // [max_rows]; -1 = padding
+    float* row_weights;        // [max_rows]; 0 in padding
+    int32_t* expert_offsets;   // [num_experts + 1], multiples of kRowBlock
+    int32_t* expert_of_block;  // [max_rows / kRowBlock]
+    int32_t* block_order;      // [max_rows / kRowBlock]: in the order in which their rows arrive
+    int32_t* remote_rows;      // [max_rows / kRowBlock]: rows of other ranks' tokens in a block
+    int64_t* topk_ids;         // [num_tokens, top_k]: the sources', together
     int64_t num_tokens;
     int64_t top_k;
     int64_t num_experts;
@@ -36,17 +50,21 @@ struct RowPlan {
 };
 
 // All throw std::runtime_error when a launch fails.
-void plan_rows(const RowPlanParams& params, cudaStream_t stream);
 
-// rows[r] = tokens[token_of_row[r]], zero in padding; both of row_bytes, a multiple of 16.
-void dispatch_rows(const RowPlan& plan, const void* tokens, void* rows, int64_t row_bytes,
+// Writes the plan, but for topk_ids where there is one source, whose own they are.
+void plan_rows(const Sources& sources, const RowPlan& plan, cudaStream_t stream);
+
+// rows[r] = the token's activation for this rank's own tokens, zero in padding; both of row_bytes,
+// a multiple of 16. Rows of other ranks' tokens are left alone.
+void dispatch_rows(const Sources& sources, const RowPlan& plan, void* rows, int64_t row_bytes,
                    cudaStream_t stream);
 
-// grad_weights[t, k] = sum over tiles of row_dots[tile, r], plus <grad[t], bias of r's expert>
-// where there are biases; 0 where dropped. row_dots: [num_tiles, max_rows].
-void sum_row_dots(const RowPlan& plan, const int64_t* topk_ids, const float* row_dots,
-                  int64_t num_tiles, const void* grad, const void* const* bias, int64_t hidden,
-                  bool is_bfloat16, float* grad_weights, cudaStream_t stream);
+// grad_weights[t, k] in the token's rank = sum over tiles of row_dots[tile, r], plus <grad_rows[r],
+// bias of r's expert> where there are biases. Routes to this rank's experts are written, and 0 for
+// its own tokens' dropped ones. row_dots: [num_tiles, max_rows], grad_rows: [max_rows, hidden].
+void sum_row_dots(const Sources& sources, const RowPlan& plan, const float* row_dots,
+                  int64_t num_tiles, const void* grad_rows, const void* const* bias,
+                  int64_t hidden, bool is_bfloat16, cudaStream_t stream);
 
 // grad_bias[e] = sum over the expert's rows of rows[r], or of row_weights[r] rows[r]. rows:
 // [max_rows, cols], grad_bias: [num_experts, cols].

@@ -9,6 +9,7 @@ namespace {
 
 struct Launch {
     const ExpertGemmParams& params;
+    const Communication& communication;
     int num_sms;
     cudaStream_t stream;
 
@@ -27,7 +28,7 @@ struct Launch {
         config.stream = stream;
         config.attrs = &cluster;
         config.numAttrs = 1;
-        check(cudaLaunchKernelEx(&config, kernel, params), "expert_gemm");
+        check(cudaLaunchKernelEx(&config, kernel, params, communication), "expert_gemm");
     }
 };
 
@@ -59,9 +60,9 @@ void launch_pass(const ExpertGemmVariant& v, const Launch& launch) {
 
 }  // namespace
 
-void expert_gemm(const ExpertGemmParams& params, const ExpertGemmVariant& v, int num_sms,
-                 cudaStream_t stream) {
-    const Launch launch{params, num_sms, stream};
+void expert_gemm(const ExpertGemmParams& params, const ExpertGemmVariant& v,
+                 const Communication& communication, int num_sms, cudaStream_t stream) {
+    const Launch launch{params, communication, num_sms, stream};
     if (v.is_bfloat16) {
         v.is_gated ? launch_pass<__nv_bfloat16, true>(v, launch)
                    : launch_pass<__nv_bfloat16, false>(v, launch);

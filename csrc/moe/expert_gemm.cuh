@@ -33,6 +33,7 @@
 #include "device/wgmma.cuh"
 #include "expert_epilogue.cuh"
 #include "expert_gemm.h"
+#include "overlap.cuh"
 
 namespace comet_ds {
 
@@ -98,12 +99,16 @@ struct Tile {
 };
 
 // Walks the tiles. Neighbouring clusters get tiles of neighbouring rows in groups of kGroupRows,
-// then the next columns, so that what runs at one time shares its operands in L2.
+// then the next columns of a panel, so that what runs at one time shares its operands in L2. One
+// panel has all columns, but where finished ones are awaited (overlap.cuh). The CTAs before
+// first_cta have none.
 template <typename C>
 class Schedule {
 public:
-    __device__ explicit Schedule(const ExpertGemmParams& p) : p_(p) {
+    __device__ Schedule(const ExpertGemmParams& p, int first_cta)
+        : p_(p), first_cta_(first_cta) {
         units_n_ = ceil_div(p.n, C::kTileCols);
+        panel_n_ = C::kPass == Pass::kDown && first_cta > 0 ? kPanelCols / C::kTileCols : units_n_;
         if constexpr (C::kPass == Pass::kWeightGrad) {
             units_m_ = ceil_div(p.m, C::kTileM);
         } else {
@@ -116,8 +121,9 @@ public:
 
     // Returns whether there is an i-th tile for this CTA, and which.
     __device__ bool get(int i, Tile& tile) const {
-        const int cluster = blockIdx.x / C::kClusterSize, rank = blockIdx.x % C::kClusterSize;
-        const int unit = cluster + i * (gridDim.x / C::kClusterSize);
+        const int cta = blockIdx.x - first_cta_, num_ctas = gridDim.x - first_cta_;
+        const int cluster = cta / C::kClusterSize, rank = cta % C::kClusterSize;
+        const int unit = cluster + i * (num_ctas / C::kClusterSize);
         int unit_m, unit_n;
         if constexpr (C::kPass == Pass::kWeightGrad) {
             tile.expert = unit / (units_m_ * units_n_);
@@ -131,14 +137,16 @@ public:
         } else {
             if (unit >= units_m_ * units_n_) return false;
             place(unit, unit_m, unit_n);
-            const int first = unit_m * C::kClusterSize, block = first + rank;
-            tile.row = block * C::kTileM;
+            const int first = unit_m * C::kClusterSize, position = first + rank;
             // Without a block of its own a CTA still loads its part of the other's operand.
-            tile.is_stored = block < num_blocks_;
-            tile.expert = p_.expert_of_block[tile.is_stored ? block : first];
-            tile.shares_b = C::kClusterSize > 1 &&
-                            (first + 1 >= num_blocks_ ||
-                             p_.expert_of_block[first] == p_.expert_of_block[first + 1]);
+            tile.is_stored = position < num_blocks_;
+            const int block = tile.is_stored ? p_.block_order[position] : position;
+            tile.row = block * C::kTileM;
+            const auto expert_at = [&](int i) { return p_.expert_of_block[p_.block_order[i]]; };
+            tile.expert = expert_at(tile.is_stored ? position : first);
+            tile.shares_b =
+                C::kClusterSize > 1 &&
+                (first + 1 >= num_blocks_ || expert_at(first) == expert_at(first + 1));
             tile.num_steps = num_steps_;
         }
         tile.col = unit_n * C::kTileCols;
@@ -151,15 +159,18 @@ private:
     static __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
     __device__ void place(int unit, int& m, int& n) const {
-        const int group = unit / (kGroupRows * units_n_), first = group * kGroupRows;
+        const int panel = unit / (units_m_ * panel_n_), first_n = panel * panel_n_;
+        unit -= panel * units_m_ * panel_n_;
+        const int width = min(panel_n_, units_n_ - first_n);
+        const int group = unit / (kGroupRows * width), first = group * kGroupRows;
         const int size = min(kGroupRows, units_m_ - first);
-        const int rest = unit - first * units_n_;
+        const int rest = unit - first * width;
         m = first + rest % size;
-        n = rest / size;
+        n = first_n + rest / size;
     }
 
     const ExpertGemmParams& p_;
-    int num_blocks_, units_m_, units_n_, num_steps_;
+    int first_cta_, num_blocks_, units_m_, units_n_, panel_n_, num_steps_;
 };
 
 // The ring of stages; each role has its own.
@@ -203,9 +214,10 @@ __device__ inline void load_blocks(uint32_t smem, const CUtensorMap* map, uint32
 }
 
 template <typename C>
-__device__ inline void load_tiles(const ExpertGemmParams& p, Ring<C> ring) {
+__device__ inline void load_tiles(const ExpertGemmParams& p, const Communication& comm,
+                                  Ring<C> ring) {
     const int rank = C::kClusterSize > 1 ? cluster_cta_rank() : 0;
-    const Schedule<C> schedule(p);
+    const Schedule<C> schedule(p, comm.num_ctas);
     const int steps_per_matrix = (p.k + C::kTileK - 1) / C::kTileK;
     int mapped_expert = -1;
     Tile tile;
@@ -219,6 +231,9 @@ __device__ inline void load_tiles(const ExpertGemmParams& p, Ring<C> ring) {
                 fence_tensormap_acquire(first);
                 if constexpr (C::kGated) fence_tensormap_acquire(second);
             }
+        }
+        if constexpr (C::kHasActivation) {
+            if (comm.num_ctas > 0 && tile.is_stored) wait_for_rows(comm, tile.row / C::kTileM);
         }
         for (int step = 0; step < tile.num_steps; ++step, ring.advance()) {
             const uint32_t full = ring.full();
@@ -403,7 +418,14 @@ __device__ inline void finish_tile(float (&acc)[C::kMmaRows][C::kTileN / 2], con
 
 template <typename C>
 __global__ void __launch_bounds__(C::kThreads, 1)
-    expert_gemm_kernel(const __grid_constant__ ExpertGemmParams p) {
+    expert_gemm_kernel(const __grid_constant__ ExpertGemmParams p,
+                       const __grid_constant__ Communication comm) {
+    if (blockIdx.x < comm.num_ctas) {
+        const int num_row_blocks = p.expert_offsets[p.num_experts] / C::kTileM;
+        communicate<typename C::Element, C::kPass>(comm, num_row_blocks, C::kTileCols,
+                                                   C::kMathWarps);
+        return;
+    }
     extern __shared__ uint8_t smem_raw[];
     constexpr uint32_t kAlign = C::kSwizzleAlignment;
     const uint32_t smem = (smem_address(smem_raw) + kAlign - 1) / kAlign * kAlign;
@@ -423,13 +445,14 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     constexpr int kLoadRegisters = 40, kMathRegisters = 232;
     if (threadIdx.x < 128) {
         setmaxnreg_dec<kLoadRegisters>();
-        if (threadIdx.x == 0) load_tiles<C>(p, ring);
+        if (threadIdx.x == 0) load_tiles<C>(p, comm, ring);
     } else {
         setmaxnreg_inc<kMathRegisters>();
         const int warpgroup = threadIdx.x / 128 - 1;
         const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
         const Staging<C::kStagingBuffers> staging(smem_staging + warp * C::kStagingBytesWarp, lane);
-        const Schedule<C> schedule(p);
+        const Schedule<C> schedule(p, comm.num_ctas);
+        StoredPieces pieces(comm);
         if (C::kPingPong && warpgroup == 1) named_barrier_arrive(kTurn, 2 * 128);
         Tile tile;
 #pragma unroll 1
@@ -446,8 +469,12 @@ __global__ void __launch_bounds__(C::kThreads, 1)
             }
             if constexpr (C::kPingPong) named_barrier_sync(kTurn + warpgroup, 2 * 128);
             multiply<C>(acc, tile.num_steps, ring, warpgroup);
-            if (tile.is_stored) finish_tile<C>(acc, tile, p, warpgroup, saved, staging);
+            if (C::kPass == Pass::kDown) pieces.flush();
+            if (!tile.is_stored) continue;
+            finish_tile<C>(acc, tile, p, warpgroup, saved, staging);
+            if (C::kPass == Pass::kDown && comm.num_ctas > 0) pieces.add(tile.col);
         }
+        if (C::kPass == Pass::kDown) pieces.flush();
         staging.begin();
     }
     // No CTA may end while another can still write into its shared memory.

@@ -7,10 +7,10 @@
 
 #include <cstdint>
 
+#include "exchange.h"
+
 namespace comet_ds {
 
-// Rows of an expert start at a multiple of this; rows of padding are zero.
-constexpr int kRowBlock = 128;
 // Columns of kDownGrad's tiles, each of which leaves one partial dot product a row.
 constexpr int kDownGradTileCols = 128;
 
@@ -38,6 +38,7 @@ struct ExpertGemmParams {
     const void* const* bias[2];     // [num_experts] each, or null
     const int* expert_offsets;      // [num_experts + 1] first row, multiples of kRowBlock
     const int* expert_of_block;     // [row blocks]
+    const int* block_order;         // [row blocks]
     const float* row_weights;       // kDownGrad: [R], 0 in padding
     float* row_dots;                // kDownGrad: [ceil(n / kDownGradTileCols), max_rows]: <dh, h>
     int num_experts;
@@ -57,7 +58,7 @@ struct ExpertGemmVariant {
 };
 
 // Throws std::runtime_error when the launch fails.
-void expert_gemm(const ExpertGemmParams& params, const ExpertGemmVariant& variant, int num_sms,
-                 cudaStream_t stream);
+void expert_gemm(const ExpertGemmParams& params, const ExpertGemmVariant& variant,
+                 const Communication& communication, int num_sms, cudaStream_t stream);
 
 }  // namespace comet_ds

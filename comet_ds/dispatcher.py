@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bringing tokens to the rows of their experts and results back: on one rank, and between ranks.
+
+T tokens of this rank, T_all of all ranks of the expert parallel group, K routes per token, H
+hidden, R rows, E experts of this rank. A dispatcher serves one forward and its backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from comet_ds.exchange import CallShape, Exchange, Meeting
+from comet_ds.expert_gemm import ExpertRows
+from comet_ds.gate import Routing
+from comet_ds.kernels import current_stream
+from comet_ds.overlap import Traffic
+from comet_ds.row_ops import DTYPE_CODES, sum_rows
+
+
+@dataclass(frozen=True)
+class RowPlan(ExpertRows):
+    """Where the routes to this rank's experts lie as rows.
+
+    Rows are sorted by expert, within one by rank of the token, this one first, then in ring order,
+    then by token; each expert's are padded to a multiple of the kernels' row block. R bounds their
+    number whatever the routing.
+
+    Attributes:
+        row_of_route: [T_all, K] int64; -1 = dropped, or another rank's.
+        token_of_row: [R] int32; among T_all, -1 = padding.
+        row_weights: [R] fp32; routing weight, 0 in padding.
+        remote_rows: [R / row_block] int32; rows of other ranks' tokens in a block. Blocks without
+            any come first in ``block_order``, then by distance of the farthest rank.
+        topk_ids: [T_all, K] int64; expert of each route, of all ranks' experts.
+
+    Worked example, 2 experts, tokens routed to experts 1, 0, 1, row block 128: rows 0 to 127 are
+    expert 0's (token 1, then padding), 128 to 255 expert 1's (tokens 0 and 2, then padding);
+    row_of_route is [[128], [0], [129]], expert_offsets [0, 128, 256].
+    """
+
+    row_of_route: Tensor
+    token_of_row: Tensor
+    row_weights: Tensor
+    remote_rows: Tensor
+    topk_ids: Tensor
+
+    @classmethod
+    def empty(cls, topk_ids: Tensor, num_experts: int, max_rows: int, row_block: int) -> RowPlan:
+        """Allocate a plan."""
+        device = topk_ids.device
+
+        def integers(size: int) -> Tensor:
+            return torch.empty(size, dtype=torch.int32, device=device)
+
+        return cls(
+            integers(num_experts + 1),
+            integers(max_rows // row_block),
+            integers(max_rows // row_block),
+            max_rows,
+            torch.empty_like(topk_ids),
+            integers(max_rows),
+            torch.empty(max_rows, dtype=torch.float32, device=device),
+            integers(max_rows // row_block),
+            topk_ids,
+        )
+
+    def fields(self) -> tuple[int, ...]:
+        """Return PlanFields of csrc/bindings.cpp."""
+        tensors = (
+            self.row_of_route,
+            self.token_of_row,
+            self.row_weights,
+            self.expert_offsets,
+            self.expert_of_block,
+            self.block_order,
+            self.remote_rows,
+            self.topk_ids,
+        )
+        num_experts = self.expert_offsets.numel() - 1
+        addresses = (t.data_ptr() for t in tensors)
+        return *addresses, *self.row_of_route.shape, num_experts, self.max_rows
+
+
+def max_rows(
+    num_tokens: Sequence[int],
+    capacities: Sequence[int] | None,
+    top_k: int,
+    num_experts: int,
+    row_block: int,
+) -> int:
+    """Return R for the tokens of some ranks: what shapes alone allow.
+
+    Args:
+        num_tokens: of every rank.
+        capacities: most routes of a rank's tokens one expert keeps, by rank; None for no limit.
+    """
+    total = sum(num_tokens)
+    # A token goes to an expert once at most.
+    rows = total * min(top_k, num_experts) + num_experts * (row_block - 1)
+    if capacities is not None:
+        per_expert = sum(map(min, capacities, num_tokens))
+        rows = min(rows, num_experts * -(-per_expert // row_block) * row_block)
+    return max(rows // row_block, 1) * row_block
+
+
+class LocalDispatcher:
+    """All experts are on this rank.
+
+    Args:
+        routing: from the CUDA gate (with ranks).
+        kernels: the compiled kernels.
+
+    Attributes:
+        plan: where rows lie.
+        has_peers: whether other ranks wait for this one's calls.
+    """
+
+    has_peers = False
+
+    def __init__(self, routing: Routing, kernels: ModuleType) -> None:
+        self.kernels = kernels
+        ids = routing.topk_ids
+        capacities = None if routing.capacity is None else [routing.capacity]
+        num_experts = routing.exp_counts.numel()
+        shape = (ids.shape[1], num_experts, kernels.row_block)
+        self.plan = RowPlan.empty(
+            ids, num_experts, max_rows([ids.shape[0]], capacities, *shape), kernels.row_block
+        )
+        self._weights = routing.topk_weights.detach().contiguous()
+        tables = (ids, self._weights, routing.ranks, routing.kept_counts)
+        addresses = (*(t.data_ptr() for t in tables), 0, 0, 0, ids.shape[0])
+        sources = kernels.Sources([addresses], 0)
+        kernels.plan_rows(sources, self.plan.fields(), current_stream(ids))
+
+    def dispatch(self, tokens: Tensor, *, flop: float) -> tuple[Tensor, None]:
+        """Return [R, H]: every row its token's row of [T, H], padding zero.
+
+        And what has to run beside the GEMM of so many FLOP that reads them.
+        """
+        sources = self._sources(tokens=tokens.data_ptr())
+        return dispatch_own(sources, tokens, self.plan, self.kernels), None
+
+    def push(self, rows: Tensor, *, is_weighted: bool, flop: float) -> None:
+        """Return what has to run beside a GEMM before ``combine``, None if nothing.
+
+        Args:
+            rows: [R, H]; what ``combine`` sums. Weighted rows are those which the GEMM writes,
+                others are there before it.
+            is_weighted: as in ``combine``.
+            flop: of the GEMM.
+        """
+
+    def combine(self, rows: Tensor, *, is_weighted: bool, is_pushed: bool = False) -> Tensor:
+        """Return [T, H]: the sum of every token's rows, times the routing weight or not.
+
+        Args:
+            rows: [R, H].
+            is_weighted: whether to multiply by the routing weight.
+            is_pushed: whether what ``push`` returned has run.
+        """
+        return sum_rows(rows, self.plan.row_of_route, self._weights if is_weighted else None)
+
+    def send_grad_weights(
+        self, row_dots: Tensor, grad_rows: Tensor, bias: int, is_bfloat16: bool
+    ) -> None:
+        """Sum the gradients of the routing weights.
+
+        Args:
+            row_dots: [tiles, R] fp32; its sum over tiles is <gradient, expert output> of a row
+                without bias.
+            grad_rows: [R, H]; the dispatched gradient.
+            bias: address of the table of down's biases, or 0.
+            is_bfloat16: dtype of grad_rows and biases, else fp16.
+        """
+        self._grad_weights = self.plan.row_weights.new_empty(self.plan.topk_ids.shape)
+        sources = self._sources(grad_weights=self._grad_weights.data_ptr())
+        sum_row_dots(sources, self.plan, row_dots, grad_rows, bias, is_bfloat16, self.kernels)
+
+    def grad_weights(self) -> Tensor:
+        """Return [T, K] fp32: what was summed, 0 for dropped routes. After ``combine``."""
+        return self._grad_weights
+
+    def _sources(self, *, tokens: int = 0, grad_weights: int = 0) -> object:
+        num_tokens = self.plan.topk_ids.shape[0]
+        return self.kernels.Sources([(0, 0, 0, 0, tokens, 0, grad_weights, num_tokens)], 0)
+
+
+class PeerDispatcher:
+    """Experts are spread over the ranks of a group. The same interface; every call of ``dispatch``
+    and ``combine`` meets the other ranks, so all ranks make them in the same order.
+
+    Args:
+        routing: from the CUDA gate (with ranks), ids of all ranks' experts.
+        exchange: the group's.
+        num_tokens: of every rank.
+        capacities: most routes of a rank's tokens one expert keeps, by rank; None for no limit.
+        num_sms: of the GPU.
+    """
+
+    has_peers = True
+
+    def __init__(
+        self,
+        routing: Routing,
+        exchange: Exchange,
+        num_tokens: tuple[int, ...],
+        capacities: Sequence[int] | None,
+        num_sms: int,
+    ) -> None:
+        self.exchange, self.kernels, self.num_sms = exchange, exchange.kernels, num_sms
+        self.num_tokens, self.rank = num_tokens, exchange.memory.rank
+        self.top_k, self.num_experts = routing.topk_ids.shape[1], routing.exp_counts.numel()
+        num_local = self.num_experts // len(num_tokens)
+        ids = routing.topk_ids.new_empty(sum(num_tokens), self.top_k)
+        block = self.kernels.row_block
+        rows = max_rows(num_tokens, capacities, self.top_k, num_local, block)
+        self.plan = RowPlan.empty(ids, num_local, rows, block)
+        self._tables: dict[str, Tensor] | None = {
+            "topk_ids": routing.topk_ids,
+            "topk_weights": routing.topk_weights.detach().contiguous(),
+            "ranks": routing.ranks,
+            "kept_counts": routing.kept_counts,
+        }
+
+    def dispatch(self, tokens: Tensor, *, flop: float) -> tuple[Tensor, object]:
+        """Return [R, H]: rows of all ranks' tokens, padding zero. The first call also plans.
+
+        Other ranks' rows come beside the GEMM that reads them.
+        """
+        self.exchange.enter()
+        self._join(tokens)
+        parts, rank = self._parts, self.rank
+        tables, self._tables = self._tables or {}, None
+        copies = [(table, parts[name][rank]) for name, table in tables.items()]
+        self.exchange.publish([*copies, (tokens, parts["tokens"][rank])])
+        self.exchange.meet(parts["flags"], Meeting.TOKENS)
+        stream = current_stream(tokens)
+        if tables:
+            self.kernels.plan_rows(self._sources, self.plan.fields(), stream)
+        rows = dispatch_own(self._sources, tokens, self.plan, self.kernels)
+        num_blocks = self.plan.max_rows // self.kernels.row_block
+        num_ctas = self.exchange.num_ctas.get("pull") or self._traffic(tokens).pull_ctas(flop)
+        return rows, self._beside(rows, num_ctas, num_blocks)
+
+    def push(self, rows: Tensor, *, is_weighted: bool, flop: float) -> object:
+        """As ``LocalDispatcher.push``."""
+        num_panels = -(-rows.shape[1] // self.kernels.panel_cols) if is_weighted else 0
+        num_ctas = self.exchange.num_ctas.get("push") or self._traffic(rows).push_ctas(
+            flop, num_panels
+        )
+        return self._beside(rows, num_ctas, num_panels)
+
+    def combine(self, rows: Tensor, *, is_weighted: bool, is_pushed: bool = False) -> Tensor:
+        """As ``LocalDispatcher.combine``, with the rows on all ranks."""
+        stream, call = current_stream(rows), self._call(rows)
+        if not is_pushed:
+            self.kernels.push_sums(*call, rows.data_ptr(), is_weighted, self.num_sms, stream)
+        self.exchange.meet(self._parts["flags"], Meeting.RESULTS)
+        output = rows.new_empty(self.num_tokens[self.rank], rows.shape[1])
+        self.kernels.sum_partials(*call, rows.data_ptr(), is_weighted, output.data_ptr(), stream)
+        return output
+
+    def send_grad_weights(
+        self, row_dots: Tensor, grad_rows: Tensor, bias: int, is_bfloat16: bool
+    ) -> None:
+        """Sum the gradients of the routing weights into the memory of the tokens' ranks."""
+        sources = self._sources
+        sum_row_dots(sources, self.plan, row_dots, grad_rows, bias, is_bfloat16, self.kernels)
+
+    def grad_weights(self) -> Tensor:
+        """Return [T, K] fp32: what all ranks have summed, 0 for dropped routes."""
+        memory = self.exchange.memory
+        at = self._parts["grad_weights"][self.rank] - memory.addresses[self.rank]
+        shape = (self.num_tokens[self.rank], self.top_k)
+        found = memory.block[at : at + 4 * shape[0] * shape[1]].view(torch.float32)
+        return found.view(shape).clone()
+
+    def _join(self, tokens: Tensor) -> None:
+        """Find the parts of the group's memory, which may have moved since the last call."""
+        token_bytes = tokens.shape[1] * tokens.element_size()
+        shape = CallShape(self.num_tokens, self.top_k, self.num_experts, token_bytes)
+        self._parts = parts = self.exchange.parts(shape)
+        names = ("topk_ids", "topk_weights", "ranks", "kept_counts", "tokens", "slots")
+        columns = [parts[name] for name in (*names, "grad_weights")]
+        rows = list(zip(*columns, self.num_tokens, strict=True))
+        self._sources = self.kernels.Sources(rows, self.rank)
+
+    def _traffic(self, tokens: Tensor) -> Traffic:
+        token_bytes = tokens.shape[1] * tokens.element_size()
+        return Traffic.expected(self.num_tokens, self.rank, self.top_k, token_bytes, self.num_sms)
+
+    def _beside(self, rows: Tensor, num_ctas: int, num_counters: int) -> object:
+        progress = torch.zeros(max(num_counters, 1), dtype=torch.int32, device=rows.device)
+        self._progress = progress  # until the launch
+        addresses = (progress.data_ptr(), self.exchange.timeout_ns, self.exchange.late.data_ptr())
+        arguments = (*self._call(rows), rows.data_ptr(), num_ctas, *addresses)
+        return self.kernels.Communication(*arguments)
+
+    def _call(self, tokens: Tensor) -> tuple[object, ...]:
+        """Return the arguments the kernels of csrc/moe/exchange.h have in common."""
+        return self._sources, self.plan.fields(), tokens.shape[1], DTYPE_CODES[tokens.dtype]
+
+
+def dispatch_own(sources: object, tokens: Tensor, plan: RowPlan, kernels: ModuleType) -> Tensor:
+    """Return [R, H] with the rows of this rank's tokens, and padding zero."""
+    rows = tokens.new_empty(plan.max_rows, tokens.shape[1])
+    row_bytes = tokens.shape[1] * tokens.element_size()
+    kernels.dispatch_rows(
+        sources, plan.fields(), rows.data_ptr(), row_bytes, current_stream(tokens)
+    )
+    return rows
+
+
+def sum_row_dots(
+    sources: object,
+    plan: RowPlan,
+    row_dots: Tensor,
+    grad_rows: Tensor,
+    bias: int,
+    is_bfloat16: bool,
+    kernels: ModuleType,
+) -> None:
+    """Launch the kernel of this name; arguments as in ``LocalDispatcher.send_grad_weights``."""
+    kernels.sum_row_dots(
+        sources,
+        plan.fields(),
+        row_dots.data_ptr(),
+        row_dots.shape[0],
+        grad_rows.data_ptr(),
+        bias,
+        grad_rows.shape[1],
+        is_bfloat16,
+        current_stream(grad_rows),
+    )

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory that all ranks of an expert parallel group address, and meetings on the GPU.
+
+Every rank has one block of device memory; its peers read tokens and routing tables from it and
+write results into it (csrc/moe/exchange.cuh says when). All layers of a group share the block. It
+grows when a forward needs more, on all ranks in the same forward.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.utils import logger
+from torch import Tensor
+
+from comet_ds.agreement import RollCall
+from comet_ds.kernels import current_stream, load_kernels, why_no_kernels
+
+# Blocks grow in steps of this, parts of a block start at multiples of ALIGNMENT.
+GROWTH_BYTES = 2**25
+ALIGNMENT = 256
+
+
+class Meeting(enum.IntEnum):
+    """Meeting in csrc/moe/exchange.h."""
+
+    TOKENS = 0
+    RESULTS = 1
+
+
+class PeerMemory(Protocol):
+    """One block of device memory a rank.
+
+    Attributes:
+        rank: this rank in the group.
+        block: [bytes] uint8; this rank's.
+        addresses: of every rank's block, in this process.
+    """
+
+    rank: int
+    block: Tensor
+    addresses: Sequence[int]
+
+    def reserve(self, num_bytes: int) -> None:
+        """Make all blocks at least this large, zero when new. Collective when they grow."""
+
+
+class SymmetricMemory:
+    """``PeerMemory`` from torch's symmetric memory. Multicast is never used.
+
+    Args:
+        group: process group; all its ranks construct one.
+        device: this rank's.
+    """
+
+    def __init__(self, group: Any, device: torch.device) -> None:
+        self.group, self.device, self.rank = group, device, dist.get_rank(group=group)
+        self.block = torch.empty(0, dtype=torch.uint8, device=device)
+        self.addresses: Sequence[int] = ()
+
+    def reserve(self, num_bytes: int) -> None:
+        if num_bytes <= self.block.numel():
+            return
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"the memory of the expert parallel group must grow to {num_bytes} bytes, which a "
+                "CUDA graph cannot capture: run the largest input once before"
+            )
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        torch.cuda.synchronize(self.device)
+        dist.barrier(group=self.group)  # nobody uses the blocks any more
+        size = -(-num_bytes // GROWTH_BYTES) * GROWTH_BYTES
+        self.block = symmetric_memory.empty(size, dtype=torch.uint8, device=self.device)
+        self.block.zero_()
+        torch.cuda.synchronize(self.device)
+        handle = symmetric_memory.rendezvous(self.block, self.group)
+        self.addresses = list(handle.buffer_ptrs)
+        self._handle = handle  # keeps the peers' blocks mapped
+        dist.barrier(group=self.group)
+
+
+@dataclass(frozen=True)
+class CallShape:
+    """What a forward exchanges; the same on all ranks.
+
+    Attributes:
+        num_tokens: tokens of every rank.
+        top_k, num_experts: routes per token, experts of all ranks.
+        token_bytes: bytes of an activation.
+    """
+
+    num_tokens: tuple[int, ...]
+    top_k: int
+    num_experts: int
+    token_bytes: int
+
+
+class Exchange:
+    """The meetings of one group, and where in its memory things lie.
+
+    Args:
+        memory: the group's.
+        kernels: the compiled kernels.
+        roll_call: the group's; None where the caller knows the number of tokens of every rank.
+        timeout_s: how long to wait for another rank on the GPU.
+
+    Attributes:
+        timeout_ns: how long to wait on the GPU.
+        late: [1] int64; ``late`` of csrc/moe/exchange.h.
+        num_ctas: CTAs that "pull" and "push" beside a GEMM, where ``overlap.py`` is not to say.
+    """
+
+    def __init__(
+        self,
+        memory: PeerMemory,
+        kernels: ModuleType,
+        roll_call: RollCall | None = None,
+        timeout_s: float = 600,
+    ) -> None:
+        self.memory, self.kernels, self.roll_call = memory, kernels, roll_call
+        self.timeout_ns = int(timeout_s * 1e9)
+        # How often this rank has come to a meeting; what a GEMM's communication waited for in vain.
+        self._epoch, self.late = torch.zeros(2, 1, dtype=torch.int64, device=memory.block.device)
+        self.num_ctas: dict[str, int] = {}
+        self._last_stream: torch.cuda.Stream | None = None
+        self._parts = functools.lru_cache(maxsize=64)(self._lay_out)
+
+    def parts(self, call: CallShape) -> dict[str, list[int]]:
+        """Return the addresses of every part of the block, by rank.
+
+        Parts: ``flags``, ``topk_ids``, ``topk_weights``, ``ranks``, ``kept_counts``, ``tokens``,
+        ``slots``, ``grad_weights``, as ``Source`` in csrc/moe/dispatch.h has them.
+        """
+        offsets, size = self._parts(call)
+        self.memory.reserve(size)
+        return {name: [base + at for base in self.memory.addresses] for name, at in offsets.items()}
+
+    @staticmethod
+    def _lay_out(call: CallShape) -> tuple[dict[str, int], int]:
+        """Return the offset of every part, and the size of all."""
+        num_tokens, num_ranks = max(call.num_tokens), len(call.num_tokens)
+        routes = num_tokens * call.top_k
+        sizes = {
+            "flags": 8 * num_ranks,
+            "kept_counts": 4 * call.num_experts,
+            "topk_ids": 8 * routes,
+            "topk_weights": 4 * routes,
+            "ranks": 4 * routes,
+            "grad_weights": 4 * routes,
+            "tokens": num_tokens * call.token_bytes,
+            "slots": min(call.top_k, num_ranks - 1) * num_tokens * call.token_bytes,
+        }
+        offsets, end = {}, 0
+        for name, size in sizes.items():
+            offsets[name] = end
+            end += -(-size // ALIGNMENT) * ALIGNMENT
+        return offsets, end
+
+    def enter(self) -> None:
+        """Wait, on the GPU, for what an earlier call did on another stream."""
+        stream = torch.cuda.current_stream()
+        last, self._last_stream = self._last_stream, stream
+        if last not in (None, stream) and not torch.cuda.is_current_stream_capturing():
+            stream.wait_stream(last)
+
+    def publish(self, copies: Sequence[tuple[Tensor, int]]) -> None:
+        """Copy contiguous tensors to addresses in this rank's block."""
+        sizes = [(t.data_ptr(), to, t.numel() * t.element_size()) for t, to in copies]
+        self.kernels.publish(sizes, current_stream(self._epoch))
+
+    def meet(self, flags: Sequence[int], what: Meeting) -> None:
+        """Wait, on the GPU, until all ranks have come here."""
+        self.kernels.meet(
+            flags,
+            self.memory.rank,
+            self._epoch.data_ptr(),
+            self.late.data_ptr(),
+            self.timeout_ns,
+            int(what),
+            current_stream(self._epoch),
+        )
+
+
+_exchanges: WeakKeyDictionary[Any, Exchange | str] = WeakKeyDictionary()
+
+
+def connect(group: Any, device: torch.device, timeout_s: float) -> Exchange | str:
+    """Return the exchange of a group, or why it has none: the same on all ranks.
+
+    Collective over the group in the first call.
+    """
+    if group not in _exchanges:
+        _exchanges[group] = _connect(group, device, timeout_s)
+    return _exchanges[group]
+
+
+def _connect(group: Any, device: torch.device, timeout_s: float) -> Exchange | str:
+    kernels = load_kernels(device)
+    mine = {
+        "rank": dist.get_rank(),
+        "host": _host(),
+        "device": str(torch.cuda.get_device_properties(device).uuid),
+        "reason": None if kernels is not None else f"it has no kernels: {why_no_kernels()}",
+    }
+    facts: list[Any] = [None] * dist.get_world_size(group=group)
+    torch.distributed.all_gather_object(facts, mine, group=group)
+    if reason := _why_not_connected(facts, kernels.max_ranks if kernels else 0):
+        return reason
+    faults: list[Any] = [None] * len(facts)
+    memory = SymmetricMemory(group, device)
+    fault = None
+    try:
+        memory.reserve(GROWTH_BYTES)
+    except RuntimeError as error:
+        fault = f"rank {dist.get_rank()} has no symmetric memory: {error}"
+        logger.warning(f"comet_ds: {fault}")
+    torch.distributed.all_gather_object(faults, fault, group=group)
+    if reason := next((f for f in faults if f is not None), None):
+        return reason
+    return Exchange(memory, kernels, RollCall(group, timeout_s), timeout_s)
+
+
+def _why_not_connected(facts: Sequence[dict[str, Any]], max_ranks: int) -> str | None:
+    for fact in facts:
+        if fact["reason"] is not None:
+            return f"rank {fact['rank']}: {fact['reason']}"
+        if fact["host"] != facts[0]["host"]:
+            return (
+                f"its ranks must share a host, rank {fact['rank']} is on {fact['host'][0]}, rank "
+                f"{facts[0]['rank']} on {facts[0]['host'][0]}"
+            )
+    if len({fact["device"] for fact in facts}) < len(facts):
+        return "its ranks must have a GPU each, two have the same one"
+    if len(facts) > max_ranks:
+        return f"it takes at most {max_ranks} ranks, ep_size is {len(facts)}"
+    devices = range(torch.cuda.device_count())
+    if not all(torch.cuda.can_device_access_peer(a, b) for a in devices for b in devices if a != b):
+        return "the GPUs of this host cannot address each other's memory"
+    return None
+
+
+def _host() -> tuple[str, str]:
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return socket.gethostname(), boot.read_text().strip() if boot.exists() else ""

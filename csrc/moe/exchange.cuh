@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tokens and results between the ranks of an expert parallel group.
+//
+// 1. Math: exchange.h. A token's activation is read once by every rank that has an expert of it, and
+//    comes back as one partial sum from each: a token of rank s has, for every other rank it goes
+//    to, one slot in s's memory, in order of these ranks.
+// 2. Grid: publish and sum_partials as many blocks as there is work; meet one block, a thread a rank.
+//    Tokens are pulled and results pushed by CTAs of the GEMM kernels (overlap.cuh); push_sums does
+//    the latter where there is no GEMM beside it.
+// 3. Flags: flags[r][s] in r's memory, written by rank s (release, system scope), read by r
+//    (acquire, system scope): how many meetings s has come to. It only grows, and every rank counts
+//    its own meetings in memory, so nothing is reset and a captured graph can be replayed.
+//    Only meet waits for another rank, in one block that holds nothing a peer needs, whatever else
+//    runs beside it; every other kernel follows a meeting on its stream and finds what it reads.
+//    Two meetings a direction: after publish (tokens and tables can be read) and after the last
+//    push (slots are complete). Memory is reused safely: who comes to the second has read what was
+//    published, and a slot is written again only after the first meeting of the next direction, to
+//    which its owner comes when it has read it.
+// 4. Shared memory: none. Partial sums have one writer each and are added in order: the same input
+//    gives the same bits.
+// 5. Sources: PTX ISA, memory consistency model (system scope, cumulativity).
+#pragma once
+
+#include <cstdio>
+
+#include "device/vector.cuh"
+#include "exchange.h"
+#include "token_rows.cuh"
+
+namespace comet_ds {
+
+constexpr int kExchangeThreads = 384;
+
+__global__ void publish_kernel(const __grid_constant__ CopyParams p) {
+    const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+    const int64_t num_threads = int64_t{gridDim.x} * blockDim.x;
+    for (int i = 0; i < p.num_copies; ++i) {
+        const int64_t num_vectors = p.num_bytes[i] / sizeof(uint4);
+        const auto* from = static_cast<const uint4*>(p.from[i]);
+        auto* to = static_cast<uint4*>(p.to[i]);
+#pragma unroll 4
+        for (int64_t j = thread; j < num_vectors; j += num_threads) to[j] = from[j];
+        const int64_t num_words = p.num_bytes[i] / sizeof(uint32_t);
+        for (int64_t j = num_vectors * 4 + thread; j < num_words; j += num_threads) {
+            static_cast<uint32_t*>(p.to[i])[j] = static_cast<const uint32_t*>(p.from[i])[j];
+        }
+    }
+}
+
+__device__ inline void store_release_system(uint64_t* flag, uint64_t value) {
+    asm volatile("st.release.sys.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
+}
+__device__ inline uint64_t load_acquire_system(const uint64_t* flag) {
+    uint64_t value;
+    asm volatile("ld.acquire.sys.u64 %0, [%1];" : "=l"(value) : "l"(flag) : "memory");
+    return value;
+}
+__device__ inline uint64_t global_time_ns() {
+    uint64_t time;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
+    return time;
+}
+
+__global__ void __launch_bounds__(kMaxRanks) meet_kernel(const __grid_constant__ MeetParams p) {
+    const int peer = threadIdx.x, rank = p.mailboxes.rank;
+    const uint64_t epoch = *p.epoch + 1;
+    if (peer == rank && *p.late != 0) {
+        printf("comet_ds: rank %d of the expert parallel group waited %llu s beside a GEMM: "
+               "progress[%llu] is incomplete\n",
+               rank, p.timeout_ns / 1000000000ull, static_cast<unsigned long long>(*p.late >> 32));
+        __trap();
+    }
+    if (peer < p.mailboxes.num_ranks && peer != rank) {
+        __threadfence_system();
+        store_release_system(p.mailboxes.flags[peer] + rank, epoch);
+        const uint64_t* flag = p.mailboxes.flags[rank] + peer;
+        const uint64_t start = global_time_ns();
+        for (uint64_t seen; (seen = load_acquire_system(flag)) < epoch; __nanosleep(100)) {
+            if (global_time_ns() - start < p.timeout_ns) continue;
+            printf("comet_ds: rank %d of the expert parallel group waited %llu s for rank %d: "
+                   "its flag for \"%s\" is %llu, not %llu\n",
+                   rank, p.timeout_ns / 1000000000ull, peer,
+                   p.what == Meeting::kTokens ? "tokens" : "results",
+                   static_cast<unsigned long long>(seen),
+                   static_cast<unsigned long long>(epoch));
+            __trap();
+        }
+        __threadfence_system();
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) *p.epoch = epoch;
+}
+
+template <typename T, bool kIsWeighted>
+__global__ void __launch_bounds__(kExchangeThreads)
+    push_sums_kernel(const __grid_constant__ ExchangeParams p, const T* rows) {
+    constexpr int kWarps = kExchangeThreads / 32;
+    const int worker = blockIdx.x * kWarps + threadIdx.x / 32;
+    push_tokens<T, kIsWeighted>(p, rows, worker, gridDim.x * kWarps, 0, p.hidden);
+}
+
+constexpr int kSumThreads = 128;
+
+template <typename T, bool kIsWeighted>
+__global__ void __launch_bounds__(kSumThreads)
+    sum_partials_kernel(const __grid_constant__ ExchangeParams p, const T* rows, T* output) {
+    constexpr int kSize = kVectorBytes / sizeof(T);
+    const RowPlan& plan = p.plan;
+    const Source& own = p.sources.source[p.sources.rank];
+    const int64_t token = blockIdx.x;
+    const int64_t* row_of_route = plan.row_of_route + (own.first_token + token) * plan.top_k;
+    const int num_slots = __popc(peers_of(plan, own.first_token + token, p.sources.rank));
+    for (int64_t col = threadIdx.x * kSize; col < p.hidden; col += kSumThreads * kSize) {
+        float sum[kSize] = {};
+        add_rows<T, kIsWeighted>(sum, rows, p.hidden, col, plan, row_of_route);
+        for (int64_t slot = 0; slot < num_slots; ++slot) {
+            const auto in = *reinterpret_cast<const Vector<T, kSize>*>(
+                static_cast<const T*>(own.slots) + (slot * own.num_tokens + token) * p.hidden +
+                col);
+#pragma unroll
+            for (int i = 0; i < kSize; ++i) sum[i] += to_float(in.value[i]);
+        }
+        store_rounded(output + token * p.hidden + col, sum);
+    }
+}
+
+}  // namespace comet_ds

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tokens and results between the ranks of an expert parallel group, by addresses every rank can
+// read and write: host launchers.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "combine.h"
+#include "dispatch.h"
+
+namespace comet_ds {
+
+// A rank's block of memory that its peers can address: where flags lie in it, by writer.
+struct Mailboxes {
+    uint64_t* flags[kMaxRanks];  // [num_ranks] each; flags[r][s] is what rank s has told rank r
+    int rank;
+    int num_ranks;
+};
+
+// What a meeting is for, printed when a peer does not come.
+enum class Meeting : int { kTokens = 0, kResults = 1 };
+
+struct MeetParams {
+    Mailboxes mailboxes;
+    uint64_t* epoch;  // this rank's, counts its meetings
+    const uint64_t* late;  // as in Communication, of the launches before
+    uint64_t timeout_ns;
+    Meeting what;
+};
+
+constexpr int kMaxCopies = 5;
+
+struct CopyParams {
+    const void* from[kMaxCopies];
+    void* to[kMaxCopies];
+    int64_t num_bytes[kMaxCopies];  // multiples of 4
+    int num_copies;
+};
+
+struct ExchangeParams {
+    Sources sources;
+    RowPlan plan;
+    int64_t hidden;
+    DType dtype;  // not fp32
+};
+
+// Columns of a panel that is pushed at a time; fewer read the GEMM's operands more often, more are
+// pushed later.
+constexpr int kPanelCols = 512;
+
+// What CTAs set apart in a GEMM kernel do beside it (overlap.cuh).
+struct Communication {
+    ExchangeParams exchange;
+    void* rows;          // written with pulled tokens, or summed and pushed
+    int num_ctas;        // set apart; even, 0 for none
+    uint32_t* progress;  // zero before: rows that have come, by block; or pieces stored, by panel
+    uint64_t timeout_ns;
+    volatile uint64_t* late;  // written when the deadline passes: the index into progress, and 1
+};
+
+// All throw std::runtime_error when a launch fails.
+
+// Copies blocks of memory to where peers read them; addresses are multiples of 16.
+void publish(const CopyParams& params, cudaStream_t stream);
+
+// Waits until all ranks have come as often as this one. What a rank wrote before, its peers see
+// after. A rank that does not come in time is printed, and the kernel traps.
+void meet(const MeetParams& params, cudaStream_t stream);
+
+// For every token of other ranks that has rows here: the sum of these rows, weighted or not, into
+// the slot of the token's rank that is this rank's.
+void push_sums(const ExchangeParams& params, const void* rows, bool is_weighted, int num_sms,
+               cudaStream_t stream);
+
+// output[t] of this rank's tokens: the sum of its own rows, weighted or not, and the slots.
+void sum_partials(const ExchangeParams& params, const void* rows, bool is_weighted, void* output,
+                  cudaStream_t stream);
+
+}  // namespace comet_ds

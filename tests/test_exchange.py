@@ -1,0 +1,429 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused path between ranks: on virtual ranks of one GPU, on two GPUs, and its agreements."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed.moe.layer import MoE as DeepSpeedMoE
+from experts_zoo import randomize
+from parity import build, oracle, run
+from test_fused import BF16, FORMS, FP16
+from tolerance import ERROR_RATIO, assert_close, relative_error
+from virtual_ranks import VirtualGroup
+
+from comet_ds import MoE
+from comet_ds.agreement import Answer, InputRules, RollCall
+from comet_ds.dispatcher import max_rows
+from comet_ds.exchange import CallShape, Exchange, _why_not_connected
+from comet_ds.overlap import Traffic
+
+OK = (InputRules.OK, 0)
+# Experts, k, hidden, ffn: no multiples of a tile, no powers of two, few and many routes.
+SHAPES = [(8, 2, 128, 192), (24, 6, 200, 136), (8, 1, 72, 320), (16, 3, 1032, 72)]
+
+
+def case(num_tokens: list[int], hidden: int, dtype: torch.dtype) -> tuple[list, list]:
+    torch.manual_seed(5)
+    draws = [torch.randn(2, count, hidden, device="cuda").to(dtype) for count in num_tokens]
+    return [d[0] for d in draws], [d[1] for d in draws]
+
+
+def options_for(shape: tuple[int, ...], form: str, dtype: torch.dtype) -> dict:
+    num_experts, k, hidden, ffn = shape
+    expert = FORMS[form](hidden, ffn)
+    return dict(expert=expert, num_experts=num_experts, k=k, dtype=dtype, drop_tokens=False)
+
+
+def all_experts(shape: tuple[int, ...], form: str, dtype: torch.dtype) -> list:
+    """Return the experts of all ranks, in fp64."""
+    _, _, hidden, ffn = shape
+    make: Callable = FORMS[form]
+    return [randomize(make(hidden, ffn), i).to("cuda", dtype).double() for i in range(shape[0])]
+
+
+def expert_grads(results: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    found = [
+        t.double().flatten() for r in results for n, t in r.items() if "deepspeed_experts" in n
+    ]
+    return torch.cat(found)
+
+
+def run_deepspeed(x: torch.Tensor, grad: torch.Tensor, options: dict) -> dict[str, torch.Tensor]:
+    """Run DeepSpeed's layer with all experts; it takes no fewer tokens than min_capacity."""
+    return run(build(DeepSpeedMoE, 0, device="cuda", min_capacity=0, **options), x, grad)
+
+
+def check_against_fp64(
+    num_ranks: int, num_tokens: list[int], shape: tuple[int, ...], form: str, dtype: torch.dtype
+) -> None:
+    """Errors are at most 1.5 times those of DeepSpeed's layer with all experts, rank by rank."""
+    options = options_for(shape, form, dtype)
+    group = VirtualGroup(num_ranks, comet_ds={"exact_gate": True}, **options)
+    xs, grads = case(num_tokens, shape[2], dtype)
+    got = group.run(xs, grads)
+    again = group.run(xs, grads)
+    theirs, truths = [], []
+    where = f"{form} {shape} {num_tokens} {dtype}"
+    for rank, (ours, same) in enumerate(zip(got, again, strict=True)):
+        assert all(torch.equal(ours[what], same[what]) for what in ours), f"{where}: not repeatable"
+        if num_tokens[rank] == 0:
+            continue
+        x, grad = xs[rank], grads[rank]
+        truth = oracle(group.layers[rank], x, grad, all_experts(shape, form, dtype))
+        deepspeed = run_deepspeed(x, grad, options)
+        truths.append(truth)
+        theirs.append(deepspeed)
+        for what in ("output", "grad of x"):
+            error, limit = (relative_error(r[what], truth[what]) for r in (ours, deepspeed))
+            assert error <= ERROR_RATIO * limit, f"{where}: {what}: {error} > 1.5 * {limit}"
+        assert_close(ours["l_aux"], deepspeed["l_aux"], f"{where}: l_aux")
+        if num_tokens[rank] > 8 and shape[1] < shape[0]:
+            gates = [r["grad of deepspeed_moe.gate.wg.weight"] for r in (ours, deepspeed)]
+            error, limit = (relative_error(g, truth["grad of gate"]) for g in gates)
+            assert error <= ERROR_RATIO * limit, f"{where}: gate: {error} > 1.5 * {limit}"
+    truth = sum(torch.cat([g.flatten() for g in t["grads of experts"]]) for t in truths)
+    limit = relative_error(sum(expert_grads([r]) for r in theirs), truth)
+    error = relative_error(expert_grads(got), truth)
+    assert error <= ERROR_RATIO * limit, f"{where}: grads of experts: {error} > 1.5 * {limit}"
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_virtual_ranks(num_ranks: int, shape: tuple[int, ...]) -> None:
+    counts = ([129] * 8, [63, 1, 7, 300, 0, 129, 64, 5])
+    for num_tokens in counts:
+        check_against_fp64(num_ranks, num_tokens[:num_ranks], shape, "swiglu", BF16)
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("form", ["gelu with biases", "swiglu with biases", "relu with biases"])
+def test_virtual_ranks_forms(form: str, dtype: torch.dtype) -> None:
+    check_against_fp64(2, [200, 129], (8, 2, 128, 192), form, dtype)
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_virtual_ranks_drop_tokens(num_ranks: int, k: int) -> None:
+    """Same routes and result as a layer with all experts; NaN in one call, not in the next."""
+    shape = (8, k, 128, 192)
+    options = {**options_for(shape, "swiglu", BF16), "drop_tokens": True, "capacity_factor": 0.6}
+    group = VirtualGroup(num_ranks, **options)
+    alone = build(MoE, 0, device="cuda", comet_ds={"path": "fused"}, **options)
+    xs, grads = case([300, 129, 63, 64][:num_ranks], 128, BF16)
+    spoilt = [x.clone() for x in xs]
+    spoilt[1][5] = float("nan")
+    first = group.run(xs, grads)
+    assert group.run(spoilt, grads)[1]["output"].isnan().any()
+    got = group.run(xs, grads)
+    expected = [run(alone, x, grad) for x, grad in zip(xs, grads, strict=True)]
+    for ours, same, theirs in zip(got, first, expected, strict=True):
+        for what in ("output", "l_aux", "grad of x", "grad of deepspeed_moe.gate.wg.weight"):
+            assert torch.equal(ours[what], same[what])
+            assert_close(ours[what], theirs[what], what)
+    total = sum(expert_grads([r]) for r in expected)
+    assert relative_error(expert_grads(got), total) < 1e-2
+
+
+@pytest.mark.gpu(1)
+def test_virtual_ranks_skewed() -> None:
+    """All tokens of all ranks to the experts of one."""
+    shape = (8, 2, 128, 192)
+    options = options_for(shape, "swiglu", BF16) | {"top2_2nd_expert_sampling": False}
+    group = VirtualGroup(4, **options)
+    alone = build(MoE, 0, device="cuda", comet_ds={"path": "fused"}, **options)
+    xs, grads = case([129, 300, 63, 64], 128, BF16)
+    for layer in (alone, *group.layers):
+        with torch.no_grad():
+            layer.deepspeed_moe.gate.wg.weight[4:6].fill_(1.0)
+            layer.deepspeed_moe.gate.wg.weight[:4].fill_(-1.0)
+            layer.deepspeed_moe.gate.wg.weight[6:].fill_(-1.0)
+    xs = [x.abs() for x in xs]
+    got = group.run(xs, grads)
+    for x, grad, ours in zip(xs, grads, got, strict=True):
+        theirs = run(alone, x, grad)
+        for what in ("output", "grad of x"):
+            assert_close(ours[what], theirs[what], what)
+    ids = group.layers[0].deepspeed_moe.routing.topk_ids
+    assert ids.min() >= 4 and ids.max() <= 5
+
+
+@pytest.mark.gpu(1)
+def test_absent_rank_is_named() -> None:
+    """A rank that never comes is an error within the deadline; in a process of its own, since the
+    GPU's context does not survive it."""
+    script = """
+import sys, torch
+sys.path.insert(0, "tests")
+from experts_zoo import GatedMLP
+from virtual_ranks import VirtualGroup
+group = VirtualGroup(3, timeout_s=2, expert=GatedMLP(64, 96), num_experts=6, dtype=torch.bfloat16)
+xs = [torch.randn(16, 64, device="cuda", dtype=torch.bfloat16)] * 3
+group.load(xs, xs)
+group.forward(xs, ranks=[0, 2])
+torch.cuda.synchronize()
+"""
+    root = Path(__file__).parent.parent
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode != 0 and time.monotonic() - start < 150
+    for rank in (0, 2):
+        sentence = f"rank {rank} of the expert parallel group waited 2 s for rank 1"
+        assert sentence in done.stdout + done.stderr
+    assert 'its flag for "tokens" is 0, not 1' in done.stdout + done.stderr
+
+
+# --- agreements between processes, no GPU --------------------------------------------------------
+
+
+def check_roll_call(rank: int, size: int) -> None:
+    roll = RollCall(torch.distributed.group.WORLD, 20)
+    for number in range(300):
+        mine = Answer(1000 * rank + number, number % 3 > rank % 2, OK)
+        if rank == number % size and number % 50 == 0:
+            time.sleep(0.02)
+        answers = roll.call(mine)
+        assert answers[rank] == mine
+        assert [a.num_tokens for a in answers] == [1000 * r + number for r in range(size)]
+        assert [a.can_fuse for a in answers] == [number % 3 > r % 2 for r in range(size)]
+    fault = (InputRules.DTYPE, -1) if rank == 1 else OK
+    assert roll.call(Answer(0, False, fault))[1].fault == (InputRules.DTYPE, -1)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_roll_call(world, size: int) -> None:
+    world(size).run(check_roll_call)
+
+
+def check_late(rank: int, size: int) -> str:
+    roll = RollCall(torch.distributed.group.WORLD, 1)
+    if rank == 1:
+        time.sleep(3)
+        return ""
+    try:
+        roll.call(Answer(1, True, OK))
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_late_rank_is_named(world) -> None:
+    answers = world(2).run(check_late)
+    assert "rank 1 of the expert parallel group did not come to its forward number 1" in answers[0]
+    assert "within 1 s" in answers[0]
+
+
+def check_ended(rank: int, size: int) -> str:
+    roll = RollCall(torch.distributed.group.WORLD, 100)
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    child.wait()
+    roll._processes[1 - rank] = child.pid  # a process that has ended
+    if rank == 1:
+        return ""
+    try:
+        roll.call(Answer(1, True, OK))
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_ended_process_is_named(world) -> None:
+    answers = world(2).run(check_ended)
+    assert answers[0] == "rank 1 of the expert parallel group: its process has ended"
+
+
+def test_parts_of_the_block() -> None:
+    """Parts are aligned, do not overlap, and hold what the largest rank brings."""
+    call = CallShape(num_tokens=(100, 0, 333), top_k=3, num_experts=12, token_bytes=400)
+    offsets, size = Exchange._lay_out(call)
+    assert offsets["flags"] == 0  # stays where it is for every shape
+    needs = {
+        "flags": 3 * 8,
+        "kept_counts": 12 * 4,
+        "topk_ids": 333 * 3 * 8,
+        "topk_weights": 333 * 3 * 4,
+        "ranks": 333 * 3 * 4,
+        "grad_weights": 333 * 3 * 4,
+        "tokens": 333 * 400,
+        "slots": 2 * 333 * 400,
+    }
+    assert set(offsets) == set(needs)
+    assert all(offset % 256 == 0 for offset in offsets.values())
+    ends = sorted((offset, offset + needs[name]) for name, offset in offsets.items())
+    ends.append((size, size))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
+
+
+@pytest.mark.parametrize("num_experts", [1, 4, 8])
+@pytest.mark.parametrize("capacity", [None, 5, 40, 1000])
+def test_max_rows(num_experts: int, capacity: int | None) -> None:
+    """No routing needs more rows, and the bound is a number of blocks."""
+    generator = torch.Generator().manual_seed(3)
+    for top_k in (1, 2, 3):
+        num_tokens = [37, 0, 260]
+        capacities = None if capacity is None else [capacity] * 3
+        bound = max_rows(num_tokens, capacities, top_k, num_experts, 128)
+        assert bound % 128 == 0 and bound > 0
+        for skew in (0.0, 5.0):
+            rows = torch.zeros(num_experts, dtype=torch.int64)
+            for count in num_tokens:
+                scores = torch.rand(count, num_experts, generator=generator)
+                scores[:, 0] += skew
+                chosen = scores.topk(min(top_k, num_experts), dim=1).indices
+                counts = torch.bincount(chosen.flatten(), minlength=num_experts)
+                rows += counts if capacity is None else counts.clamp(max=capacity)
+            assert ((rows + 127) // 128 * 128).sum() <= bound
+
+
+def test_communicating_ctas() -> None:
+    """Even, some, never most; more where there is more to move and less to compute."""
+    fine = Traffic.expected((8192, 8192), 0, 8, 4096, 132)
+    assert fine.rows == 8192 * 4 and 8192 * 0.99 < fine.tokens < 8192
+    for flop in (0.0, 1e11, 1e13):
+        for count in (fine.pull_ctas(flop), fine.push_ctas(flop, 4), fine.push_ctas(flop, 0)):
+            assert count % 2 == 0 and 2 <= count <= 66
+    assert fine.pull_ctas(1e11) > fine.pull_ctas(1e13)
+    assert Traffic.expected((8192,), 0, 8, 4096, 132).pull_ctas(1e11) == 2
+
+
+FACTS = {"rank": 0, "host": ("a", "1"), "device": "x", "reason": None}
+
+
+@pytest.mark.parametrize(
+    "other, reason",
+    [
+        ({"rank": 1, "device": "y"}, None),
+        ({"rank": 1}, "must have a GPU each"),
+        ({"rank": 1, "device": "y", "host": ("b", "2")}, "rank 1 is on b, rank 0 on a"),
+        ({"rank": 1, "device": "y", "reason": "it has no kernels: no nvcc"}, "rank 1: it has no"),
+    ],
+)
+def test_why_not_connected(other: dict, reason: str | None) -> None:
+    found = _why_not_connected([FACTS, FACTS | other], 32)
+    assert found is None if reason is None else reason in found
+    assert "at most 1 ranks" in _why_not_connected([FACTS, FACTS | {"device": "y"}], 1)
+
+
+# --- two GPUs ------------------------------------------------------------------------------------
+
+
+def check_two_ranks(rank: int, size: int, num_tokens: list[int], shape: tuple[int, ...]) -> None:
+    """As close to fp64 as DeepSpeed's layer; the fused path runs, and repeats itself."""
+    options = options_for(shape, "swiglu", BF16) | {"top2_2nd_expert_sampling": False}
+    block = {"path": "fused", "exact_gate": True}
+    parallel = dict(ep_size=size, parallel=True, device="cuda")
+    layer = build(MoE, rank, comet_ds=block, **parallel, **options)
+    xs, grads = case(num_tokens, shape[2], BF16)
+    got = run(layer, xs[rank], grads[rank])
+    assert layer.deepspeed_moe.path == "fused"
+    again = run(layer, xs[rank], grads[rank])
+    assert all(torch.equal(again[what], value) for what, value in got.items())
+    truth = oracle(layer, xs[rank], grads[rank], all_experts(shape, "swiglu", BF16))
+    if num_tokens[rank] > 0:
+        theirs = run_deepspeed(xs[rank], grads[rank], options)
+        for what in ("output", "grad of x"):
+            error, limit = (relative_error(r[what], truth[what]) for r in (got, theirs))
+            assert error <= ERROR_RATIO * limit, f"{num_tokens}: {what}: {error} > 1.5 * {limit}"
+    other = build(MoE, rank, comet_ds={**block, "path": "pipelined"}, **parallel, **options)
+    for what, value in run(other, xs[rank], grads[rank]).items():
+        assert_close(got[what], value, f"{num_tokens}: {what}")
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_two_ranks_fused(world, shape: tuple[int, ...]) -> None:
+    for num_tokens in ([129, 129], [1, 300], [0, 63], [0, 0]):
+        world(2, "nccl").run(check_two_ranks, num_tokens, shape)
+
+
+def check_many_calls(rank: int, size: int) -> None:
+    """Two layers of different sizes share the memory; sizes and routing change; nothing waits."""
+    layers = []
+    for hidden in (64, 200):
+        options = options_for((8, 4, hidden, 96), "swiglu", BF16) | {"drop_tokens": True}
+        block = {"path": "fused"}
+        layers.append(
+            build(MoE, rank, ep_size=size, parallel=True, device="cuda", comet_ds=block, **options)
+        )
+    draws = [case([300 + 17 * (i + r) for r in range(size)], 200, BF16) for i in range(5)]
+    results: dict[tuple[int, int], dict] = {}
+    for step in range(100):
+        xs, grads = draws[step % 5]
+        for i, layer in enumerate(layers):
+            width = (64, 200)[i]
+            x, grad = (t[rank][:, :width].contiguous() for t in (xs, grads))
+            if step == 10:
+                torch.cuda.synchronize()
+                torch.cuda.set_sync_debug_mode("error")
+            result = run(layer, x, grad)
+            torch.cuda.set_sync_debug_mode("default")
+            first = results.setdefault((step % 5, i), result)
+            assert all(torch.equal(first[what], value) for what, value in result.items())
+
+
+@pytest.mark.gpu(2)
+def test_many_calls(world) -> None:
+    world(2, "nccl").run(check_many_calls)
+
+
+def check_bad_input(rank: int, size: int) -> str:
+    options = options_for((8, 2, 64, 96), "swiglu", BF16)
+    layer = build(
+        MoE, rank, ep_size=size, parallel=True, device="cuda", comet_ds={"path": "fused"}, **options
+    )
+    x = torch.randn(8, 72 if rank else 64, device="cuda", dtype=BF16)
+    try:
+        layer(x)
+    except ValueError as error:
+        layer(torch.randn(8, 64, device="cuda", dtype=BF16))[0].sum().item()
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.gpu(2)
+def test_bad_input_fused(world) -> None:
+    for answer in world(2, "nccl").run(check_bad_input):
+        assert "rank 1 of the expert parallel group" in answer
+        assert "hidden size 64, got 72" in answer
+
+
+def check_killed(rank: int, size: int) -> str:
+    options = options_for((8, 2, 64, 96), "swiglu", BF16)
+    block = {"path": "fused", "timeout_s": 4}
+    layer = build(MoE, rank, ep_size=size, parallel=True, device="cuda", comet_ds=block, **options)
+    x = torch.randn(64, 64, device="cuda", dtype=BF16)
+    layer(x)[0].sum().item()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        for _ in range(3):
+            layer(x)[0].sum().item()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.gpu(2)
+def test_killed_rank_is_named() -> None:
+    """Within the deadline, and no process is left."""
+    from distributed import World
+
+    world = World(2, "nccl")
+    start = time.monotonic()
+    with pytest.raises(AssertionError, match="rank 1"):
+        world.run(check_killed, timeout=60)
+    assert time.monotonic() - start < 60

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An expert parallel group on one GPU: a stream a rank, ordinary memory in place of the peers'.
+
+Everything between ranks on the fused path runs as on real ones, but for NVLink.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from parity import build
+from torch import Tensor
+
+from comet_ds import MoE
+from comet_ds.exchange import Exchange
+from comet_ds.kernels import load_kernels
+
+BLOCK_BYTES = 2**26
+TIMEOUT_S = 20
+NUM_SMS = 132
+
+
+class VirtualMemory:
+    """``PeerMemory`` of a rank; all ranks' blocks are in this process."""
+
+    def __init__(self, blocks: Sequence[Tensor], rank: int) -> None:
+        self.rank, self.block = rank, blocks[rank]
+        self.addresses = [block.data_ptr() for block in blocks]
+
+    def reserve(self, num_bytes: int) -> None:
+        assert num_bytes <= BLOCK_BYTES, "make BLOCK_BYTES larger"
+
+
+class VirtualGroup:
+    """W ranks with a layer each, which run forward and backward together."""
+
+    def __init__(self, num_ranks: int, *, timeout_s: float = TIMEOUT_S, **options: Any) -> None:
+        self.layers = [
+            build(MoE, rank, ep_size=num_ranks, device="cuda", **options)
+            for rank in range(num_ranks)
+        ]
+        kernels = load_kernels(torch.device("cuda", 0))
+        blocks = [
+            torch.zeros(BLOCK_BYTES, dtype=torch.uint8, device="cuda") for _ in range(num_ranks)
+        ]
+        self.exchanges = [
+            Exchange(VirtualMemory(blocks, rank), kernels, timeout_s=timeout_s)
+            for rank in range(num_ranks)
+        ]
+        self.streams = [torch.cuda.Stream() for _ in range(num_ranks)]
+        self._alone = VirtualGroup(1, **options) if num_ranks > 1 else None
+        self._loaded: set[int] = set()
+        torch.cuda.synchronize()
+
+    def load(self, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        """Load the kernels for inputs of these sizes on one rank alone.
+
+        CUDA loads a kernel at its first launch and waits for what runs, which would wait for a rank
+        that comes after.
+        """
+        for x, grad in zip(inputs, grads, strict=True):
+            if self._alone is not None and x.shape[0] not in self._loaded:
+                self._alone.run([x], [grad])
+                self._loaded.add(x.shape[0])
+
+    def forward(self, inputs: Sequence[Tensor], ranks: Sequence[int] | None = None) -> list[Tensor]:
+        """Enqueue the forward of the ranks (of all, unless some are absent)."""
+        num_tokens = tuple(x.shape[0] for x in inputs)
+        for layer, x in zip(self.layers, inputs, strict=True):  # tables are made with a host wait
+            fused = layer.deepspeed_moe.fused
+            fused.experts = layer.deepspeed_moe.experts.deepspeed_experts
+            assert fused.why_not(x) is None
+            # All ranks' kernels fit on the GPU together, as on GPUs of their own.
+            fused._weights.num_sms = NUM_SMS // len(self.layers) // 2 * 2
+        torch.cuda.synchronize()
+        outputs = []
+        for rank in range(len(self.layers)) if ranks is None else ranks:
+            moe = self.layers[rank].deepspeed_moe
+            with torch.cuda.stream(self.streams[rank]):
+                torch.manual_seed(7)
+                routing = moe.gate.route(inputs[rank])
+                moe.routing = routing.detach()
+                capacities = None
+                if moe.gate.drop_tokens:
+                    capacities = [moe.gate.capacity(count) for count in num_tokens]
+                exchange = self.exchanges[rank]
+                arguments = (inputs[rank], routing, exchange, num_tokens, capacities)
+                outputs.append((moe.fused.run(*arguments), routing.l_aux))
+        return outputs
+
+    def run(self, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """Run forward and backward; return what ``parity.run`` does, by rank."""
+        self.load(inputs, grads)
+        inputs = [x.detach().clone().requires_grad_() for x in inputs]
+        for layer in self.layers:
+            layer.zero_grad()
+        outputs = self.forward(inputs)
+        for (output, l_aux), grad, stream in zip(outputs, grads, self.streams, strict=True):
+            with torch.cuda.stream(stream):
+                torch.autograd.backward([output, l_aux], [grad, torch.ones_like(l_aux)])
+        torch.cuda.synchronize()
+        return [
+            {"output": output.detach(), "l_aux": l_aux.detach(), "grad of x": x.grad}
+            | {f"grad of {n}": p.grad for n, p in layer.named_parameters()}
+            for (output, l_aux), x, layer in zip(outputs, inputs, self.layers, strict=True)
+        ]
