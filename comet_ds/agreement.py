@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ranks tell each other before they exchange rows: configuration once, counts every forward.
+"""What ranks tell each other before they exchange rows.
+
+Configuration once; every forward counts, or on the fused path the number of tokens.
 
 A rank that cannot go on says so in the message its peers wait for anyway, so every rank raises the
 same error and none is left in a collective.
@@ -27,6 +29,8 @@ from deepspeed.constants import default_pg_timeout
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# A host that waits for another polls without pause for so long, then at these intervals.
+POLLING_S, POLL_INTERVAL_S = 0.01, 1e-4
 
 
 def agree_on_setup(
@@ -209,6 +213,9 @@ class RollCall:
     Args:
         group: process group, all of one host; all its ranks construct one.
         timeout_s: how long to wait for another rank.
+
+    Raises:
+        RuntimeError: on all ranks, if one cannot open the page.
     """
 
     WORDS, NUMBER_BITS = 2, 15
@@ -223,13 +230,19 @@ class RollCall:
             os.ftruncate(file, mmap.PAGESIZE)
             os.close(file)
         torch.distributed.broadcast_object_list(path, group=group, group_src=0)
-        with open(path[0], "r+b") as file:
-            self._page = mmap.mmap(file.fileno(), mmap.PAGESIZE)
-        self._words = memoryview(self._page).cast("q")
-        self._processes: list[Any] = [None] * self.num_ranks
-        torch.distributed.all_gather_object(self._processes, os.getpid(), group=group)
+        fault = None
+        try:
+            with open(path[0], "r+b") as file:
+                self._words = memoryview(mmap.mmap(file.fileno(), mmap.PAGESIZE)).cast("q")
+        except OSError as error:
+            fault = f"rank {dist.get_rank()} cannot share memory with the others: {error}"
+        found: list[Any] = [None] * self.num_ranks
+        torch.distributed.all_gather_object(found, (os.getpid(), fault), group=group)
         if self.rank == 0:  # all have it open
             os.unlink(path[0])
+        self._processes = [process for process, _ in found]
+        if faults := [fault for _, fault in found if fault is not None]:
+            raise RuntimeError(faults[0])
 
     @staticmethod
     def _directory() -> str | None:
@@ -251,12 +264,15 @@ class RollCall:
 
     def _read(self, rank: int) -> Answer:
         first, tag, mask = self._first_word(rank), self._tag(), (1 << self.PAYLOAD_BITS) - 1
-        start, polls = time.monotonic(), 0
+        start, waited_s, polls = time.monotonic(), 0.0, 0
         while any(self._words[first + i] >> self.PAYLOAD_BITS != tag for i in range(self.WORDS)):
             polls += 1
-            if polls % 4096 == 0:
-                self._check(rank, time.monotonic() - start)
-                time.sleep(0)
+            if waited_s > POLLING_S:  # the core may have better things to do
+                time.sleep(POLL_INTERVAL_S)
+            elif polls % 256:
+                continue
+            waited_s = time.monotonic() - start
+            self._check(rank, waited_s)
         payload, value = (self._words[first + i] & mask for i in range(self.WORDS))
         fault = (payload >> 33, value - 1)
         return Answer(payload & 0xFFFFFFFF, bool(payload >> 32 & 1), fault)

@@ -35,7 +35,7 @@ class CometConfig(BaseModel):
     num_chunks: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     exact_gate: bool = False
     grouped_gemm: bool = True
-    timeout_s: float = Field(default=600, gt=0)
+    timeout_s: float = Field(default=600, gt=0, le=10**6)
     metrics: bool = True
     metrics_interval: int | None = Field(default=None, ge=1)
 

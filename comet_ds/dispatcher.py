@@ -137,22 +137,22 @@ class LocalDispatcher:
         sources = kernels.Sources([addresses], 0)
         kernels.plan_rows(sources, self.plan.fields(), current_stream(ids))
 
-    def dispatch(self, tokens: Tensor, *, flop: float) -> tuple[Tensor, None]:
+    def dispatch(self, tokens: Tensor, *, flop_per_row: float) -> tuple[Tensor, None]:
         """Return [R, H]: every row its token's row of [T, H], padding zero.
 
-        And what has to run beside the GEMM of so many FLOP that reads them.
+        And what has to run beside the GEMM that reads them, of so many FLOP a row.
         """
         sources = self._sources(tokens=tokens.data_ptr())
         return dispatch_own(sources, tokens, self.plan, self.kernels), None
 
-    def push(self, rows: Tensor, *, is_weighted: bool, flop: float) -> None:
+    def push(self, rows: Tensor, *, is_weighted: bool, flop_per_row: float) -> None:
         """Return what has to run beside a GEMM before ``combine``, None if nothing.
 
         Args:
             rows: [R, H]; what ``combine`` sums. Weighted rows are those which the GEMM writes,
                 others are there before it.
             is_weighted: as in ``combine``.
-            flop: of the GEMM.
+            flop_per_row: of the GEMM.
         """
 
     def combine(self, rows: Tensor, *, is_weighted: bool, is_pushed: bool = False) -> Tensor:
@@ -227,7 +227,7 @@ class PeerDispatcher:
             "kept_counts": routing.kept_counts,
         }
 
-    def dispatch(self, tokens: Tensor, *, flop: float) -> tuple[Tensor, object]:
+    def dispatch(self, tokens: Tensor, *, flop_per_row: float) -> tuple[Tensor, object]:
         """Return [R, H]: rows of all ranks' tokens, padding zero. The first call also plans.
 
         Other ranks' rows come beside the GEMM that reads them.
@@ -244,14 +244,16 @@ class PeerDispatcher:
             self.kernels.plan_rows(self._sources, self.plan.fields(), stream)
         rows = dispatch_own(self._sources, tokens, self.plan, self.kernels)
         num_blocks = self.plan.max_rows // self.kernels.row_block
-        num_ctas = self.exchange.num_ctas.get("pull") or self._traffic(tokens).pull_ctas(flop)
+        num_ctas = self.exchange.num_ctas.get("pull") or self._traffic(tokens).pull_ctas(
+            flop_per_row
+        )
         return rows, self._beside(rows, num_ctas, num_blocks)
 
-    def push(self, rows: Tensor, *, is_weighted: bool, flop: float) -> object:
+    def push(self, rows: Tensor, *, is_weighted: bool, flop_per_row: float) -> object:
         """As ``LocalDispatcher.push``."""
         num_panels = -(-rows.shape[1] // self.kernels.panel_cols) if is_weighted else 0
         num_ctas = self.exchange.num_ctas.get("push") or self._traffic(rows).push_ctas(
-            flop, num_panels
+            flop_per_row, num_panels
         )
         return self._beside(rows, num_ctas, num_panels)
 

@@ -12,6 +12,7 @@ import enum
 import functools
 import os
 import socket
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.utils import logger
 from torch import Tensor
 
 from comet_ds.agreement import RollCall
@@ -46,11 +46,13 @@ class PeerMemory(Protocol):
         rank: this rank in the group.
         block: [bytes] uint8; this rank's.
         addresses: of every rank's block, in this process.
+        is_captured: whether a CUDA graph has these addresses.
     """
 
     rank: int
     block: Tensor
     addresses: Sequence[int]
+    is_captured: bool
 
     def reserve(self, num_bytes: int) -> None:
         """Make all blocks at least this large, zero when new. Collective when they grow."""
@@ -62,15 +64,22 @@ class SymmetricMemory:
     Args:
         group: process group; all its ranks construct one.
         device: this rank's.
+
+    Attributes:
+        is_captured: whether a CUDA graph has the addresses of a block.
     """
 
     def __init__(self, group: Any, device: torch.device) -> None:
-        self.group, self.device, self.rank = group, device, dist.get_rank(group=group)
+        self.device, self.rank, self.is_captured = device, dist.get_rank(group=group), False
         self.block = torch.empty(0, dtype=torch.uint8, device=device)
         self.addresses: Sequence[int] = ()
+        self._group = weakref.ref(group)  # whose end is the memory's
+        self._handle: Any = None
+        self._retired: list[tuple[Tensor, Any]] = []  # what graphs still write to
 
     def reserve(self, num_bytes: int) -> None:
-        if num_bytes <= self.block.numel():
+        old = self.block.numel()
+        if num_bytes <= old:
             return
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -79,17 +88,34 @@ class SymmetricMemory:
             )
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-        torch.cuda.synchronize(self.device)
-        dist.barrier(group=self.group)  # nobody uses the blocks any more
-        size = -(-num_bytes // GROWTH_BYTES) * GROWTH_BYTES
-        self.block = symmetric_memory.empty(size, dtype=torch.uint8, device=self.device)
-        self.block.zero_()
-        torch.cuda.synchronize(self.device)
-        handle = symmetric_memory.rendezvous(self.block, self.group)
-        self.addresses = list(handle.buffer_ptrs)
-        self._handle = handle  # keeps the peers' blocks mapped
-        dist.barrier(group=self.group)
+        os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # read by rendezvous
+        size = -(-max(num_bytes, 2 * old) // GROWTH_BYTES) * GROWTH_BYTES
+        group, fault, block = self._group(), None, self.block
+        try:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()  # this memory does not come from torch's cache
+            block = symmetric_memory.empty(size, dtype=torch.uint8, device=self.device)
+            block.zero_()
+            torch.cuda.synchronize(self.device)
+        except RuntimeError as error:
+            fault = f"rank {dist.get_rank()}: {error}"
+        # Also: nobody uses the old blocks any more.
+        raise_first(fault, group, f"no symmetric memory of {size} bytes")
+        handle = symmetric_memory.rendezvous(block, group)
+        addresses = [base + getattr(handle, "offset", 0) for base in handle.buffer_ptrs]
+        assert addresses[self.rank] == block.data_ptr()
+        if self.is_captured:
+            self._retired.append((self.block, self._handle))
+        self.block, self.addresses, self._handle = block, addresses, handle
+        dist.barrier(group=group)
+
+
+def raise_first(fault: str | None, group: Any, what: str) -> None:
+    """Raise RuntimeError on all ranks of a group where one has a fault. Collective."""
+    faults: list[Any] = [None] * dist.get_world_size(group=group)
+    torch.distributed.all_gather_object(faults, fault, group=group)
+    if found := next((f for f in faults if f is not None), None):
+        raise RuntimeError(f"{what}: {found}")
 
 
 @dataclass(frozen=True)
@@ -118,8 +144,8 @@ class Exchange:
         timeout_s: how long to wait for another rank on the GPU.
 
     Attributes:
-        timeout_ns: how long to wait on the GPU.
-        late: [1] int64; ``late`` of csrc/moe/exchange.h.
+        timeout_s, timeout_ns: how long to wait on the GPU.
+        late: [2] int64; ``LateWait`` of csrc/moe/exchange.h.
         num_ctas: CTAs that "pull" and "push" beside a GEMM, where ``overlap.py`` is not to say.
     """
 
@@ -131,9 +157,10 @@ class Exchange:
         timeout_s: float = 600,
     ) -> None:
         self.memory, self.kernels, self.roll_call = memory, kernels, roll_call
-        self.timeout_ns = int(timeout_s * 1e9)
+        self.timeout_s, self.timeout_ns = timeout_s, int(timeout_s * 1e9)
         # How often this rank has come to a meeting; what a GEMM's communication waited for in vain.
-        self._epoch, self.late = torch.zeros(2, 1, dtype=torch.int64, device=memory.block.device)
+        state = torch.zeros(3, dtype=torch.int64, device=memory.block.device)
+        self._epoch, self.late = state[:1], state[1:]
         self.num_ctas: dict[str, int] = {}
         self._last_stream: torch.cuda.Stream | None = None
         self._parts = functools.lru_cache(maxsize=64)(self._lay_out)
@@ -171,9 +198,12 @@ class Exchange:
 
     def enter(self) -> None:
         """Wait, on the GPU, for what an earlier call did on another stream."""
+        if torch.cuda.is_current_stream_capturing():
+            self.memory.is_captured = True
+            return
         stream = torch.cuda.current_stream()
         last, self._last_stream = self._last_stream, stream
-        if last not in (None, stream) and not torch.cuda.is_current_stream_capturing():
+        if last not in (None, stream):
             stream.wait_stream(last)
 
     def publish(self, copies: Sequence[tuple[Tensor, int]]) -> None:
@@ -194,6 +224,7 @@ class Exchange:
         )
 
 
+# One a process group, as long as it lives: all layers of a group share its memory.
 _exchanges: WeakKeyDictionary[Any, Exchange | str] = WeakKeyDictionary()
 
 
@@ -201,57 +232,86 @@ def connect(group: Any, device: torch.device, timeout_s: float) -> Exchange | st
     """Return the exchange of a group, or why it has none: the same on all ranks.
 
     Collective over the group in the first call.
+
+    Raises:
+        RuntimeError: the first call comes while a CUDA graph is captured.
+        ValueError: another layer of the group has another timeout.
     """
     if group not in _exchanges:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("run the layer once before a CUDA graph captures it")
         _exchanges[group] = _connect(group, device, timeout_s)
-    return _exchanges[group]
+    found = _exchanges[group]
+    if isinstance(found, Exchange) and found.timeout_s != timeout_s:
+        raise ValueError(
+            f"timeout_s must be the same for all layers of an expert parallel group, got "
+            f"{found.timeout_s:g} and {timeout_s:g}"
+        )
+    return found
 
 
 def _connect(group: Any, device: torch.device, timeout_s: float) -> Exchange | str:
     kernels = load_kernels(device)
-    mine = {
-        "rank": dist.get_rank(),
-        "host": _host(),
-        "device": str(torch.cuda.get_device_properties(device).uuid),
-        "reason": None if kernels is not None else f"it has no kernels: {why_no_kernels()}",
-    }
     facts: list[Any] = [None] * dist.get_world_size(group=group)
-    torch.distributed.all_gather_object(facts, mine, group=group)
+    torch.distributed.all_gather_object(facts, _own_facts(device), group=group)
     if reason := _why_not_connected(facts, kernels.max_ranks if kernels else 0):
         return reason
-    faults: list[Any] = [None] * len(facts)
-    memory = SymmetricMemory(group, device)
-    fault = None
     try:
+        memory = SymmetricMemory(group, device)
         memory.reserve(GROWTH_BYTES)
-    except RuntimeError as error:
-        fault = f"rank {dist.get_rank()} has no symmetric memory: {error}"
-        logger.warning(f"comet_ds: {fault}")
-    torch.distributed.all_gather_object(faults, fault, group=group)
-    if reason := next((f for f in faults if f is not None), None):
-        return reason
-    return Exchange(memory, kernels, RollCall(group, timeout_s), timeout_s)
+        roll_call = RollCall(group, timeout_s)
+    except RuntimeError as error:  # the same on all ranks
+        return str(error)
+    return Exchange(memory, kernels, roll_call, timeout_s)
+
+
+def _own_facts(device: torch.device) -> dict[str, Any]:
+    """Return what the ranks of a group have to know of each other."""
+    names = [
+        str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())
+    ]
+    own = torch.cuda.current_device() if device.index is None else device.index
+    return {
+        "rank": dist.get_rank(),
+        "host": _host(),
+        "device": names[own],
+        "out of reach": [
+            name
+            for i, name in enumerate(names)
+            if i != own and not torch.cuda.can_device_access_peer(own, i)
+        ],
+        "reason": why_no_kernels() and f"it has no kernels: {why_no_kernels()}",
+    }
+
+
+def _host() -> tuple[str, ...]:
+    """Return what is equal for processes that share a machine, its processes and /dev/shm."""
+    boot, processes = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    shared = Path("/dev/shm")
+    return (
+        socket.gethostname(),
+        boot.read_text().strip() if boot.exists() else "",
+        os.readlink(processes) if processes.exists() else "",
+        str(shared.stat().st_dev) if shared.exists() else "",
+    )
 
 
 def _why_not_connected(facts: Sequence[dict[str, Any]], max_ranks: int) -> str | None:
+    first = facts[0]
     for fact in facts:
         if fact["reason"] is not None:
             return f"rank {fact['rank']}: {fact['reason']}"
-        if fact["host"] != facts[0]["host"]:
+        if fact["host"] != first["host"]:
             return (
-                f"its ranks must share a host, rank {fact['rank']} is on {fact['host'][0]}, rank "
-                f"{facts[0]['rank']} on {facts[0]['host'][0]}"
+                "its ranks must share a host, its processes and /dev/shm, rank "
+                f"{first['rank']} has {first['host']}, rank {fact['rank']} {fact['host']}"
             )
+        for other in facts:
+            if other["device"] in fact["out of reach"]:
+                ranks = f"{fact['rank']} cannot address the memory of rank {other['rank']}"
+                return f"the GPU of rank {ranks}'s"
     if len({fact["device"] for fact in facts}) < len(facts):
         return "its ranks must have a GPU each, two have the same one"
     if len(facts) > max_ranks:
         return f"it takes at most {max_ranks} ranks, ep_size is {len(facts)}"
-    devices = range(torch.cuda.device_count())
-    if not all(torch.cuda.can_device_access_peer(a, b) for a in devices for b in devices if a != b):
-        return "the GPUs of this host cannot address each other's memory"
     return None
-
-
-def _host() -> tuple[str, str]:
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return socket.gethostname(), boot.read_text().strip() if boot.exists() else ""

@@ -168,9 +168,9 @@ class ExpertGemm:
         self._nothing = weights.kernels.Communication()
 
     @property
-    def flop_per_matrix(self) -> int:
-        """FLOP of one expert matrix over all allocated rows."""
-        return 2 * self.rows.max_rows * self.weights.hidden * self.weights.ffn
+    def flop_per_row(self) -> int:
+        """FLOP of one expert matrix for one row."""
+        return 2 * self.weights.hidden * self.weights.ffn
 
     def up(
         self,

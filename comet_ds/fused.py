@@ -132,8 +132,8 @@ class _FusedMLP(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         gemm = ExpertGemm(weights, dispatcher.plan)
-        flop = gemm.flop_per_matrix
-        rows, pull = dispatcher.dispatch(x, flop=flop * (1 + weights.is_gated))
+        flop = gemm.flop_per_row
+        rows, pull = dispatcher.dispatch(x, flop_per_row=flop * (1 + weights.is_gated))
         hidden = x.new_empty(dispatcher.plan.max_rows, weights.ffn)
         pre = None
         if has_backward:
@@ -143,7 +143,7 @@ class _FusedMLP(torch.autograd.Function):
             ctx.save_for_backward(rows, *pre)
         gemm.up(rows, hidden, pre, beside=pull)
         y = torch.empty_like(rows)
-        push = dispatcher.push(y, is_weighted=True, flop=flop)
+        push = dispatcher.push(y, is_weighted=True, flop_per_row=flop)
         gemm.down(hidden, y, beside=push)
         return dispatcher.combine(y, is_weighted=True, is_pushed=push is not None)
 
@@ -155,8 +155,8 @@ class _FusedMLP(torch.autograd.Function):
         _check_unchanged(weights, ctx.versions)
         gemm = ExpertGemm(weights, dispatcher.plan)
         needs_parameters = any(ctx.needs_input_grad[5:])
-        flop = gemm.flop_per_matrix
-        dy, pull = dispatcher.dispatch(_aligned(grad), flop=flop)
+        flop = gemm.flop_per_row
+        dy, pull = dispatcher.dispatch(_aligned(grad), flop_per_row=flop)
         # Nobody reads the pre-activations again, unless the graph is kept: their gradients take
         # their place.
         is_kept = torch._C._autograd._get_current_graph_task_keep_graph()
@@ -175,7 +175,7 @@ class _FusedMLP(torch.autograd.Function):
             dx = torch.empty_like(rows)
             gemm.up_grad(dpre, dx)
             if needs_parameters:
-                push = dispatcher.push(dx, is_weighted=False, flop=flop)
+                push = dispatcher.push(dx, is_weighted=False, flop_per_row=flop)
             if push is None:
                 grad_x = dispatcher.combine(dx, is_weighted=False)
                 del dx

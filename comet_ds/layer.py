@@ -246,6 +246,8 @@ class MOELayer(sharded_moe.MOELayer):
         group = self._group()
         rules = self._input_rules()
         exchange = self._connect(group, rules)
+        if isinstance(exchange, str):
+            self._check_pin(exchange)
         fault = rules.check(hidden_states, used_token)
         if fault[0] != rules.OK:
             self._raise_everywhere(fault, rules, group, exchange)
@@ -307,9 +309,12 @@ class MOELayer(sharded_moe.MOELayer):
                 reason = f"rank {refusing[0]} of the expert parallel group cannot"
         if reason is None:
             return "fused", None, answers
+        self._check_pin(reason)
+        return "pipelined", reason, answers
+
+    def _check_pin(self, reason: str) -> None:
         if self.config.path == "fused":
             raise RuntimeError(f'path "fused" is pinned and cannot run: {reason}')
-        return "pipelined", reason, answers
 
     def _run_fused(
         self, x: Tensor, routing: Routing, exchange: Exchange | None, answers: list[Answer]

@@ -25,6 +25,7 @@ class Traffic:
         num_ranks: W.
         tokens: (token, rank) pairs of other ranks' tokens that have an expert here.
         rows: their rows.
+        all_rows: with those of this rank's own tokens.
         token_bytes: of one.
     """
 
@@ -32,6 +33,7 @@ class Traffic:
     num_ranks: int
     tokens: float
     rows: float
+    all_rows: float
     token_bytes: int
 
     @classmethod
@@ -39,42 +41,43 @@ class Traffic:
         cls, num_tokens: tuple[int, ...], rank: int, top_k: int, token_bytes: int, num_sms: int
     ) -> Traffic:
         """Return the traffic of W ranks with so many tokens each."""
-        num_ranks = len(num_tokens)
-        foreign = sum(num_tokens) - num_tokens[rank]
+        num_ranks, total = len(num_tokens), sum(num_tokens)
+        foreign, share = total - num_tokens[rank], top_k / num_ranks
         is_here = 1 - (1 - 1 / num_ranks) ** top_k
-        return cls(num_sms, num_ranks, foreign * is_here, foreign * top_k / num_ranks, token_bytes)
+        rows = (foreign * share, total * share)
+        return cls(num_sms, num_ranks, foreign * is_here, *rows, token_bytes)
 
-    def pull_ctas(self, flop: float) -> int:
-        """Return n for pulling beside a GEMM of so many FLOP.
+    def pull_ctas(self, flop_per_row: float) -> int:
+        """Return n for pulling beside a GEMM of so many FLOP a row.
 
         A 1 / W of it are rows of this rank's tokens; the rest waits for what is pulled.
         """
 
         def cost(n: int) -> float:
-            gemm, pull = self._gemm(flop, n), self._move(PULL_BYTES, n)
+            gemm, pull = self._gemm(flop_per_row, n), self._move(PULL_BYTES, n)
             return max(gemm, pull + gemm * (1 - 1 / self.num_ranks))
 
         return self._best(cost)
 
-    def push_ctas(self, flop: float, num_panels: int) -> int:
-        """Return n for summing and pushing beside a GEMM of so many FLOP.
+    def push_ctas(self, flop_per_row: float, num_panels: int) -> int:
+        """Return n for summing and pushing beside a GEMM of so many FLOP a row.
 
         Args:
-            flop: of the GEMM.
+            flop_per_row: of the GEMM.
             num_panels: the GEMM's results are pushed panel by panel; 0 where other results are
                 pushed, all of them there from the start.
         """
 
         def cost(n: int) -> float:
-            gemm, push = self._gemm(flop, n), self._move(PUSH_BYTES, n)
+            gemm, push = self._gemm(flop_per_row, n), self._move(PUSH_BYTES, n)
             if num_panels == 0:
                 return max(gemm, push)
             return max(gemm + push / num_panels, push + gemm / num_panels)
 
         return self._best(cost)
 
-    def _gemm(self, flop: float, n: int) -> float:
-        return flop / GEMM_FLOPS * self.num_sms / (self.num_sms - n)
+    def _gemm(self, flop_per_row: float, n: int) -> float:
+        return flop_per_row * self.all_rows / GEMM_FLOPS * self.num_sms / (self.num_sms - n)
 
     def _move(self, rate: float, n: int) -> float:
         moved = (self.tokens + self.rows) * self.token_bytes

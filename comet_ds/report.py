@@ -72,6 +72,7 @@ def describe_kernels() -> Iterator[str]:
             yield f"             someone is compiling, or was killed: then rm -r {folder}"
     if reason is None:
         yield "path         fused with ep_size 1, bf16 or fp16 and MLP experts; else pipelined"
+        yield "             (fused also with a larger ep_size where the configuration pins it)"
     else:
         yield f"path         pipelined, with PyTorch operations: {reason}"
 

@@ -223,7 +223,7 @@ void meet(const std::vector<uintptr_t>& flags, int rank, uintptr_t epoch, uintpt
           uint64_t timeout_ns, int what, uintptr_t stream) {
     if (flags.size() > comet_ds::kMaxRanks) throw std::invalid_argument("too many ranks");
     comet_ds::MeetParams params{.epoch = pointer<uint64_t>(epoch),
-                                .late = pointer<uint64_t>(late),
+                                .late = pointer<comet_ds::LateWait>(late),
                                 .timeout_ns = timeout_ns,
                                 .what = comet_ds::Meeting{what}};
     params.mailboxes.rank = rank;
@@ -248,7 +248,7 @@ comet_ds::Communication make_communication(const comet_ds::Sources& sources,
             .num_ctas = num_ctas,
             .progress = pointer<uint32_t>(progress),
             .timeout_ns = timeout_ns,
-            .late = pointer<uint64_t>(late)};
+            .late = pointer<comet_ds::LateWait>(late)};
 }
 
 void push_sums(const comet_ds::Sources& sources, const PlanFields& plan, int64_t hidden, int dtype,
@@ -294,9 +294,9 @@ void expert_gemm(int pass, bool is_bfloat16, bool is_gated, int activation, cons
                  const Matrices& b, const Matrices& out, std::array<uintptr_t, 2> weights,
                  std::array<uintptr_t, 2> bias, uintptr_t expert_offsets,
                  uintptr_t expert_of_block, uintptr_t block_order, uintptr_t row_weights,
-                 uintptr_t row_dots,
-                 int num_experts, int max_rows, int m, int n, int k, bool save_pre, int num_sms,
-                 const comet_ds::Communication& communication, uintptr_t stream) {
+                 uintptr_t row_dots, int num_experts, int max_rows, int m, int n, int k,
+                 bool save_pre, int num_sms, const comet_ds::Communication& communication,
+                 uintptr_t stream) {
     const comet_ds::ExpertGemmVariant variant{comet_ds::Pass{pass}, is_bfloat16, is_gated,
                                               comet_ds::Activation{activation}};
     comet_ds::ExpertGemmParams params{};

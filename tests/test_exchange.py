@@ -181,9 +181,8 @@ torch.cuda.synchronize()
         [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=200
     )
     assert done.returncode != 0 and time.monotonic() - start < 150
-    for rank in (0, 2):
-        sentence = f"rank {rank} of the expert parallel group waited 2 s for rank 1"
-        assert sentence in done.stdout + done.stderr
+    # The first that gives up ends the others, which share its GPU here.
+    assert "of the expert parallel group waited 2 s for rank 1" in done.stdout + done.stderr
     assert 'its flag for "tokens" is 0, not 1' in done.stdout + done.stderr
 
 
@@ -293,14 +292,14 @@ def test_communicating_ctas() -> None:
     """Even, some, never most; more where there is more to move and less to compute."""
     fine = Traffic.expected((8192, 8192), 0, 8, 4096, 132)
     assert fine.rows == 8192 * 4 and 8192 * 0.99 < fine.tokens < 8192
-    for flop in (0.0, 1e11, 1e13):
+    for flop in (0.0, 1e6, 1e8):  # a row
         for count in (fine.pull_ctas(flop), fine.push_ctas(flop, 4), fine.push_ctas(flop, 0)):
             assert count % 2 == 0 and 2 <= count <= 66
-    assert fine.pull_ctas(1e11) > fine.pull_ctas(1e13)
-    assert Traffic.expected((8192,), 0, 8, 4096, 132).pull_ctas(1e11) == 2
+    assert fine.pull_ctas(1e6) > fine.pull_ctas(1e8)
+    assert Traffic.expected((8192,), 0, 8, 4096, 132).pull_ctas(1e6) == 2
 
 
-FACTS = {"rank": 0, "host": ("a", "1"), "device": "x", "reason": None}
+FACTS = {"rank": 0, "host": ("a", "1"), "device": "x", "out of reach": ["z"], "reason": None}
 
 
 @pytest.mark.parametrize(
@@ -308,7 +307,11 @@ FACTS = {"rank": 0, "host": ("a", "1"), "device": "x", "reason": None}
     [
         ({"rank": 1, "device": "y"}, None),
         ({"rank": 1}, "must have a GPU each"),
-        ({"rank": 1, "device": "y", "host": ("b", "2")}, "rank 1 is on b, rank 0 on a"),
+        ({"rank": 1, "device": "z"}, "GPU of rank 0 cannot address the memory of rank 1's"),
+        (
+            {"rank": 1, "device": "y", "host": ("b", "2")},
+            "rank 0 has ('a', '1'), rank 1 ('b', '2')",
+        ),
         ({"rank": 1, "device": "y", "reason": "it has no kernels: no nvcc"}, "rank 1: it has no"),
     ],
 )

@@ -28,6 +28,7 @@ class VirtualMemory:
     def __init__(self, blocks: Sequence[Tensor], rank: int) -> None:
         self.rank, self.block = rank, blocks[rank]
         self.addresses = [block.data_ptr() for block in blocks]
+        self.is_captured = False
 
     def reserve(self, num_bytes: int) -> None:
         assert num_bytes <= BLOCK_BYTES, "make BLOCK_BYTES larger"

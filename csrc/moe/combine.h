@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-namespace comet_ds {
+#include "dtype.h"
 
-enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+namespace comet_ds {
 
 struct CombineParams {
     const void* rows;             // [R, hidden]

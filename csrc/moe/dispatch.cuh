@@ -22,7 +22,8 @@ constexpr int kSumCols = 64;
 constexpr int kSumSlices = 8;
 
 __global__ void __launch_bounds__(kPlanThreads)
-    plan_rows_kernel(const __grid_constant__ Sources sources, const __grid_constant__ RowPlan plan) {
+    plan_rows_kernel(const __grid_constant__ Sources sources,
+                     const __grid_constant__ RowPlan plan) {
     extern __shared__ int smem[];
     const int num_experts = plan.num_experts, num_ranks = sources.num_ranks;
     int* offsets = smem;                     // [num_experts + 1]
@@ -125,7 +126,8 @@ template <typename T>
 __global__ void __launch_bounds__(kRowWarps * 32)
     sum_row_dots_kernel(const __grid_constant__ Sources sources,
                         const __grid_constant__ RowPlan plan, const float* row_dots,
-                        int64_t num_tiles, const T* grad_rows, const void* const* bias, int64_t hidden) {
+                        int64_t num_tiles, const T* grad_rows, const void* const* bias,
+                        int64_t hidden) {
     const int64_t route = int64_t{blockIdx.x} * kRowWarps + threadIdx.x / 32;
     if (route >= plan.num_tokens * plan.top_k) return;
     const int lane = threadIdx.x % 32, rank = source_of(sources, route / plan.top_k);

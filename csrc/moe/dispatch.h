@@ -51,7 +51,7 @@ struct RowPlan {
 
 // All throw std::runtime_error when a launch fails.
 
-// Writes the plan, but for topk_ids where there is one source, whose own they are.
+// Writes the plan; topk_ids only where they are not the source's own.
 void plan_rows(const Sources& sources, const RowPlan& plan, cudaStream_t stream);
 
 // rows[r] = the token's activation for this rank's own tokens, zero in padding; both of row_bytes,

@@ -3,6 +3,7 @@
 #include "exchange.cuh"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "device/launch.h"
 

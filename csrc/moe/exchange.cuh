@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tokens and results between the ranks of an expert parallel group.
 //
-// 1. Math: exchange.h. A token's activation is read once by every rank that has an expert of it, and
-//    comes back as one partial sum from each: a token of rank s has, for every other rank it goes
-//    to, one slot in s's memory, in order of these ranks.
-// 2. Grid: publish and sum_partials as many blocks as there is work; meet one block, a thread a rank.
-//    Tokens are pulled and results pushed by CTAs of the GEMM kernels (overlap.cuh); push_sums does
-//    the latter where there is no GEMM beside it.
+// 1. Math: exchange.h. A token's activation is read once by every rank that has an expert of it,
+//    and comes back as one partial sum from each: a token of rank s has, for every other rank it
+//    goes to, one slot in s's memory, in order of these ranks.
+// 2. Grid: publish and sum_partials as many blocks as there is work; meet one block, a thread a
+//    rank. Tokens are pulled and results pushed by CTAs of the GEMM kernels (overlap.cuh);
+//    push_sums does the latter where there is no GEMM beside it.
 // 3. Flags: flags[r][s] in r's memory, written by rank s (release, system scope), read by r
 //    (acquire, system scope): how many meetings s has come to. It only grows, and every rank counts
 //    its own meetings in memory, so nothing is reset and a captured graph can be replayed.
@@ -23,6 +23,7 @@
 
 #include <cstdio>
 
+#include "device/memory_order.cuh"
 #include "device/vector.cuh"
 #include "exchange.h"
 #include "token_rows.cuh"
@@ -47,27 +48,21 @@ __global__ void publish_kernel(const __grid_constant__ CopyParams p) {
     }
 }
 
-__device__ inline void store_release_system(uint64_t* flag, uint64_t value) {
-    asm volatile("st.release.sys.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
-}
-__device__ inline uint64_t load_acquire_system(const uint64_t* flag) {
-    uint64_t value;
-    asm volatile("ld.acquire.sys.u64 %0, [%1];" : "=l"(value) : "l"(flag) : "memory");
-    return value;
-}
-__device__ inline uint64_t global_time_ns() {
-    uint64_t time;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
-    return time;
-}
-
 __global__ void __launch_bounds__(kMaxRanks) meet_kernel(const __grid_constant__ MeetParams p) {
     const int peer = threadIdx.x, rank = p.mailboxes.rank;
     const uint64_t epoch = *p.epoch + 1;
-    if (peer == rank && *p.late != 0) {
-        printf("comet_ds: rank %d of the expert parallel group waited %llu s beside a GEMM: "
-               "progress[%llu] is incomplete\n",
-               rank, p.timeout_ns / 1000000000ull, static_cast<unsigned long long>(*p.late >> 32));
+    const char* what = p.what == Meeting::kTokens ? "tokens" : "results";
+    const bool is_in_step = epoch % 2 == (p.what == Meeting::kTokens);
+    if (p.late->is_set || !is_in_step) {
+        if (threadIdx.x > 0) return;
+        printf("comet_ds: rank %d of the expert parallel group: ", rank);
+        if (is_in_step) {
+            printf("progress[%u] beside a GEMM was %u, not %u, after %llu s\n", p.late->index,
+                   p.late->seen, p.late->expected, p.timeout_ns / 1000000000ull);
+        } else {
+            printf("a forward or backward before was not finished, meeting %llu is for \"%s\"\n",
+                   static_cast<unsigned long long>(epoch), what);
+        }
         __trap();
     }
     if (peer < p.mailboxes.num_ranks && peer != rank) {
@@ -79,8 +74,7 @@ __global__ void __launch_bounds__(kMaxRanks) meet_kernel(const __grid_constant__
             if (global_time_ns() - start < p.timeout_ns) continue;
             printf("comet_ds: rank %d of the expert parallel group waited %llu s for rank %d: "
                    "its flag for \"%s\" is %llu, not %llu\n",
-                   rank, p.timeout_ns / 1000000000ull, peer,
-                   p.what == Meeting::kTokens ? "tokens" : "results",
+                   rank, p.timeout_ns / 1000000000ull, peer, what,
                    static_cast<unsigned long long>(seen),
                    static_cast<unsigned long long>(epoch));
             __trap();

@@ -7,8 +7,8 @@
 
 #include <cstdint>
 
-#include "combine.h"
 #include "dispatch.h"
+#include "dtype.h"
 
 namespace comet_ds {
 
@@ -19,13 +19,21 @@ struct Mailboxes {
     int num_ranks;
 };
 
-// What a meeting is for, printed when a peer does not come.
+// What a meeting is for. They alternate, tokens first.
 enum class Meeting : int { kTokens = 0, kResults = 1 };
+
+// What a communicating CTA waited for until its deadline had passed.
+struct LateWait {
+    uint32_t is_set;
+    uint32_t index;  // into Communication::progress
+    uint32_t seen;
+    uint32_t expected;
+};
 
 struct MeetParams {
     Mailboxes mailboxes;
-    uint64_t* epoch;  // this rank's, counts its meetings
-    const uint64_t* late;  // as in Communication, of the launches before
+    uint64_t* epoch;       // this rank's, counts its meetings
+    const LateWait* late;  // of the launches before
     uint64_t timeout_ns;
     Meeting what;
 };
@@ -57,7 +65,7 @@ struct Communication {
     int num_ctas;        // set apart; even, 0 for none
     uint32_t* progress;  // zero before: rows that have come, by block; or pieces stored, by panel
     uint64_t timeout_ns;
-    volatile uint64_t* late;  // written when the deadline passes: the index into progress, and 1
+    LateWait* late;
 };
 
 // All throw std::runtime_error when a launch fails.
@@ -66,7 +74,8 @@ struct Communication {
 void publish(const CopyParams& params, cudaStream_t stream);
 
 // Waits until all ranks have come as often as this one. What a rank wrote before, its peers see
-// after. A rank that does not come in time is printed, and the kernel traps.
+// after. A rank that does not come in time is printed, and the kernel traps; so does a rank that
+// was late itself, or whose meetings do not alternate, before it tells the others that it came.
 void meet(const MeetParams& params, cudaStream_t stream);
 
 // For every token of other ranks that has rows here: the sum of these rows, weighted or not, into

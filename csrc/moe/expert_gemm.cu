@@ -15,6 +15,13 @@ struct Launch {
 
     template <typename C>
     void run() const {
+        const int num_ctas = num_sms / C::kClusterSize * C::kClusterSize;
+        const int set_apart = communication.num_ctas;
+        if (set_apart < 0 || set_apart % 2 != 0 || set_apart >= num_ctas) {
+            throw std::invalid_argument("the CTAs that communicate must be an even number below " +
+                                        std::to_string(num_ctas) + ", got " +
+                                        std::to_string(set_apart));
+        }
         const auto kernel = expert_gemm_kernel<C>;
         const auto kSmem = cudaFuncAttributeMaxDynamicSharedMemorySize;
         check(cudaFuncSetAttribute(kernel, kSmem, C::kSmemBytes), "expert_gemm");
@@ -22,7 +29,7 @@ struct Launch {
         cluster.id = cudaLaunchAttributeClusterDimension;
         cluster.val.clusterDim = {C::kClusterSize, 1, 1};
         cudaLaunchConfig_t config{};
-        config.gridDim = num_sms / C::kClusterSize * C::kClusterSize;
+        config.gridDim = num_ctas;
         config.blockDim = C::kThreads;
         config.dynamicSmemBytes = C::kSmemBytes;
         config.stream = stream;

@@ -14,14 +14,16 @@
 //    rows and the same columns; where both blocks are one expert's, each loads half of B for both.
 //    In a CTA warpgroup 0 loads (one thread), warpgroups 1 and 2 multiply. Either both work on one
 //    128 x 256 tile, 64 rows each, or (ping-pong) each on 128 x 128 tiles of its own, so that one's
-//    epilogue runs under the other's products. All roles walk the same Schedule.
+//    epilogue runs under the other's products. All roles walk the same Schedule. The first CTAs may
+//    be set apart to communicate instead (overlap.cuh).
 // 3. Barriers, in shared memory, one of each a stage:
 //        full[s]   arrivals: the loading thread, plus the bytes of both operands (also those the
 //                  other CTA loads); waited for by the math warpgroup(s)
 //        empty[s]  arrivals: every math warpgroup that has read the stage, of all CTAs of the
 //                  cluster, since all may write into it; waited for by the loading thread
-//    The parity of a phase is that of the ring's turn; nothing is reset. Loading waits only for
-//    products, products only for loads, and stores for nothing: there is no cycle.
+//    The parity of a phase is that of the ring's turn; nothing is reset. Loading waits for products
+//    and, where CTAs set apart bring rows (overlap.cuh), for these; products only for loads; stores
+//    for nothing: there is no cycle.
 // 4. Shared memory: kStages x (A 16 KB + B 32 or 16 KB), then 2 to 4 staging buffers of 2 KB for
 //    every math warp, then the barriers. Products are summed in order of k, results have one
 //    writer: the same input gives the same bits.

@@ -2,17 +2,17 @@
 // Communication beside a GEMM: what the CTAs set apart do, and how tiles and they wait for each
 // other.
 //
-// 1. kUp, kDownGrad: the CTAs set apart pull other ranks' tokens into rows, token by token; a tile is
-//    loaded when the rows of its block have come. Blocks of this rank's own tokens need none and
-//    come first in RowPlan::block_order.
-//    kDown: tiles run panel by panel of columns; when all pieces of a panel are stored, the CTAs set
-//    apart sum it for other ranks' tokens and push it to them.
+// 1. kUp, kDownGrad: the CTAs set apart pull other ranks' tokens into rows, token by token; a tile
+//    is loaded when the rows of its block have come. Blocks of this rank's own tokens need none
+//    and come first in RowPlan::block_order.
+//    kDown: tiles run panel by panel of columns; when all pieces of a panel are stored, the CTAs
+//    set apart sum it for other ranks' tokens and push it to them.
 //    kWeightGrad: they push rows that were complete before the launch.
 // 2. Grid: the first num_ctas CTAs, which are scheduled first; all their warps take turns.
 // 3. Flags, in this GPU's memory, zero before the launch:
-//        progress[block]  kUp, kDownGrad: += 1 for every row by the warp that wrote it (release, GPU
-//                         scope, after a proxy fence), awaited by the loading thread (acquire, then
-//                         a proxy fence, since the copy engine reads the rows)
+//        progress[block]  kUp, kDownGrad: += 1 for every row by the warp that wrote it (proxy
+//                         fence, release, GPU scope), awaited by the loading thread (acquire,
+//                         proxy fence: the copy engine reads the rows)
 //        progress[panel]  kDown: += 1 by every math warp whose piece of a tile is in memory (bulk
 //                         group complete, proxy fence, release, GPU scope), awaited by warps that
 //                         push (acquire)
@@ -22,30 +22,24 @@
 // 4. Shared memory: none.
 #pragma once
 
+#include "device/memory_order.cuh"
+#include "device/tma.cuh"
 #include "exchange.h"
 #include "expert_gemm.h"
 #include "token_rows.cuh"
 
 namespace comet_ds {
 
-
-
-
 // Waits for progress[index]. Past the deadline it notes what it waited for and goes on, as do all
 // waits after it; the next meeting prints the note and traps. (A call to printf in a GEMM kernel
 // would serialise its wgmma.)
 __device__ inline void wait_for_count(const Communication& c, int index, uint32_t expected) {
-    uint64_t start, now;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(start));
-    while (true) {
-        uint32_t seen;
-        const uint32_t* count = c.progress + index;
-        asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(seen) : "l"(count) : "memory");
-        if (seen >= expected) return;
-        __nanosleep(50);
-        asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-        if (now - start < c.timeout_ns && *c.late == 0) continue;
-        if (*c.late == 0) *c.late = uint64_t(index) << 32 | 1;
+    const volatile uint32_t* is_late = &c.late->is_set;
+    const uint64_t start = global_time_ns();
+    for (uint32_t seen; (seen = load_acquire_gpu(c.progress + index)) < expected; __nanosleep(50)) {
+        if (*is_late) return;
+        if (global_time_ns() - start < c.timeout_ns) continue;
+        *c.late = {1, uint32_t(index), seen, expected};
         return;
     }
 }
@@ -55,7 +49,7 @@ __device__ inline void wait_for_rows(const Communication& c, int block) {
     const int expected = c.exchange.plan.remote_rows[block];
     if (expected == 0) return;
     wait_for_count(c, block, expected);
-    asm volatile("fence.proxy.async.global;" ::: "memory");
+    fence_proxy_async_global();
 }
 
 // A math warp's pieces of kDown's tiles: counted when they are in memory, which is known when the
@@ -69,10 +63,9 @@ public:
     __device__ void flush() {
         if (panel_ < 0) return;
         if (threadIdx.x % 32 == 0) {
-            asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-            asm volatile("fence.proxy.async.global;" ::: "memory");
-            asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(c_.progress + panel_)
-                         : "memory");
+            bulk_wait_group<0>();
+            fence_proxy_async_global();
+            add_release_gpu(c_.progress + panel_, 1);
         }
         panel_ = -1;
     }
@@ -82,7 +75,7 @@ private:
     int panel_ = -1;
 };
 
-// The part of a CTA set apart. pieces_per_tile: stored by kDown for every tile of tile_cols columns.
+// The part of a CTA set apart. kDown stores pieces_per_tile pieces for a tile of tile_cols columns.
 template <typename Element, Pass kPass>
 __device__ inline void communicate(const Communication& c, int num_row_blocks, int tile_cols,
                                    int pieces_per_tile) {
@@ -95,9 +88,7 @@ __device__ inline void communicate(const Communication& c, int num_row_blocks, i
         for (int col = 0; col < p.hidden; col += kPanelCols) {
             const int end = min(int64_t{col} + kPanelCols, p.hidden), panel = col / kPanelCols;
             const int tiles = num_row_blocks * ((end - col + tile_cols - 1) / tile_cols);
-            if (threadIdx.x % 32 == 0) {
-                wait_for_count(c, panel, tiles * pieces_per_tile);
-            }
+            if (threadIdx.x % 32 == 0) wait_for_count(c, panel, tiles * pieces_per_tile);
             __syncwarp();
             push_tokens<Element, true>(p, static_cast<const Element*>(c.rows), worker,
                                        num_workers, col, end);

@@ -2,6 +2,7 @@
 // What a warp does with a token and its rows, of this rank or of another.
 #pragma once
 
+#include "device/memory_order.cuh"
 #include "device/vector.cuh"
 #include "exchange.h"
 
@@ -98,13 +99,11 @@ __device__ inline void pull_tokens(const ExchangeParams& p, uint4* rows, int wor
             copy_part(token, rows, row_vectors, first, row_of_route, plan.top_k);
         }
         // The copy engine will read them.
-        asm volatile("fence.proxy.async.global;" ::: "memory");
+        fence_proxy_async_global();
         __syncwarp();
         for (int64_t k = threadIdx.x % 32; k < plan.top_k; k += 32) {
             if (row_of_route[k] < 0) continue;
-            asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(
-                             arrived + row_of_route[k] / kRowBlock)
-                         : "memory");
+            add_release_gpu(arrived + row_of_route[k] / kRowBlock, 1);
         }
     }
 }
