@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,11 +26,12 @@ from torch import Tensor, nn
 from comet_ds import row_ops
 from comet_ds.agreement import Answer, CountExchange, InputRules, agree_on_setup
 from comet_ds.config import CometConfig
-from comet_ds.exchange import Exchange, connect
+from comet_ds.exchange import Exchange
 from comet_ds.experts import tag_expert_parameters
 from comet_ds.fused import FusedExperts
 from comet_ds.gate import Routing, TopKGate
 from comet_ds.grouped_mlp import ExpertRunner
+from comet_ds.path import PathChoice
 from comet_ds.pipelined import pipelined_forward
 from comet_ds.reference import reference_forward
 from comet_ds.routing import ChunkSchedule, plan_routes
@@ -219,11 +221,12 @@ class MOELayer(sharded_moe.MOELayer):
         self.config = config
         self.path = "pipelined" if config.path == "auto" else config.path
         self.gate.exact_logits = config.exact_gate
+        self.choice = PathChoice(config, self.ep_size)
         self.fused = FusedExperts(self.experts.deepspeed_experts)
         self.runner = ExpertRunner(self.experts.deepspeed_experts, grouped_gemm=config.grouped_gemm)
         self.routing: Routing | None = None
         self._announced: str | None = None
-        self._why_not_fused: str | None = None
+        self._reason: str | None = None  # why the path is not fused
         self._schedule: tuple[torch.device, ChunkSchedule, Tensor] | None = None
 
     @torch.compiler.disable
@@ -245,9 +248,7 @@ class MOELayer(sharded_moe.MOELayer):
         """
         group = self._group()
         rules = self._input_rules()
-        exchange = self._connect(group, rules)
-        if isinstance(exchange, str):
-            self._check_pin(exchange)
+        exchange = self.choice.connect(group, rules)
         fault = rules.check(hidden_states, used_token)
         if fault[0] != rules.OK:
             self._raise_everywhere(fault, rules, group, exchange)
@@ -256,72 +257,27 @@ class MOELayer(sharded_moe.MOELayer):
             routing = self.gate.route(x, used_token)
             self.l_aux, self.exp_counts = routing.l_aux, routing.exp_counts
             self.routing = routing.detach()
-            self.path, self._why_not_fused, answers = self._choose_path(x, exchange, rules)
+            why_not = functools.partial(self._why_not_fused, x)
+            decision = self.choice.choose(why_not, x.shape[0], exchange, rules)
+            self.path, self._reason = decision.path, decision.why_not_fused
             if self.path == "fused":
                 self._announce(self.fused.describe())
-                output = self._run_fused(x, routing, exchange, answers)
+                output = self._run_fused(x, routing, exchange, decision.num_tokens)
             else:
                 output = self._run_tensor_parallel(x, routing, group, rules)
         if self.wall_clock_breakdown:
             self._read_timers()
         return output.reshape(hidden_states.shape)
 
-    def _connect(self, group: Any, rules: InputRules) -> Exchange | str | None:
-        """Return what the fused path exchanges tokens by, or why it cannot run on this group.
-
-        None where it is not asked for or has nothing to exchange.
-        """
-        if self.config.path in ("reference", "pipelined"):
-            return None
-        tp_size = bwc_tensor_model_parallel_world_size(groups.mpu)
-        if tp_size > 1:
-            return f"it needs whole experts and tokens, tensor parallel size is {tp_size}"
-        if rules.device.type != "cuda":
-            return f"it needs a CUDA device, not {rules.device.type}"
-        if self.ep_size == 1:
-            return None
-        if self.config.path == "auto":
-            return 'between ranks it runs where "path": "fused" asks for it'
-        with _current(rules.device):
-            return connect(group, rules.device, self.config.timeout_s)
-
-    def _choose_path(
-        self, x: Tensor, exchange: Exchange | str | None, rules: InputRules
-    ) -> tuple[str, str | None, list[Answer]]:
-        """Return the path for this input, and why it is not the fused one if it could be.
-
-        Where the ranks of the group decide together also what they said.
-        """
-        answers: list[Answer] = []
-        if self.config.path in ("reference", "pipelined"):
-            return self.config.path, None, answers
-        if isinstance(exchange, str):
-            reason = exchange
-        else:
-            self.fused.experts = self.experts.deepspeed_experts  # whatever stands there now
-            reason = self.fused.why_not(x)
-        if isinstance(exchange, Exchange):
-            mine = Answer(x.shape[0], reason is None, (rules.OK, 0))
-            answers = exchange.roll_call.call(mine)
-            rules.raise_first([answer.fault for answer in answers])
-            refusing = [rank for rank, answer in enumerate(answers) if not answer.can_fuse]
-            if refusing and reason is None:
-                reason = f"rank {refusing[0]} of the expert parallel group cannot"
-        if reason is None:
-            return "fused", None, answers
-        self._check_pin(reason)
-        return "pipelined", reason, answers
-
-    def _check_pin(self, reason: str) -> None:
-        if self.config.path == "fused":
-            raise RuntimeError(f'path "fused" is pinned and cannot run: {reason}')
+    def _why_not_fused(self, x: Tensor) -> str | None:
+        self.fused.experts = self.experts.deepspeed_experts  # whatever stands there now
+        return self.fused.why_not(x)
 
     def _run_fused(
-        self, x: Tensor, routing: Routing, exchange: Exchange | None, answers: list[Answer]
+        self, x: Tensor, routing: Routing, exchange: Exchange | None, num_tokens: tuple[int, ...]
     ) -> Tensor:
         if exchange is None:
             return self.fused.run(x, routing)
-        num_tokens = tuple(answer.num_tokens for answer in answers)
         capacities = None
         if self.gate.drop_tokens:
             capacities = [self.gate.capacity(count) for count in num_tokens]
@@ -441,8 +397,8 @@ class MOELayer(sharded_moe.MOELayer):
             return
         self._announced = how
         why = "" if self.config.path == "auto" else ", pinned by the configuration"
-        if self._why_not_fused is not None:
-            why = f" (not fused: {self._why_not_fused})"
+        if self._reason is not None:
+            why = f" (not fused: {self._reason})"
         chunks = ""
         if self.ep_size > 1 and self.path == "pipelined":
             chunks = f", {len(self._chunk_schedule()[0].chunks)} chunk(s)"

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which path a forward takes: the same on all ranks of its expert parallel group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.utils import groups
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
+
+from comet_ds.agreement import Answer, InputRules
+from comet_ds.config import CometConfig
+from comet_ds.exchange import Exchange, connect
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a forward does.
+
+    Attributes:
+        path: "reference", "pipelined" or "fused".
+        why_not_fused: why not, where the configuration leaves it open.
+        num_tokens: of every rank of the group, where the ranks have decided together.
+    """
+
+    path: str
+    why_not_fused: str | None = None
+    num_tokens: tuple[int, ...] = ()
+
+
+class PathChoice:
+    """The decisions of one layer.
+
+    Args:
+        config: its options.
+        ep_size: W.
+    """
+
+    def __init__(self, config: CometConfig, ep_size: int) -> None:
+        self.config, self.ep_size = config, ep_size
+
+    def connect(self, group: Any, rules: InputRules) -> Exchange | str | None:
+        """Return what the fused path exchanges tokens by, or why it cannot run on this group.
+
+        None where it is not asked for or has nothing to exchange. Collective over the group in its
+        first call.
+
+        Raises:
+            RuntimeError: "fused" is pinned and cannot run.
+        """
+        if self.config.path in ("reference", "pipelined"):
+            return None
+        tp_size = bwc_tensor_model_parallel_world_size(groups.mpu)
+        if tp_size > 1:
+            found = f"it needs whole experts and tokens, tensor parallel size is {tp_size}"
+        elif rules.device.type != "cuda":
+            found = f"it needs a CUDA device, not {rules.device.type}"
+        elif self.ep_size == 1:
+            return None
+        elif self.config.path == "auto":
+            return 'between ranks it runs where "path": "fused" asks for it'
+        else:
+            with torch.cuda.device(rules.device):
+                found = connect(group, rules.device, self.config.timeout_s)
+        if isinstance(found, str):
+            self._check_pin(found)
+        return found
+
+    def choose(
+        self,
+        why_not: Callable[[], str | None],
+        num_tokens: int,
+        exchange: Exchange | str | None,
+        rules: InputRules,
+    ) -> Decision:
+        """Decide for a forward with a valid input.
+
+        Args:
+            why_not: says why this rank's experts cannot take the fused path with its input.
+            num_tokens: T.
+            exchange: what ``connect`` has returned.
+            rules: for what another rank's input may break.
+
+        Raises:
+            RuntimeError: "fused" is pinned and cannot run.
+            ValueError: another rank's input breaks a rule.
+        """
+        if self.config.path in ("reference", "pipelined"):
+            return Decision(self.config.path)
+        reason = exchange if isinstance(exchange, str) else why_not()
+        answers: list[Answer] = []
+        if isinstance(exchange, Exchange):
+            mine = Answer(num_tokens, reason is None, (rules.OK, 0))
+            answers = exchange.roll_call.call(mine)
+            rules.raise_first([answer.fault for answer in answers])
+            refusing = [rank for rank, answer in enumerate(answers) if not answer.can_fuse]
+            if refusing and reason is None:
+                reason = f"rank {refusing[0]} of the expert parallel group cannot"
+        if reason is None:
+            return Decision("fused", None, tuple(answer.num_tokens for answer in answers))
+        self._check_pin(reason)
+        return Decision("pipelined", reason)
+
+    def _check_pin(self, reason: str) -> None:
+        if self.config.path == "fused":
+            raise RuntimeError(f'path "fused" is pinned and cannot run: {reason}')
