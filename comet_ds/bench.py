@@ -292,13 +292,15 @@ def _even_routing(shape: Shape, num_tokens: int) -> Routing:
     )
 
 
-def bench(name: str, shape: Shape, num_tokens: int, num_runs: int) -> dict[str, Any]:
+def bench(
+    name: str, shape: Shape, num_tokens: int, num_runs: int, path: str = "auto"
+) -> dict[str, Any]:
     """Check and time one shape; return all figures, and print them on rank 0."""
     torch.manual_seed(100 + dist.get_rank())
     x, grad = torch.randn(2, num_tokens, shape.hidden, device="cuda", dtype=torch.bfloat16)
-    layers = {"comet_ds": build(MoE, shape), "deepspeed": build(DeepSpeedMoE, shape)}
+    ours = build(MoE, shape, comet_ds={"path": path})
+    layers = {"comet_ds": ours, "deepspeed": build(DeepSpeedMoE, shape)}
     errors = check(layers, shape, x, grad)
-    ours = layers["comet_ds"]
     record: dict[str, Any] = {
         "shape": name,
         **asdict(shape),
@@ -375,6 +377,7 @@ def main() -> None:
     parser.add_argument("--gelu", action="store_true", help="two-matrix GELU experts with biases")
     parser.add_argument("--num-tokens", type=int, default=8192, help="tokens a rank")
     parser.add_argument("--num-runs", type=int, default=20)
+    parser.add_argument("--path", default="auto", choices=("auto", "fused", "pipelined"))
     parser.add_argument("--ranks", type=int, default=1, help="GPUs of this host, a rank each")
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args()
@@ -398,7 +401,7 @@ def main() -> None:
         print(f"{num_ranks} x {device}, torch {torch.__version__}, medians of {args.num_runs}")
     records = []
     for name, shape in shapes.items():
-        records.append(bench(name, shape, args.num_tokens, args.num_runs))
+        records.append(bench(name, shape, args.num_tokens, args.num_runs, args.path))
         torch.cuda.empty_cache()
     if args.json and dist.get_rank() == 0:
         facts = {"device": device, "num_ranks": num_ranks, "torch": torch.__version__}
