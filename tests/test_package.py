@@ -95,7 +95,8 @@ def test_kernels_compile_without_spills_or_losses(source: Path, tmp_path: Path) 
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     spills = re.findall(r"(\d+) bytes spill", done.stderr)
-    assert spills and set(spills) == {"0"}, done.stderr
+    assert len(spills) >= done.stderr.count("Compiling entry function"), done.stderr
+    assert set(spills) <= {"0"}, done.stderr
     # Such as wgmma that are serialised because a function is called beside them.
     assert "Potential Performance Loss" not in done.stderr, done.stderr
 

@@ -31,6 +31,8 @@
 //    cooperative and ping-pong.
 #pragma once
 
+#include <type_traits>
+
 #include "device/tma.cuh"
 #include "device/wgmma.cuh"
 #include "expert_epilogue.cuh"
@@ -40,12 +42,20 @@
 namespace comet_ds {
 
 template <typename ElementType, Pass kPassValue, bool kIsGated,
-          Activation kActivationValue = Activation::kRelu>
+          Activation kActivationValue = Activation::kRelu, bool kCommunicatesValue = false>
 struct ExpertGemmConfig {
     using Element = ElementType;
     static constexpr Pass kPass = kPassValue;
     static constexpr bool kGated = kIsGated;
     static constexpr Activation kActivation = kActivationValue;
+    // Whether CTAs are set apart (overlap.cuh); the others then keep to the order in which rows
+    // come and panels go.
+    static constexpr bool kCommunicates = kCommunicatesValue;
+    static constexpr bool kAwaitsRows =
+        kCommunicates && (kPass == Pass::kUp || kPass == Pass::kDownGrad);
+    static constexpr bool kHasPanels = kCommunicates && kPass == Pass::kDown;
+    using Comm = std::conditional_t<kCommunicates, Communication, NoCommunication>;
+    using Communicating = ExpertGemmConfig<Element, kPass, kGated, kActivation, true>;
 
     // NOTE: measured on an H200, all shapes of comet_ds.bench: activations in the epilogue want
     // ping-pong (kUp +7 to 12%, kDownGrad +2 to 9%), plain products the larger tile (+0 to 12%).
@@ -110,7 +120,6 @@ public:
     __device__ Schedule(const ExpertGemmParams& p, int first_cta)
         : p_(p), first_cta_(first_cta) {
         units_n_ = ceil_div(p.n, C::kTileCols);
-        panel_n_ = C::kPass == Pass::kDown && first_cta > 0 ? kPanelCols / C::kTileCols : units_n_;
         if constexpr (C::kPass == Pass::kWeightGrad) {
             units_m_ = ceil_div(p.m, C::kTileM);
         } else {
@@ -142,9 +151,11 @@ public:
             const int first = unit_m * C::kClusterSize, position = first + rank;
             // Without a block of its own a CTA still loads its part of the other's operand.
             tile.is_stored = position < num_blocks_;
-            const int block = tile.is_stored ? p_.block_order[position] : position;
-            tile.row = block * C::kTileM;
-            const auto expert_at = [&](int i) { return p_.expert_of_block[p_.block_order[i]]; };
+            const auto block_at = [&](int i) {
+                return C::kCommunicates ? p_.block_order[i] : i;
+            };
+            const auto expert_at = [&](int i) { return p_.expert_of_block[block_at(i)]; };
+            tile.row = (tile.is_stored ? block_at(position) : position) * C::kTileM;
             tile.expert = expert_at(tile.is_stored ? position : first);
             tile.shares_b =
                 C::kClusterSize > 1 &&
@@ -161,9 +172,13 @@ private:
     static __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
     __device__ void place(int unit, int& m, int& n) const {
-        const int panel = unit / (units_m_ * panel_n_), first_n = panel * panel_n_;
-        unit -= panel * units_m_ * panel_n_;
-        const int width = min(panel_n_, units_n_ - first_n);
+        int first_n = 0, width = units_n_;
+        if constexpr (C::kHasPanels) {
+            constexpr int kPanelUnits = kPanelCols / C::kTileCols;
+            first_n = unit / (units_m_ * kPanelUnits) * kPanelUnits;
+            unit -= units_m_ * first_n;
+            width = min(kPanelUnits, units_n_ - first_n);
+        }
         const int group = unit / (kGroupRows * width), first = group * kGroupRows;
         const int size = min(kGroupRows, units_m_ - first);
         const int rest = unit - first * width;
@@ -172,7 +187,7 @@ private:
     }
 
     const ExpertGemmParams& p_;
-    int first_cta_, num_blocks_, units_m_, units_n_, panel_n_, num_steps_;
+    int first_cta_, num_blocks_, units_m_, units_n_, num_steps_;
 };
 
 // The ring of stages; each role has its own.
@@ -216,10 +231,10 @@ __device__ inline void load_blocks(uint32_t smem, const CUtensorMap* map, uint32
 }
 
 template <typename C>
-__device__ inline void load_tiles(const ExpertGemmParams& p, const Communication& comm,
+__device__ inline void load_tiles(const ExpertGemmParams& p, const typename C::Comm& comm,
                                   Ring<C> ring) {
     const int rank = C::kClusterSize > 1 ? cluster_cta_rank() : 0;
-    const Schedule<C> schedule(p, comm.num_ctas);
+    const Schedule<C> schedule(p, num_set_apart(comm));
     const int steps_per_matrix = (p.k + C::kTileK - 1) / C::kTileK;
     int mapped_expert = -1;
     Tile tile;
@@ -234,8 +249,8 @@ __device__ inline void load_tiles(const ExpertGemmParams& p, const Communication
                 if constexpr (C::kGated) fence_tensormap_acquire(second);
             }
         }
-        if constexpr (C::kHasActivation) {
-            if (comm.num_ctas > 0 && tile.is_stored) wait_for_rows(comm, tile.row / C::kTileM);
+        if constexpr (C::kAwaitsRows) {
+            if (tile.is_stored) wait_for_rows(comm, tile.row / C::kTileM);
         }
         for (int step = 0; step < tile.num_steps; ++step, ring.advance()) {
             const uint32_t full = ring.full();
@@ -421,12 +436,14 @@ __device__ inline void finish_tile(float (&acc)[C::kMmaRows][C::kTileN / 2], con
 template <typename C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     expert_gemm_kernel(const __grid_constant__ ExpertGemmParams p,
-                       const __grid_constant__ Communication comm) {
-    if (blockIdx.x < comm.num_ctas) {
-        const int num_row_blocks = p.expert_offsets[p.num_experts] / C::kTileM;
-        communicate<typename C::Element, C::kPass>(comm, num_row_blocks, C::kTileCols,
-                                                   C::kMathWarps);
-        return;
+                       const __grid_constant__ typename C::Comm comm) {
+    if constexpr (C::kCommunicates) {
+        if (blockIdx.x < comm.num_ctas) {
+            const int num_row_blocks = p.expert_offsets[p.num_experts] / C::kTileM;
+            communicate<typename C::Element, C::kPass>(comm, num_row_blocks, C::kTileCols,
+                                                       C::kMathWarps);
+            return;
+        }
     }
     extern __shared__ uint8_t smem_raw[];
     constexpr uint32_t kAlign = C::kSwizzleAlignment;
@@ -453,8 +470,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         const int warpgroup = threadIdx.x / 128 - 1;
         const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
         const Staging<C::kStagingBuffers> staging(smem_staging + warp * C::kStagingBytesWarp, lane);
-        const Schedule<C> schedule(p, comm.num_ctas);
-        StoredPieces pieces(comm);
+        const Schedule<C> schedule(p, num_set_apart(comm));
+        [[maybe_unused]] StoredPieces pieces(nullptr);
+        if constexpr (C::kHasPanels) pieces = StoredPieces(comm.progress);
         if (C::kPingPong && warpgroup == 1) named_barrier_arrive(kTurn, 2 * 128);
         Tile tile;
 #pragma unroll 1
@@ -471,12 +489,12 @@ __global__ void __launch_bounds__(C::kThreads, 1)
             }
             if constexpr (C::kPingPong) named_barrier_sync(kTurn + warpgroup, 2 * 128);
             multiply<C>(acc, tile.num_steps, ring, warpgroup);
-            if (C::kPass == Pass::kDown) pieces.flush();
+            if constexpr (C::kHasPanels) pieces.flush();
             if (!tile.is_stored) continue;
             finish_tile<C>(acc, tile, p, warpgroup, saved, staging);
-            if (C::kPass == Pass::kDown && comm.num_ctas > 0) pieces.add(tile.col);
+            if constexpr (C::kHasPanels) pieces.add(tile.col);
         }
-        if (C::kPass == Pass::kDown) pieces.flush();
+        if constexpr (C::kHasPanels) pieces.flush();
         staging.begin();
     }
     // No CTA may end while another can still write into its shared memory.

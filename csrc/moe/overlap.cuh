@@ -30,6 +30,12 @@
 
 namespace comet_ds {
 
+// In place of Communication in kernels that have no CTAs set apart.
+struct NoCommunication {};
+
+__device__ inline int num_set_apart(const Communication& c) { return c.num_ctas; }
+__device__ inline int num_set_apart(const NoCommunication&) { return 0; }
+
 // Waits for progress[index]. Past the deadline it notes what it waited for and goes on, as do all
 // waits after it; the next meeting prints the note and traps. (A call to printf in a GEMM kernel
 // would serialise its wgmma.)
@@ -56,7 +62,7 @@ __device__ inline void wait_for_rows(const Communication& c, int block) {
 // next tile's are about to leave.
 class StoredPieces {
 public:
-    __device__ explicit StoredPieces(const Communication& c) : c_(c) {}
+    __device__ explicit StoredPieces(uint32_t* progress) : progress_(progress) {}
     // After the piece's last store was committed.
     __device__ void add(int col) { panel_ = col / kPanelCols; }
     // Waits for the piece before, if any, and counts it.
@@ -65,13 +71,13 @@ public:
         if (threadIdx.x % 32 == 0) {
             bulk_wait_group<0>();
             fence_proxy_async_global();
-            add_release_gpu(c_.progress + panel_, 1);
+            add_release_gpu(progress_ + panel_, 1);
         }
         panel_ = -1;
     }
 
 private:
-    const Communication& c_;
+    uint32_t* progress_;
     int panel_ = -1;
 };
 
