@@ -269,8 +269,10 @@ class RollCall:
             polls += 1
             if waited_s > POLLING_S:  # the core may have better things to do
                 time.sleep(POLL_INTERVAL_S)
-            elif polls % 256:
+            elif polls % 64:
                 continue
+            else:
+                os.sched_yield()  # the other may be waiting for this core
             waited_s = time.monotonic() - start
             self._check(rank, waited_s)
         payload, value = (self._words[first + i] & mask for i in range(self.WORDS))

@@ -7,6 +7,7 @@ too few and tiles wait for rows, or results for their way out. The rates are wha
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,6 +48,7 @@ class Traffic:
         rows = (foreign * share, total * share)
         return cls(num_sms, num_ranks, foreign * is_here, *rows, token_bytes)
 
+    @functools.lru_cache(maxsize=256)  # noqa: B019 - keeps small values; asked every forward
     def pull_ctas(self, flop_per_row: float) -> int:
         """Return n for pulling beside a GEMM of so many FLOP a row.
 
@@ -59,6 +61,7 @@ class Traffic:
 
         return self._best(cost)
 
+    @functools.lru_cache(maxsize=256)  # noqa: B019
     def push_ctas(self, flop_per_row: float, num_panels: int) -> int:
         """Return n for summing and pushing beside a GEMM of so many FLOP a row.
 
