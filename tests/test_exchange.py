@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
+from distributed import World
 from experts_zoo import randomize
 from parity import build, oracle, run
 from test_fused import BF16, FORMS, FP16
@@ -208,16 +209,21 @@ def test_roll_call(world, size: int) -> None:
     world(size).run(check_roll_call)
 
 
-def check_late(rank: int, size: int) -> str:
-    roll = RollCall(torch.distributed.group.WORLD, 1)
-    if rank == 1:
-        time.sleep(3)
-        return ""
+def error_of(roll: RollCall) -> str:
+    """Return what the next call raises."""
     try:
         roll.call(Answer(1, True, OK))
     except RuntimeError as error:
         return str(error)
     return "no error"
+
+
+def check_late(rank: int, size: int) -> str:
+    roll = RollCall(torch.distributed.group.WORLD, 1)
+    if rank == 0:
+        return error_of(roll)
+    time.sleep(3)
+    return ""
 
 
 def test_late_rank_is_named(world) -> None:
@@ -231,18 +237,34 @@ def check_ended(rank: int, size: int) -> str:
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     child.wait()
     roll._processes[1 - rank] = child.pid  # a process that has ended
-    if rank == 1:
-        return ""
-    try:
-        roll.call(Answer(1, True, OK))
-    except RuntimeError as error:
-        return str(error)
-    return "no error"
+    return error_of(roll) if rank == 0 else ""
 
 
 def test_ended_process_is_named(world) -> None:
     answers = world(2).run(check_ended)
     assert answers[0] == "rank 1 of the expert parallel group: its process has ended"
+
+
+def check_killed_before_call(rank: int, size: int) -> None:
+    roll = RollCall(torch.distributed.group.WORLD, 100)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    roll.call(Answer(1, True, OK))
+
+
+def assert_killed_rank_is_named(backend: str, check: Callable) -> None:
+    """Rank 1 kills itself in ``check``: rank 0 raises in time and says so; no process is left."""
+    world = World(2, backend)
+    start = time.monotonic()
+    with pytest.raises(AssertionError) as failure:
+        world.run(check, timeout=60)
+    assert time.monotonic() - start < 60
+    of_rank_0 = "rank 1 of the expert parallel group: its process has ended"
+    assert of_rank_0 in str(failure.value)
+
+
+def test_killed_rank_is_named_by_the_roll_call() -> None:
+    assert_killed_rank_is_named("gloo", check_killed_before_call)
 
 
 def test_parts_of_the_block() -> None:
@@ -404,7 +426,7 @@ def test_bad_input_fused(world) -> None:
         assert "hidden size 64, got 72" in answer
 
 
-def check_killed(rank: int, size: int) -> str:
+def check_killed(rank: int, size: int) -> None:
     options = options_for((8, 2, 64, 96), "swiglu", BF16)
     block = {"path": "fused", "timeout_s": 4}
     layer = build(MoE, rank, ep_size=size, parallel=True, device="cuda", comet_ds=block, **options)
@@ -412,21 +434,10 @@ def check_killed(rank: int, size: int) -> str:
     layer(x)[0].sum().item()
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    try:
-        for _ in range(3):
-            layer(x)[0].sum().item()
-    except RuntimeError as error:
-        return str(error)
-    return "no error"
+    for _ in range(3):
+        layer(x)[0].sum().item()
 
 
 @pytest.mark.gpu(2)
 def test_killed_rank_is_named() -> None:
-    """Within the deadline, and no process is left."""
-    from distributed import World
-
-    world = World(2, "nccl")
-    start = time.monotonic()
-    with pytest.raises(AssertionError, match="rank 1"):
-        world.run(check_killed, timeout=60)
-    assert time.monotonic() - start < 60
+    assert_killed_rank_is_named("nccl", check_killed)
