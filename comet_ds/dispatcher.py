@@ -34,9 +34,12 @@ class RowPlan(ExpertRows):
         row_of_route: [T_all, K] int64; -1 = dropped, or another rank's.
         token_of_row: [R] int32; among T_all, -1 = padding.
         row_weights: [R] fp32; routing weight, 0 in padding.
-        remote_rows: [R / row_block] int32; rows of other ranks' tokens in a block. Blocks without
-            any come first in ``block_order``, then by distance of the farthest rank.
+        remote_rows: [R / row_block] int32; rows of other ranks' tokens in a block.
         topk_ids: [T_all, K] int64; expert of each route, of all ranks' experts.
+        route_weights: [T_all, K] fp32; routing weight of routes that have a row.
+        peers: [T_all] int32; ranks but its own that a token goes to, a bit each.
+        num_split: of each ``block_order``, how many experts it splits: the blocks of these which
+            have this rank's tokens only come first, the rest last, by distance where all are split.
 
     Worked example, 2 experts, tokens routed to experts 1, 0, 1, row block 128: rows 0 to 127 are
     expert 0's (token 1, then padding), 128 to 255 expert 1's (tokens 0 and 2, then padding);
@@ -48,25 +51,38 @@ class RowPlan(ExpertRows):
     row_weights: Tensor
     remote_rows: Tensor
     topk_ids: Tensor
+    route_weights: Tensor
+    peers: Tensor
+    num_split: tuple[int, ...]
 
     @classmethod
-    def empty(cls, topk_ids: Tensor, num_experts: int, max_rows: int, row_block: int) -> RowPlan:
+    def empty(
+        cls,
+        topk_ids: Tensor,
+        num_experts: int,
+        max_rows: int,
+        row_block: int,
+        num_split: tuple[int, ...] = (0,),
+    ) -> RowPlan:
         """Allocate a plan."""
-        device = topk_ids.device
+        device, orders = topk_ids.device, (len(num_split), max_rows // row_block)
 
-        def integers(size: int) -> Tensor:
+        def integers(*size: int) -> Tensor:
             return torch.empty(size, dtype=torch.int32, device=device)
 
         return cls(
             integers(num_experts + 1),
-            integers(max_rows // row_block),
-            integers(max_rows // row_block),
+            integers(*orders),
+            integers(*orders),
             max_rows,
             torch.empty_like(topk_ids),
             integers(max_rows),
             torch.empty(max_rows, dtype=torch.float32, device=device),
             integers(max_rows // row_block),
             topk_ids,
+            torch.empty(topk_ids.shape, dtype=torch.float32, device=device),
+            integers(topk_ids.shape[0]),
+            num_split,
         )
 
     def fields(self) -> tuple[int, ...]:
@@ -76,14 +92,17 @@ class RowPlan(ExpertRows):
             self.token_of_row,
             self.row_weights,
             self.expert_offsets,
-            self.expert_of_block,
             self.block_order,
+            self.expert_order,
             self.remote_rows,
             self.topk_ids,
+            self.route_weights,
+            self.peers,
         )
         num_experts = self.expert_offsets.numel() - 1
         addresses = (t.data_ptr() for t in tensors)
-        return *addresses, *self.row_of_route.shape, num_experts, self.max_rows
+        sizes = (*self.row_of_route.shape, num_experts, self.max_rows)
+        return *addresses, *sizes, *self.num_split
 
 
 def max_rows(
@@ -137,10 +156,10 @@ class LocalDispatcher:
         sources = kernels.Sources([addresses], 0)
         kernels.plan_rows(sources, self.plan.fields(), current_stream(ids))
 
-    def dispatch(self, tokens: Tensor, *, flop_per_row: float) -> tuple[Tensor, None]:
+    def dispatch(self, tokens: Tensor) -> tuple[Tensor, None]:
         """Return [R, H]: every row its token's row of [T, H], padding zero.
 
-        And what has to run beside the GEMM that reads them, of so many FLOP a row.
+        And what has to run beside the GEMM that reads them.
         """
         sources = self._sources(tokens=tokens.data_ptr())
         return dispatch_own(sources, tokens, self.plan, self.kernels), None
@@ -199,6 +218,8 @@ class PeerDispatcher:
         exchange: the group's.
         num_tokens: of every rank.
         capacities: most routes of a rank's tokens one expert keeps, by rank; None for no limit.
+        flop_per_row: of the GEMMs that read the rows of the first and of later dispatches.
+        hidden: H.
         num_sms: of the GPU.
     """
 
@@ -210,6 +231,8 @@ class PeerDispatcher:
         exchange: Exchange,
         num_tokens: tuple[int, ...],
         capacities: Sequence[int] | None,
+        flop_per_row: tuple[float, float],
+        hidden: int,
         num_sms: int,
     ) -> None:
         self.exchange, self.kernels, self.num_sms = exchange, exchange.kernels, num_sms
@@ -219,7 +242,13 @@ class PeerDispatcher:
         ids = routing.topk_ids.new_empty(sum(num_tokens), self.top_k)
         block = self.kernels.row_block
         rows = max_rows(num_tokens, capacities, self.top_k, num_local, block)
-        self.plan = RowPlan.empty(ids, num_local, rows, block)
+        # Activations have 2 bytes an element on this path.
+        shape = (self.num_tokens, self.rank, self.top_k, num_local, 2 * hidden, num_sms)
+        self._traffic = Traffic.expected(*shape)
+        pulls = [self._traffic.pull(flop) for flop in flop_per_row]
+        self._pull_ctas = [num_ctas for num_ctas, _ in pulls]
+        num_split = (0, *(num_split for _, num_split in pulls))
+        self.plan = RowPlan.empty(ids, num_local, rows, block, num_split)
         self._tables: dict[str, Tensor] | None = {
             "topk_ids": routing.topk_ids,
             "topk_weights": routing.topk_weights.detach().contiguous(),
@@ -227,7 +256,7 @@ class PeerDispatcher:
             "kept_counts": routing.kept_counts,
         }
 
-    def dispatch(self, tokens: Tensor, *, flop_per_row: float) -> tuple[Tensor, object]:
+    def dispatch(self, tokens: Tensor) -> tuple[Tensor, object]:
         """Return [R, H]: rows of all ranks' tokens, padding zero. The first call also plans.
 
         Other ranks' rows come beside the GEMM that reads them.
@@ -244,27 +273,31 @@ class PeerDispatcher:
             self.kernels.plan_rows(self._sources, self.plan.fields(), stream)
         rows = dispatch_own(self._sources, tokens, self.plan, self.kernels)
         num_blocks = self.plan.max_rows // self.kernels.row_block
-        num_ctas = self.exchange.num_ctas.get("pull") or self._traffic(tokens).pull_ctas(
-            flop_per_row
-        )
-        return rows, self._beside(rows, num_ctas, num_blocks)
+        num_ctas = self.exchange.num_ctas.get("pull") or self._pull_ctas[0 if tables else 1]
+        return rows, self._beside(rows, num_ctas, num_counters=num_blocks)
 
     def push(self, rows: Tensor, *, is_weighted: bool, flop_per_row: float) -> object:
         """As ``LocalDispatcher.push``."""
-        num_panels = -(-rows.shape[1] // self.kernels.panel_cols) if is_weighted else 0
-        num_ctas = self.exchange.num_ctas.get("push") or self._traffic(rows).push_ctas(
-            flop_per_row, num_panels
-        )
-        return self._beside(rows, num_ctas, num_panels)
+        traffic, chosen = self._traffic, self.exchange.num_ctas
+        if not is_weighted:
+            return self._beside(rows, chosen.get("push") or traffic.push_ctas(flop_per_row))
+        cols = self.kernels.push_cols
+        num_slices = -(-rows.shape[1] // cols)
+        num_ctas, first = traffic.panels(flop_per_row, num_slices)
+        num_ctas, first = chosen.get("panels", num_ctas), chosen.get("first panel", first)
+        num_panels = 1 + num_slices - first
+        return self._beside(rows, num_ctas, num_counters=num_panels, first_panel=first * cols)
 
     def combine(self, rows: Tensor, *, is_weighted: bool, is_pushed: bool = False) -> Tensor:
         """As ``LocalDispatcher.combine``, with the rows on all ranks."""
-        stream, call = current_stream(rows), self._call(rows)
+        stream = current_stream(rows)
         if not is_pushed:
-            self.kernels.push_sums(*call, rows.data_ptr(), is_weighted, self.num_sms, stream)
+            push = self._beside(rows, self.num_sms)
+            self.kernels.push_sums(push, is_weighted, self.num_sms, stream)
         self.exchange.meet(self._parts["flags"], Meeting.RESULTS)
         output = rows.new_empty(self.num_tokens[self.rank], rows.shape[1])
-        self.kernels.sum_partials(*call, rows.data_ptr(), is_weighted, output.data_ptr(), stream)
+        call = (*self._call(rows), rows.data_ptr(), is_weighted, output.data_ptr())
+        self.kernels.sum_partials(*call, stream)
         return output
 
     def send_grad_weights(
@@ -292,20 +325,32 @@ class PeerDispatcher:
         rows = list(zip(*columns, self.num_tokens, strict=True))
         self._sources = self.kernels.Sources(rows, self.rank)
 
-    def _traffic(self, tokens: Tensor) -> Traffic:
-        token_bytes = tokens.shape[1] * tokens.element_size()
-        return Traffic.expected(self.num_tokens, self.rank, self.top_k, token_bytes, self.num_sms)
+    def _beside(
+        self, rows: Tensor, num_ctas: int, *, num_counters: int = 0, first_panel: int = 0
+    ) -> object:
+        """Return ``Communication`` of csrc/moe/exchange.h for one launch.
 
-    def _beside(self, rows: Tensor, num_ctas: int, num_counters: int) -> object:
-        progress = torch.zeros(max(num_counters, 1), dtype=torch.int32, device=rows.device)
-        self._progress = progress  # until the launch
-        addresses = (progress.data_ptr(), self.exchange.timeout_ns, self.exchange.late.data_ptr())
-        arguments = (*self._call(rows), rows.data_ptr(), num_ctas, *addresses)
-        return self.kernels.Communication(*arguments)
+        Args:
+            rows: [R, H]; pulled into, or pushed from.
+            num_ctas: CTAs set apart.
+            num_counters: blocks or panels whose progress is counted.
+            first_panel: columns that are pushed first.
+        """
+        size = self.kernels.counter_bytes // 4 + num_counters
+        self._counters = torch.zeros(size, dtype=torch.int32, device=rows.device)  # to the launch
+        return self.kernels.Communication(
+            *self._call(rows),
+            rows.data_ptr(),
+            num_ctas,
+            first_panel,
+            self._counters.data_ptr(),
+            self.exchange.timeout_ns,
+            self.exchange.late.data_ptr(),
+        )
 
-    def _call(self, tokens: Tensor) -> tuple[object, ...]:
+    def _call(self, rows: Tensor) -> tuple[object, ...]:
         """Return the arguments the kernels of csrc/moe/exchange.h have in common."""
-        return self._sources, self.plan.fields(), tokens.shape[1], DTYPE_CODES[tokens.dtype]
+        return self._sources, self.plan.fields(), rows.shape[1], DTYPE_CODES[rows.dtype]
 
 
 def dispatch_own(sources: object, tokens: Tensor, plan: RowPlan, kernels: ModuleType) -> Tensor:

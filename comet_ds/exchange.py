@@ -146,7 +146,8 @@ class Exchange:
     Attributes:
         timeout_s, timeout_ns: how long to wait on the GPU.
         late: [2] int64; ``LateWait`` of csrc/moe/exchange.h.
-        num_ctas: CTAs that "pull" and "push" beside a GEMM, where ``overlap.py`` is not to say.
+        num_ctas: CTAs that "pull", "push", or push "panels" beside a GEMM, and how many slices
+            make the "first panel", where ``overlap.py`` is not to say.
     """
 
     def __init__(

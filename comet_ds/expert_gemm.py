@@ -35,20 +35,24 @@ class Pass(enum.IntEnum):
     WEIGHT_GRAD = 4
 
 
+_ORDERS = {Pass.UP: 1, Pass.DOWN_GRAD: 2}  # of ``ExpertRows``, where rows arrive
+
+
 @dataclass(frozen=True)
 class ExpertRows:
     """Which rows belong to which expert.
 
     Attributes:
         expert_offsets: [E + 1] int32; first row of each expert, multiples of ``row_block``.
-        expert_of_block: [R / row_block] int32.
-        block_order: [R / row_block] int32; the order in which blocks are computed.
+        block_order: [N, R / row_block] int32; the order in which blocks are computed. Where rows
+            arrive meanwhile, N = 3: by expert, then as they arrive for ``up`` and ``down_grad``.
+        expert_order: [N, R / row_block] int32; these blocks' experts.
         max_rows: R.
     """
 
     expert_offsets: Tensor
-    expert_of_block: Tensor
     block_order: Tensor
+    expert_order: Tensor
     max_rows: int
 
 
@@ -283,6 +287,7 @@ class ExpertGemm:
         beside: object | None = None,
     ) -> None:
         w, rows = self.weights, self.rows
+        order = _ORDERS.get(which, 0) if beside is not None else 0
         # A gradient of a linear function has no bias.
         has_bias = which in (Pass.UP, Pass.DOWN)
         w.kernels.expert_gemm(
@@ -296,8 +301,8 @@ class ExpertGemm:
             w.map_addresses(*groups),
             w.bias_addresses(*groups) if has_bias else (0, 0),
             rows.expert_offsets.data_ptr(),
-            rows.expert_of_block.data_ptr(),
-            rows.block_order.data_ptr(),
+            rows.block_order[order].data_ptr(),
+            rows.expert_order[order].data_ptr(),
             0 if row_weights is None else row_weights.data_ptr(),
             0 if row_dots is None else row_dots.data_ptr(),
             len(w.mlps),

@@ -115,7 +115,10 @@ class FusedExperts:
         if exchange is None:
             dispatcher = LocalDispatcher(routing, weights.kernels)
         else:
-            dispatcher = PeerDispatcher(routing, exchange, num_tokens, capacities, weights.num_sms)
+            flop = 2 * weights.hidden * weights.ffn
+            flop_per_row = (flop * (1 + weights.is_gated), flop)
+            shape = (flop_per_row, weights.hidden, weights.num_sms)
+            dispatcher = PeerDispatcher(routing, exchange, num_tokens, capacities, *shape)
         inputs = (_aligned(x), routing.topk_weights, dispatcher, weights, has_backward)
         return _FusedMLP.apply(*inputs, *weights.parameters)
 
@@ -133,7 +136,7 @@ class _FusedMLP(torch.autograd.Function):
     ) -> Tensor:
         gemm = ExpertGemm(weights, dispatcher.plan)
         flop = gemm.flop_per_row
-        rows, pull = dispatcher.dispatch(x, flop_per_row=flop * (1 + weights.is_gated))
+        rows, pull = dispatcher.dispatch(x)
         hidden = x.new_empty(dispatcher.plan.max_rows, weights.ffn)
         pre = None
         if has_backward:
@@ -156,7 +159,7 @@ class _FusedMLP(torch.autograd.Function):
         gemm = ExpertGemm(weights, dispatcher.plan)
         needs_parameters = any(ctx.needs_input_grad[5:])
         flop = gemm.flop_per_row
-        dy, pull = dispatcher.dispatch(_aligned(grad), flop_per_row=flop)
+        dy, pull = dispatcher.dispatch(_aligned(grad))
         # Nobody reads the pre-activations again, unless the graph is kept: their gradients take
         # their place.
         is_kept = torch._C._autograd._get_current_graph_task_keep_graph()

@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many CTAs of a GEMM kernel communicate beside it: a cost model.
 
-A CTA set apart computes nothing, so the GEMM takes ``num_sms / (num_sms - n)`` times as long; one
-too few and tiles wait for rows, or results for their way out. The rates are what an H200 gives.
+A CTA set apart computes later or stops earlier. Too many and the link or HBM is no faster, too few
+and tiles wait for rows, or results for their way out. The rates are what an H200 gives.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 GEMM_FLOPS = 650e12  # of a GEMM on all SMs, FLOP/s
 LINK_BYTES = 340e9  # over NVLink, one direction, bytes/s
-PULL_BYTES = 70e9  # read and written by one CTA that pulls, bytes/s
-PUSH_BYTES = 42e9  # read and written by one CTA that sums and pushes, bytes/s
+MEMORY_BYTES = 3.3e12  # read and written, bytes/s
+PULL_BYTES = 50e9  # read and written by one CTA that pulls, bytes/s
+PUSH_BYTES = 40e9  # read and written by one CTA that sums and pushes, bytes/s
+EXPOSED = 0.6  # share of the time it takes to read a GEMM's operand once more
+MARGIN = 1.2  # of the work there is to be until rows have come
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,8 @@ class Traffic:
     Attributes:
         num_sms: of the GPU.
         num_ranks: W.
-        tokens: (token, rank) pairs of other ranks' tokens that have an expert here.
+        num_experts: of this rank.
+        tokens: other ranks' tokens that have an expert here.
         rows: their rows.
         all_rows: with those of this rank's own tokens.
         token_bytes: of one.
@@ -32,6 +37,7 @@ class Traffic:
 
     num_sms: int
     num_ranks: int
+    num_experts: int
     tokens: float
     rows: float
     all_rows: float
@@ -39,52 +45,93 @@ class Traffic:
 
     @classmethod
     def expected(
-        cls, num_tokens: tuple[int, ...], rank: int, top_k: int, token_bytes: int, num_sms: int
+        cls,
+        num_tokens: tuple[int, ...],
+        rank: int,
+        top_k: int,
+        num_experts: int,
+        token_bytes: int,
+        num_sms: int,
     ) -> Traffic:
         """Return the traffic of W ranks with so many tokens each."""
         num_ranks, total = len(num_tokens), sum(num_tokens)
         foreign, share = total - num_tokens[rank], top_k / num_ranks
         is_here = 1 - (1 - 1 / num_ranks) ** top_k
-        rows = (foreign * share, total * share)
-        return cls(num_sms, num_ranks, foreign * is_here, *rows, token_bytes)
+        moved = (foreign * is_here, foreign * share)
+        return cls(num_sms, num_ranks, num_experts, *moved, total * share, token_bytes)
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 - keeps small values; asked every forward
-    def pull_ctas(self, flop_per_row: float) -> int:
-        """Return n for pulling beside a GEMM of so many FLOP a row.
+    def pull(self, flop_per_row: float) -> tuple[int, int]:
+        """Return n for pulling beside a GEMM of so many FLOP a row, and how many experts to split.
 
-        A 1 / W of it are rows of this rank's tokens; the rest waits for what is pulled.
+        CTAs that have pulled compute. Meanwhile the others do the part of the split experts' rows
+        that belongs to this rank's tokens; these experts' weights are read once more for the rest.
+        """
+        gemm = self._gemm(flop_per_row)
+        # A weight has two bytes, and two FLOP a row.
+        reread = self.num_experts * flop_per_row / MEMORY_BYTES * EXPOSED
+
+        def share(n: int) -> float:
+            busy = self._move(PULL_BYTES, n) * (1 - n / self.num_sms)
+            return min(1.0, MARGIN * busy * self.num_ranks / gemm) if gemm else 1.0
+
+        def cost(n: int) -> float:
+            pull = self._move(PULL_BYTES, n)
+            computed = gemm + share(n) * reread + pull * n / self.num_sms
+            return max(computed, pull + gemm * (1 - 1 / self.num_ranks))
+
+        best = self._best(cost)
+        return best, math.ceil(share(best) * self.num_experts)
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019
+    def push_ctas(self, flop_per_row: float) -> int:
+        """Return n for summing and pushing rows that are there, beside a GEMM.
+
+        CTAs that have pushed compute.
         """
 
         def cost(n: int) -> float:
-            gemm, pull = self._gemm(flop_per_row, n), self._move(PULL_BYTES, n)
-            return max(gemm, pull + gemm * (1 - 1 / self.num_ranks))
+            gemm, push = self._gemm(flop_per_row), self._move(PUSH_BYTES, n)
+            return max(gemm + push * n / self.num_sms, push)
 
         return self._best(cost)
 
     @functools.lru_cache(maxsize=256)  # noqa: B019
-    def push_ctas(self, flop_per_row: float, num_panels: int) -> int:
-        """Return n for summing and pushing beside a GEMM of so many FLOP a row.
+    def panels(self, flop_per_row: float, num_slices: int) -> tuple[int, int]:
+        """Return n for summing and pushing what a GEMM computes, and the first panel's slices.
+
+        The n CTAs stop computing with the first panel's tiles and push; behind it every slice is a
+        panel. What is left when there are no more tiles is pushed by all.
 
         Args:
             flop_per_row: of the GEMM.
-            num_panels: the GEMM's results are pushed panel by panel; 0 where other results are
-                pushed, all of them there from the start.
+            num_slices: slices of a row.
         """
 
-        def cost(n: int) -> float:
-            gemm, push = self._gemm(flop_per_row, n), self._move(PUSH_BYTES, n)
-            if num_panels == 0:
-                return max(gemm, push)
-            return max(gemm + push / num_panels, push + gemm / num_panels)
+        def cost(n: int, first: int) -> float:
+            # Rows of the GEMM's operand have flop_per_row / hidden bytes.
+            reread = self.all_rows * flop_per_row * 2 / self.token_bytes / MEMORY_BYTES
+            gemm = self._gemm(flop_per_row) + (num_slices - first) * reread * EXPOSED
+            before = gemm * first / num_slices
+            behind = (gemm - before) * self.num_sms / (self.num_sms - n)
+            push = self._move(PUSH_BYTES, n)
+            pushed = min(behind / push if push else 1.0, 1 - 1 / num_slices)
+            return before + behind + (1 - pushed) * self._move(PUSH_BYTES, self.num_sms)
 
-        return self._best(cost)
+        choices = {
+            first: self._best(functools.partial(cost, first=first))
+            for first in range(1, num_slices + 1)
+        }
+        first = min(choices, key=lambda first: cost(choices[first], first))
+        return choices[first], first
 
-    def _gemm(self, flop_per_row: float, n: int) -> float:
-        return flop_per_row * self.all_rows / GEMM_FLOPS * self.num_sms / (self.num_sms - n)
+    def _gemm(self, flop_per_row: float) -> float:
+        return flop_per_row * self.all_rows / GEMM_FLOPS
 
     def _move(self, rate: float, n: int) -> float:
         moved = (self.tokens + self.rows) * self.token_bytes
-        return max(self.tokens * self.token_bytes / LINK_BYTES, moved / (rate * n))
+        on_link = self.tokens * self.token_bytes
+        return max(on_link / LINK_BYTES, moved / min(rate * n, MEMORY_BYTES))
 
     def _best(self, cost: Callable[[int], float]) -> int:
         return min(range(2, self.num_sms // 2 + 1, 2), key=cost)

@@ -37,10 +37,11 @@ class PathChoice:
     Args:
         config: its options.
         ep_size: W.
+        top_k: routes per token.
     """
 
-    def __init__(self, config: CometConfig, ep_size: int) -> None:
-        self.config, self.ep_size = config, ep_size
+    def __init__(self, config: CometConfig, ep_size: int, top_k: int) -> None:
+        self.config, self.ep_size, self.top_k = config, ep_size, top_k
 
     def connect(self, group: Any, rules: InputRules) -> Exchange | str | None:
         """Return what the fused path exchanges tokens by, or why it cannot run on this group.
@@ -60,11 +61,11 @@ class PathChoice:
             found = f"it needs a CUDA device, not {rules.device.type}"
         elif self.ep_size == 1:
             return None
-        elif self.config.path == "auto":
-            return 'between ranks it runs where "path": "fused" asks for it'
         else:
             with torch.cuda.device(rules.device):
                 found = connect(group, rules.device, self.config.timeout_s)
+            if isinstance(found, Exchange) and self.top_k > found.kernels.max_top_k:
+                found = f"it takes at most {found.kernels.max_top_k} routes, k is {self.top_k}"
         if isinstance(found, str):
             self._check_pin(found)
         return found

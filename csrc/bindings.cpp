@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <stdexcept>
 #include <vector>
@@ -170,23 +171,34 @@ comet_ds::Sources make_sources(const std::vector<std::array<int64_t, 8>>& ranks,
     return sources;
 }
 
-// Addresses of row_of_route, token_of_row, row_weights, expert_offsets, expert_of_block,
-// block_order, remote_rows, topk_ids; then num_tokens, top_k, num_experts, max_rows.
-using PlanFields = std::array<int64_t, 12>;
+// Addresses of row_of_route, token_of_row, row_weights, expert_offsets, block_order,
+// expert_order, remote_rows, topk_ids, route_weights, peers; then num_tokens, top_k, num_experts,
+// max_rows, and num_split of every order.
+using PlanFields = std::vector<int64_t>;
 
 comet_ds::RowPlan row_plan(const PlanFields& f) {
-    return {.row_of_route = pointer<int64_t>(f[0]),
+    constexpr size_t kNumFixed = 14;
+    const size_t num_orders = f.size() - kNumFixed;
+    if (f.size() < kNumFixed || num_orders > comet_ds::kMaxOrders) {
+        throw std::invalid_argument("not the fields of a plan");
+    }
+    comet_ds::RowPlan plan{.row_of_route = pointer<int64_t>(f[0]),
             .token_of_row = pointer<int32_t>(f[1]),
             .row_weights = pointer<float>(f[2]),
             .expert_offsets = pointer<int32_t>(f[3]),
-            .expert_of_block = pointer<int32_t>(f[4]),
-            .block_order = pointer<int32_t>(f[5]),
+            .block_order = pointer<int32_t>(f[4]),
+            .expert_order = pointer<int32_t>(f[5]),
             .remote_rows = pointer<int32_t>(f[6]),
             .topk_ids = pointer<int64_t>(f[7]),
-            .num_tokens = f[8],
-            .top_k = f[9],
-            .num_experts = f[10],
-            .max_rows = f[11]};
+            .route_weights = pointer<float>(f[8]),
+            .peers = pointer<uint32_t>(f[9]),
+            .num_tokens = f[10],
+            .top_k = f[11],
+            .num_experts = f[12],
+            .max_rows = f[13],
+            .num_orders = int(num_orders)};
+    std::copy(f.begin() + kNumFixed, f.end(), plan.num_split);
+    return plan;
 }
 
 void plan_rows(const comet_ds::Sources& sources, const PlanFields& plan, uintptr_t stream) {
@@ -241,20 +253,22 @@ comet_ds::ExchangeParams exchange_params(const comet_ds::Sources& sources, const
 
 comet_ds::Communication make_communication(const comet_ds::Sources& sources,
                                            const PlanFields& plan, int64_t hidden, int dtype,
-                                           uintptr_t rows, int num_ctas, uintptr_t progress,
-                                           uint64_t timeout_ns, uintptr_t late) {
+                                           uintptr_t rows, int num_ctas, int first_panel,
+                                           uintptr_t counters, uint64_t timeout_ns,
+                                           uintptr_t late) {
+    if (plan[11] > comet_ds::kMaxTopK) throw std::invalid_argument("too many routes per token");
     return {.exchange = exchange_params(sources, plan, hidden, dtype),
             .rows = pointer<void>(rows),
             .num_ctas = num_ctas,
-            .progress = pointer<uint32_t>(progress),
+            .first_panel = first_panel,
+            .counters = pointer<comet_ds::Counters>(counters),
             .timeout_ns = timeout_ns,
             .late = pointer<comet_ds::LateWait>(late)};
 }
 
-void push_sums(const comet_ds::Sources& sources, const PlanFields& plan, int64_t hidden, int dtype,
-               uintptr_t rows, bool is_weighted, int num_sms, uintptr_t stream) {
-    comet_ds::push_sums(exchange_params(sources, plan, hidden, dtype), pointer<void>(rows),
-                        is_weighted, num_sms, pointer<CUstream_st>(stream));
+void push_sums(const comet_ds::Communication& communication, bool is_weighted, int num_sms,
+               uintptr_t stream) {
+    comet_ds::push_sums(communication, is_weighted, num_sms, pointer<CUstream_st>(stream));
 }
 
 void sum_partials(const comet_ds::Sources& sources, const PlanFields& plan, int64_t hidden,
@@ -293,7 +307,7 @@ py::bytes tensor_maps(const std::vector<uintptr_t>& addresses, int64_t rows, int
 void expert_gemm(int pass, bool is_bfloat16, bool is_gated, int activation, const Matrices& a,
                  const Matrices& b, const Matrices& out, std::array<uintptr_t, 2> weights,
                  std::array<uintptr_t, 2> bias, uintptr_t expert_offsets,
-                 uintptr_t expert_of_block, uintptr_t block_order, uintptr_t row_weights,
+                 uintptr_t block_order, uintptr_t expert_order, uintptr_t row_weights,
                  uintptr_t row_dots, int num_experts, int max_rows, int m, int n, int k,
                  bool save_pre, int num_sms, const comet_ds::Communication& communication,
                  uintptr_t stream) {
@@ -313,8 +327,8 @@ void expert_gemm(int pass, bool is_bfloat16, bool is_gated, int activation, cons
         params.bias[i] = pointer<const void*>(bias[i]);
     }
     params.expert_offsets = pointer<int>(expert_offsets);
-    params.expert_of_block = pointer<int>(expert_of_block);
     params.block_order = pointer<int>(block_order);
+    params.expert_order = pointer<int>(expert_order);
     params.row_weights = pointer<float>(row_weights);
     params.row_dots = pointer<float>(row_dots);
     params.num_experts = num_experts;
@@ -361,6 +375,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.attr("max_segments") = comet_ds::kMaxSegments;
     m.attr("row_block") = comet_ds::kRowBlock;
     m.attr("max_ranks") = comet_ds::kMaxRanks;
-    m.attr("panel_cols") = comet_ds::kPanelCols;
+    m.attr("max_top_k") = comet_ds::kMaxTopK;
+    m.attr("counter_bytes") = sizeof(comet_ds::Counters);
+    m.attr("push_cols") = comet_ds::kPushCols;
     m.attr("down_grad_tile_cols") = comet_ds::kDownGradTileCols;
 }

@@ -9,23 +9,28 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from distributed import World
 from experts_zoo import randomize
 from parity import build, oracle, run
 from test_fused import BF16, FORMS, FP16
 from tolerance import ERROR_RATIO, assert_close, relative_error
+from torch.utils.checkpoint import checkpoint
 from virtual_ranks import VirtualGroup
 
 from comet_ds import MoE
 from comet_ds.agreement import Answer, InputRules, RollCall
-from comet_ds.dispatcher import max_rows
-from comet_ds.exchange import CallShape, Exchange, _why_not_connected
+from comet_ds.dispatcher import RowPlan, max_rows
+from comet_ds.exchange import CallShape, Exchange, _exchanges, _why_not_connected
+from comet_ds.kernels import current_stream, load_kernels
 from comet_ds.overlap import Traffic
 
 OK = (InputRules.OK, 0)
@@ -312,13 +317,16 @@ def test_max_rows(num_experts: int, capacity: int | None) -> None:
 
 def test_communicating_ctas() -> None:
     """Even, some, never most; more where there is more to move and less to compute."""
-    fine = Traffic.expected((8192, 8192), 0, 8, 4096, 132)
+    fine = Traffic.expected((8192, 8192), 0, 8, 64, 4096, 132)
     assert fine.rows == 8192 * 4 and 8192 * 0.99 < fine.tokens < 8192
     for flop in (0.0, 1e6, 1e8):  # a row
-        for count in (fine.pull_ctas(flop), fine.push_ctas(flop, 4), fine.push_ctas(flop, 0)):
+        for count in (fine.pull(flop)[0], fine.push_ctas(flop), fine.panels(flop, 4)[0]):
             assert count % 2 == 0 and 2 <= count <= 66
-    assert fine.pull_ctas(1e6) > fine.pull_ctas(1e8)
-    assert Traffic.expected((8192,), 0, 8, 4096, 132).pull_ctas(1e6) == 2
+    assert fine.pull(1e6)[1] > fine.pull(1e8)[1] > 0
+    assert fine.pull(0.0)[1] == 64
+    assert fine.push_ctas(1e6) > fine.push_ctas(1e8)
+    for num_slices in (1, 4, 8):
+        assert all(1 <= fine.panels(flop, num_slices)[1] <= num_slices for flop in (0.0, 3e6, 1e9))
 
 
 FACTS = {"rank": 0, "host": ("a", "1"), "device": "x", "out of reach": ["z"], "reason": None}
@@ -405,6 +413,121 @@ def test_many_calls(world) -> None:
     world(2, "nccl").run(check_many_calls)
 
 
+def pinned(
+    rank: int, ep_size: int, shape: tuple[int, ...] = (8, 2, 128, 192), **options: Any
+) -> MoE:
+    """Build a layer pinned to the fused path, whose routing draws nothing."""
+    fixed = {"top2_2nd_expert_sampling": False, "parallel": True, "device": "cuda"}
+    options = options_for(shape, "swiglu", BF16) | fixed | options
+    return build(MoE, rank, ep_size=ep_size, **{"comet_ds": {"path": "fused"}} | options)
+
+
+def check_growth(rank: int, size: int) -> None:
+    """The group's memory grows between calls; what was right before is right after."""
+    layer = pinned(rank, size, (8, 2, 1024, 128))
+    small, large = (case([count] * size, 1024, BF16) for count in (64, 20000))
+    first = run(layer, small[0][rank], small[1][rank])
+    before = _exchanges[layer.deepspeed_moe.ep_group].memory.block.numel()
+    run(layer, large[0][rank], large[1][rank])
+    assert _exchanges[layer.deepspeed_moe.ep_group].memory.block.numel() > before
+    again = run(layer, small[0][rank], small[1][rank])
+    assert all(torch.equal(first[what], value) for what, value in again.items())
+
+
+@pytest.mark.gpu(2)
+def test_growing_memory(world) -> None:
+    world(2, "nccl").run(check_growth)
+
+
+def check_frozen_and_recomputed(rank: int, size: int) -> None:
+    """Without gradients of experts, without any, and with forward run again in backward."""
+    layer = pinned(rank, size)
+    xs, grads = case([129] * size, 128, BF16)
+    expected = run(layer, xs[rank], grads[rank])
+
+    def grad_of_x(forward: Callable) -> torch.Tensor:
+        layer.zero_grad()
+        x = xs[rank].clone().requires_grad_()
+        torch.manual_seed(7)
+        output, l_aux, _ = forward(x)
+        torch.autograd.backward([output, l_aux], [grads[rank], torch.ones_like(l_aux)])
+        return x.grad
+
+    for reentrant in (False, True):
+        got = grad_of_x(lambda x, how=reentrant: checkpoint(layer, x, use_reentrant=how))
+        assert torch.equal(got, expected["grad of x"]), f"checkpointed, {reentrant=}"
+        for name, param in layer.named_parameters():
+            assert torch.equal(param.grad, expected[f"grad of {name}"]), name
+    layer.deepspeed_moe.experts.requires_grad_(False)
+    assert torch.equal(grad_of_x(layer), expected["grad of x"])
+    with torch.no_grad():
+        assert torch.equal(layer(xs[rank])[0], expected["output"])
+
+
+@pytest.mark.gpu(2)
+def test_frozen_and_recomputed(world) -> None:
+    world(2, "nccl").run(check_frozen_and_recomputed)
+
+
+def check_graph(rank: int, size: int) -> None:
+    """A captured forward and backward does on new input what the layer does."""
+    layer = pinned(rank, size, drop_tokens=True, use_rts=False)
+    xs, grads = case([256] * size, 128, BF16)
+    x = torch.randn_like(xs[rank]).requires_grad_()
+    grad = torch.randn_like(x)
+
+    def step() -> torch.Tensor:
+        output, l_aux, _ = layer(x)
+        torch.autograd.backward([output, l_aux], [grad, torch.ones_like(l_aux)])
+        return output
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    x.grad = None
+    layer.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step()
+    with torch.no_grad():
+        x.copy_(xs[rank])
+        grad.copy_(grads[rank])
+    for _ in range(3):
+        x.grad.zero_()
+        graph.replay()
+    torch.cuda.synchronize()
+    got = output.clone(), x.grad.clone()
+    expected = run(layer, xs[rank], grads[rank])
+    assert torch.equal(got[0], expected["output"])
+    assert torch.equal(got[1], expected["grad of x"])
+
+
+@pytest.mark.gpu(2)
+def test_cuda_graph_between_ranks(world) -> None:
+    world(2, "nccl").run(check_graph)
+
+
+def check_groups(rank: int, size: int) -> None:
+    """Two groups of two ranks side by side; each is as a world of its own."""
+    shape = (8, 2, 128, 192)
+    layer = pinned(rank, 2, shape)
+    other = pinned(rank, 2, shape, comet_ds={"path": "pipelined"})
+    xs, grads = case([129, 300, 63, 0], 128, BF16)
+    for _ in range(3):
+        got = run(layer, xs[rank], grads[rank])
+    assert layer.deepspeed_moe.path == "fused"
+    for what, value in run(other, xs[rank], grads[rank]).items():
+        assert_close(got[what], value, what)
+
+
+@pytest.mark.gpu(4)
+def test_groups_side_by_side(world) -> None:
+    world(4, "nccl").run(check_groups)
+
+
 def check_bad_input(rank: int, size: int) -> str:
     options = options_for((8, 2, 64, 96), "swiglu", BF16)
     layer = build(
@@ -441,3 +564,49 @@ def check_killed(rank: int, size: int) -> None:
 @pytest.mark.gpu(2)
 def test_killed_rank_is_named() -> None:
     assert_killed_rank_is_named("nccl", check_killed)
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize("num_split", [0, 5, 12])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_order_of_blocks(num_ranks: int, num_split: int) -> None:
+    """Every block once; split experts' own blocks first; in pairs of one expert's where it can."""
+    kernels = load_kernels(torch.device("cuda", 0))
+    torch.manual_seed(2)
+    num_local, top_k, block = 12, 3, kernels.row_block
+    num_experts = num_local * num_ranks
+    tables, counts = [], []
+    for rank in range(num_ranks):
+        ids = torch.randint(-1, num_experts, (700 + 300 * rank, top_k), device="cuda")
+        is_routed = F.one_hot(ids.flatten() + 1, num_experts + 1)
+        ranks = (is_routed.cumsum(0) - 1).gather(1, ids.flatten()[:, None] + 1).int()
+        counts.append(is_routed.sum(0)[1:].int())
+        tables.append((ids, torch.rand(ids.shape, device="cuda"), ranks, counts[-1]))
+    rows = [(*(t.data_ptr() for t in tb), 0, 0, 0, tb[0].shape[0]) for tb in tables]
+    num_tokens = [table[0].shape[0] for table in tables]
+    size = max_rows(num_tokens, None, top_k, num_local, block)
+    ids = torch.empty(sum(num_tokens), top_k, dtype=torch.int64, device="cuda")
+    ids = ids if num_ranks > 1 else tables[0][0]
+    plan = RowPlan.empty(ids, num_local, size, block, (num_split,))
+    kernels.plan_rows(kernels.Sources(rows, 0), plan.fields(), current_stream(ids))
+    offsets = plan.expert_offsets.tolist()
+    num_blocks = offsets[-1] // block
+    order, experts = (t[0, :num_blocks].tolist() for t in (plan.block_order, plan.expert_order))
+    assert sorted(order) == list(range(num_blocks))
+    held = torch.stack(counts)[:, :num_local].cumsum(0).cpu()
+    phases = []  # of each block, by its farthest rank
+    for b, e in zip(order, experts, strict=True):
+        assert offsets[e] <= b * block < offsets[e + 1]
+        last = min(b * block + block - offsets[e], int(held[-1, e]))
+        distance = int((held[:, e] < last).sum())
+        assert (int(plan.remote_rows[b]) > 0) == (distance > 0)
+        if num_split == num_local:
+            phases.append(distance)
+        else:
+            phases.append(1 if e >= num_split else 2 * (distance > 0))
+    pairs = list(zip(experts[::2], experts[1::2], strict=False))
+    in_order = [phases[2 * i] for i, (a, b) in enumerate(pairs) if a == b]
+    assert in_order == sorted(in_order)
+    segments = Counter(zip(phases, experts, strict=True))
+    num_mixed = sum(a != b for a, b in pairs)
+    assert num_mixed <= sum(size % 2 for size in segments.values()) / 2

@@ -351,7 +351,7 @@ def test_refused(name: str) -> None:
         results.append(run(layer, x, grad))
         if not block:
             assert layer.deepspeed_moe.path == "pipelined"
-            assert phrase in layer.deepspeed_moe._why_not_fused
+            assert phrase in layer.deepspeed_moe._reason
     for what, value in results[1].items():
         assert_close(results[0][what], value, f"{name}: {what}")
 

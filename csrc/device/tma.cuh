@@ -44,6 +44,28 @@ __device__ inline void mbarrier_arrive_cluster(uint32_t barrier, int cta_rank) {
         : "memory");
 }
 
+// Announces bytes to the barrier at the same address in another CTA of the cluster.
+__device__ inline void mbarrier_arrive_expect_tx_cluster(uint32_t barrier, int num_bytes,
+                                                         int cta_rank) {
+    asm volatile(
+        "{\n.reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %2;\n"
+        "mbarrier.arrive.expect_tx.release.cluster.shared::cluster.b64 _, [remote], %1;\n}\n"
+        ::"r"(barrier), "r"(num_bytes), "r"(cta_rank)
+        : "memory");
+}
+
+// Stores a word at the same address in another CTA of the cluster; its barrier counts the bytes.
+__device__ inline void st_async(uint32_t smem, int value, uint32_t barrier, int cta_rank) {
+    asm volatile(
+        "{\n.reg .b32 remote, counted;\n"
+        "mapa.shared::cluster.u32 remote, %0, %3;\n"
+        "mapa.shared::cluster.u32 counted, %2, %3;\n"
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [remote], %1, [counted];\n"
+        "}\n" ::"r"(smem), "r"(value), "r"(barrier), "r"(cta_rank)
+        : "memory");
+}
+
 __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
     asm volatile(
         "{\n.reg .pred done;\n"
@@ -166,6 +188,12 @@ __device__ inline void st_shared(uint32_t smem, uint4 value) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(value.x), "r"(value.y),
                  "r"(value.z), "r"(value.w)
                  : "memory");
+}
+
+__device__ inline int ld_shared_word(uint32_t smem) {
+    int value;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(smem) : "memory");
+    return value;
 }
 
 __device__ inline uint4 ld_shared(uint32_t smem) {

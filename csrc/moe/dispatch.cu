@@ -32,7 +32,7 @@ void launch_expert_rows(const RowPlan& plan, const void* rows, bool is_weighted,
 
 void plan_rows(const Sources& sources, const RowPlan& plan, cudaStream_t stream) {
     const int64_t num_items = std::max(plan.num_tokens * plan.top_k, plan.num_experts * kRowBlock);
-    const int smem_bytes = (plan.num_experts * (sources.num_ranks + 1) + 1) * sizeof(int);
+    const int smem_bytes = (plan.num_experts * (2 * sources.num_ranks + 2) + 1) * sizeof(int);
     plan_rows_kernel<<<ceil_div(num_items, kPlanThreads), kPlanThreads, smem_bytes, stream>>>(
         sources, plan);
     check_launch("plan_rows");

@@ -7,19 +7,55 @@
 //    token, behind these one block an expert for its padding; dots one warp a route; expert sums
 //    one block an expert and kSumCols columns.
 // 3. Flags: none. No atomics; sums run in a fixed order.
-// 4. Shared memory: plan 4 (E (W + 1) + 1) bytes for E experts and W ranks, expert sums 2 KB.
+// 4. Shared memory: plan 4 (E (2 W + 2) + 1) bytes for E experts and W ranks, expert sums 2 KB.
 #pragma once
 
 #include "device/vector.cuh"
 #include "dispatch.h"
-#include "token_rows.cuh"
 
 namespace comet_ds {
 
 constexpr int kPlanThreads = 256;
 constexpr int kRowWarps = 8;
+constexpr int kCopyVectors = 4;  // 16-byte loads a lane has in flight
 constexpr int kSumCols = 64;
 constexpr int kSumSlices = 8;
+
+// The rank a token belongs to.
+__device__ inline int source_of(const Sources& sources, int64_t token) {
+    int rank = 0;
+    while (token >= sources.source[rank].first_token + sources.source[rank].num_tokens) ++rank;
+    return rank;
+}
+
+// Ranks other than its own that a token goes to, a bit each.
+__device__ inline uint32_t peers_of(const int64_t* topk_ids, int64_t top_k, int num_experts,
+                                    int own_rank) {
+    uint32_t peers = 0;
+    for (int64_t k = 0; k < top_k; ++k) {
+        if (topk_ids[k] >= 0) peers |= 1u << topk_ids[k] / num_experts;
+    }
+    return peers & ~(1u << own_rank);
+}
+
+// Position of a segment's i-th element where segments follow each other, but the elements of each
+// begin at an even position: an odd one waits for the next.
+__device__ inline int position_of(int segment, int i, const int* sizes, int num_segments) {
+    int before = 0, num_odd = 0;
+    for (int other = 0; other < segment; ++other) {
+        before += sizes[other];
+        num_odd += sizes[other] % 2;
+    }
+    const int num_waiting = num_odd % 2;
+    if (i < sizes[segment] / 2 * 2) return before - num_waiting + i;
+    if (num_waiting == 1) return before + i;
+    int end = before + sizes[segment];
+    for (int other = segment + 1; other < num_segments; ++other) {
+        end += sizes[other];
+        if (sizes[other] % 2 == 1) return end - 2;
+    }
+    return end - 1;
+}
 
 __global__ void __launch_bounds__(kPlanThreads)
     plan_rows_kernel(const __grid_constant__ Sources sources,
@@ -30,6 +66,7 @@ __global__ void __launch_bounds__(kPlanThreads)
     int* counts = offsets + num_experts + 1;  // [num_ranks, num_experts]: an expert's rows of this
                                               // rank and of those up to a distance in ring order
     const int* totals = counts + (num_ranks - 1) * num_experts;
+    int* sizes = counts + num_ranks * num_experts;  // [segments of an order]
     const int64_t first_expert = int64_t{sources.rank} * num_experts;
     for (int expert = threadIdx.x; expert < num_experts; expert += kPlanThreads) {
         int count = 0;
@@ -51,7 +88,6 @@ __global__ void __launch_bounds__(kPlanThreads)
     __syncthreads();
     // Blocks of an expert whose rows are all there when the tokens up to a distance have come.
     const auto complete = [&](int expert, int distance) {
-        if (distance < 0) return 0;
         const int count = counts[distance * num_experts + expert];
         return (count == totals[expert] ? count + kRowBlock - 1 : count) / kRowBlock;
     };
@@ -69,9 +105,12 @@ __global__ void __launch_bounds__(kPlanThreads)
             const int before = distance == 0 ? 0 : counts[(distance - 1) * num_experts + expert];
             row = offsets[expert] + before + source.ranks[route];
             plan.token_of_row[row] = token;
-            plan.row_weights[row] = source.topk_weights[route];
+            plan.row_weights[row] = plan.route_weights[i] = source.topk_weights[route];
         }
         plan.row_of_route[i] = row;
+        if (i % plan.top_k == 0) {
+            plan.peers[token] = peers_of(source.topk_ids + route, plan.top_k, num_experts, rank);
+        }
     }
     // The i-th padding row an expert may have, and its i-th block.
     const int64_t expert = i / kRowBlock;
@@ -85,16 +124,32 @@ __global__ void __launch_bounds__(kPlanThreads)
         const int num_blocks = (end - offsets[expert]) / kRowBlock;
         for (int j = i % kRowBlock; j < num_blocks; j += kRowBlock) {
             const int block = offsets[expert] / kRowBlock + j, own = counts[expert];
-            plan.expert_of_block[block] = expert;
             plan.remote_rows[block] = max(min(totals[expert], (j + 1) * kRowBlock) -
                                           max(own, j * kRowBlock), 0);
-            int distance = 0;
-            while (j >= complete(expert, distance)) ++distance;
-            int position = j - complete(expert, distance - 1);
-            for (int other = 0; other < num_experts; ++other) {
-                position += complete(other, other < expert ? distance : distance - 1);
-            }
-            plan.block_order[position] = block;
+        }
+    }
+    if (int64_t{blockIdx.x} * kPlanThreads >= num_experts * kRowBlock) return;
+    for (int order = 0; order < plan.num_orders; ++order) {
+        const int num_split = plan.num_split[order];
+        const bool by_distance = num_split == num_experts;
+        const int num_segments = by_distance ? num_ranks * num_experts : num_experts + num_split;
+        __syncthreads();
+        for (int segment = threadIdx.x; segment < num_segments; segment += kPlanThreads) {
+            const int other = segment % num_experts, round = segment / num_experts;
+            const int first = round == 0 ? 0 : complete(other, round - 1);
+            const bool is_rest = other >= num_split || (round > 0 && !by_distance);
+            sizes[segment] = complete(other, is_rest ? num_ranks - 1 : round) - first;
+        }
+        __syncthreads();
+        if (expert >= num_experts) continue;
+        const int num_blocks = complete(expert, num_ranks - 1);
+        for (int j = i % kRowBlock; j < num_blocks; j += kRowBlock) {
+            int segment = expert, index = j;
+            while (index >= sizes[segment]) index -= sizes[segment], segment += num_experts;
+            const int position = position_of(segment, index, sizes, num_segments);
+            const int64_t at = order * (plan.max_rows / kRowBlock) + position;
+            plan.block_order[at] = offsets[expert] / kRowBlock + j;
+            plan.expert_order[at] = expert;
         }
     }
 }
@@ -117,9 +172,24 @@ __global__ void __launch_bounds__(kRowWarps * 32)
     const int64_t parts = (row_vectors + kCopyVectors * 32 - 1) / (kCopyVectors * 32);
     const int64_t item = int64_t{blockIdx.x} * kRowWarps + warp, token = item / parts;
     if (token >= own.num_tokens) return;
-    copy_part(static_cast<const uint4*>(own.tokens) + token * row_vectors, rows, row_vectors,
-              item % parts * kCopyVectors * 32,
-              plan.row_of_route + (own.first_token + token) * plan.top_k, plan.top_k);
+    // The token's part is read once, whatever the number of its rows.
+    const auto* from = static_cast<const uint4*>(own.tokens) + token * row_vectors;
+    const int64_t first = item % parts * kCopyVectors * 32 + lane;
+    uint4 part[kCopyVectors];
+#pragma unroll
+    for (int i = 0; i < kCopyVectors; ++i) {
+        if (first + i * 32 < row_vectors) part[i] = from[first + i * 32];
+    }
+    const int64_t* row_of_route = plan.row_of_route + (own.first_token + token) * plan.top_k;
+    for (int64_t k = 0; k < plan.top_k; ++k) {
+        const int64_t row = row_of_route[k];
+        if (row < 0) continue;
+#pragma unroll
+        for (int i = 0; i < kCopyVectors; ++i) {
+            const int64_t at = first + i * 32;
+            if (at < row_vectors) rows[row * row_vectors + at] = part[i];
+        }
+    }
 }
 
 template <typename T>

@@ -33,20 +33,30 @@ struct Sources {
     int num_ranks;
 };
 
+// Orders in which blocks of rows are computed, to use an expert's weights while they are in L2 and
+// yet not wait for rows. An order splits so many experts: first come those blocks of theirs that
+// have own tokens only, then the other experts' blocks, then the rest, where all experts are split
+// by distance of the farthest rank.
+constexpr int kMaxOrders = 3;
+
 // Tokens are those of all ranks, by rank; experts are this rank's.
 struct RowPlan {
     int64_t* row_of_route;     // [num_tokens, top_k]; -1 = dropped or on another rank
     int32_t* token_of_row;     // [max_rows]; -1 = padding
     float* row_weights;        // [max_rows]; 0 in padding
     int32_t* expert_offsets;   // [num_experts + 1], multiples of kRowBlock
-    int32_t* expert_of_block;  // [max_rows / kRowBlock]
-    int32_t* block_order;      // [max_rows / kRowBlock]: in the order in which their rows arrive
+    int32_t* block_order;      // [orders, max_rows / kRowBlock]: an expert's in pairs, if possible
+    int32_t* expert_order;     // [orders, max_rows / kRowBlock]: these blocks' experts
     int32_t* remote_rows;      // [max_rows / kRowBlock]: rows of other ranks' tokens in a block
     int64_t* topk_ids;         // [num_tokens, top_k]: the sources', together
+    float* route_weights;      // [num_tokens, top_k]: of routes that have rows
+    uint32_t* peers;           // [num_tokens]: ranks but its own that a token goes to, a bit each
     int64_t num_tokens;
     int64_t top_k;
     int64_t num_experts;
     int64_t max_rows;
+    int num_split[kMaxOrders];  // of each order
+    int num_orders;
 };
 
 // All throw std::runtime_error when a launch fails.

@@ -35,12 +35,14 @@ void meet(const MeetParams& params, cudaStream_t stream) {
     check_launch("meet");
 }
 
-void push_sums(const ExchangeParams& p, const void* rows, bool is_weighted, int num_sms,
-               cudaStream_t stream) {
-    specialise(p.dtype, is_weighted, [&](auto element, auto weighted) {
+void push_sums(const Communication& c, bool is_weighted, int num_sms, cudaStream_t stream) {
+    specialise(c.exchange.dtype, is_weighted, [&](auto element, auto weighted) {
         using T = decltype(element);
-        push_sums_kernel<T, weighted.value><<<num_sms, kExchangeThreads, 0, stream>>>(
-            p, static_cast<const T*>(rows));
+        constexpr int kSmemBytes = kPushWarps * sizeof(WidePushRing<T>);
+        const auto kernel = push_sums_kernel<T, weighted.value>;
+        const auto kSmem = cudaFuncAttributeMaxDynamicSharedMemorySize;
+        check(cudaFuncSetAttribute(kernel, kSmem, kSmemBytes), "push_sums");
+        kernel<<<num_sms, kPushWarps * 32, kSmemBytes, stream>>>(c);
     });
     check_launch("push_sums");
 }

@@ -16,8 +16,8 @@
 //    push (slots are complete). Memory is reused safely: who comes to the second has read what was
 //    published, and a slot is written again only after the first meeting of the next direction, to
 //    which its owner comes when it has read it.
-// 4. Shared memory: none. Partial sums have one writer each and are added in order: the same input
-//    gives the same bits.
+// 4. Shared memory: push_sums a ring of slices for every warp (token_stream.cuh). Partial sums have
+//    one writer each and are added in order: the same input gives the same bits.
 // 5. Sources: PTX ISA, memory consistency model (system scope, cumulativity).
 #pragma once
 
@@ -26,11 +26,9 @@
 #include "device/memory_order.cuh"
 #include "device/vector.cuh"
 #include "exchange.h"
-#include "token_rows.cuh"
+#include "token_stream.cuh"
 
 namespace comet_ds {
-
-constexpr int kExchangeThreads = 384;
 
 __global__ void publish_kernel(const __grid_constant__ CopyParams p) {
     const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
@@ -85,12 +83,15 @@ __global__ void __launch_bounds__(kMaxRanks) meet_kernel(const __grid_constant__
     if (threadIdx.x == 0) *p.epoch = epoch;
 }
 
+constexpr int kPushWarps = 8;
+
 template <typename T, bool kIsWeighted>
-__global__ void __launch_bounds__(kExchangeThreads)
-    push_sums_kernel(const __grid_constant__ ExchangeParams p, const T* rows) {
-    constexpr int kWarps = kExchangeThreads / 32;
-    const int worker = blockIdx.x * kWarps + threadIdx.x / 32;
-    push_tokens<T, kIsWeighted>(p, rows, worker, gridDim.x * kWarps, 0, p.hidden);
+__global__ void __launch_bounds__(kPushWarps * 32)
+    push_sums_kernel(const __grid_constant__ Communication c) {
+    extern __shared__ __align__(16) uint8_t smem[];
+    auto& ring = reinterpret_cast<WidePushRing<T>*>(smem)[threadIdx.x / 32];
+    push_tokens<T, kIsWeighted>(c.exchange, static_cast<const T*>(c.rows), &c.counters->groups,
+                                ring, [](int) {});
 }
 
 constexpr int kSumThreads = 128;
@@ -103,10 +104,18 @@ __global__ void __launch_bounds__(kSumThreads)
     const Source& own = p.sources.source[p.sources.rank];
     const int64_t token = blockIdx.x;
     const int64_t* row_of_route = plan.row_of_route + (own.first_token + token) * plan.top_k;
-    const int num_slots = __popc(peers_of(plan, own.first_token + token, p.sources.rank));
+    const int num_slots = __popc(plan.peers[own.first_token + token]);
     for (int64_t col = threadIdx.x * kSize; col < p.hidden; col += kSumThreads * kSize) {
         float sum[kSize] = {};
-        add_rows<T, kIsWeighted>(sum, rows, p.hidden, col, plan, row_of_route);
+#pragma unroll 4
+        for (int64_t k = 0; k < plan.top_k; ++k) {
+            const int64_t row = row_of_route[k];
+            if (row < 0) continue;
+            const float weight = kIsWeighted ? plan.row_weights[row] : 1.0f;
+            const auto in = *reinterpret_cast<const Vector<T, kSize>*>(rows + row * p.hidden + col);
+#pragma unroll
+            for (int i = 0; i < kSize; ++i) sum[i] += weight * to_float(in.value[i]);
+        }
         for (int64_t slot = 0; slot < num_slots; ++slot) {
             const auto in = *reinterpret_cast<const Vector<T, kSize>*>(
                 static_cast<const T*>(own.slots) + (slot * own.num_tokens + token) * p.hidden +
@@ -114,7 +123,10 @@ __global__ void __launch_bounds__(kSumThreads)
 #pragma unroll
             for (int i = 0; i < kSize; ++i) sum[i] += to_float(in.value[i]);
         }
-        store_rounded(output + token * p.hidden + col, sum);
+        Vector<T, kSize> out;
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) out.value[i] = from_float<T>(sum[i]);
+        *reinterpret_cast<Vector<T, kSize>*>(output + token * p.hidden + col) = out;
     }
 }
 

@@ -30,6 +30,13 @@ struct LateWait {
     uint32_t expected;
 };
 
+// What CTAs of a GEMM kernel tell each other, in this GPU's memory.
+struct Counters {
+    uint32_t groups;      // of routes, taken by warps that communicate
+    uint32_t units;       // of the GEMM, taken by clusters
+    uint32_t progress[];  // rows that have come, by block; or pieces stored, by panel
+};
+
 struct MeetParams {
     Mailboxes mailboxes;
     uint64_t* epoch;       // this rank's, counts its meetings
@@ -49,21 +56,25 @@ struct CopyParams {
 
 struct ExchangeParams {
     Sources sources;
-    RowPlan plan;
+    RowPlan plan;  // top_k at most kMaxTopK
     int64_t hidden;
     DType dtype;  // not fp32
 };
 
-// Columns of a panel that is pushed at a time; fewer read the GEMM's operands more often, more are
-// pushed later.
-constexpr int kPanelCols = 512;
+// Routes of a token; a warp holds them all.
+constexpr int kMaxTopK = 32;
 
-// What CTAs set apart in a GEMM kernel do beside it (overlap.cuh).
+// Columns of a token that are summed at a time.
+constexpr int kPushCols = 512;
+
+// What goes on beside a GEMM in its kernel (overlap.cuh).
 struct Communication {
     ExchangeParams exchange;
     void* rows;          // written with pulled tokens, or summed and pushed
-    int num_ctas;        // set apart; even, 0 for none
-    uint32_t* progress;  // zero before: rows that have come, by block; or pieces stored, by panel
+    int num_ctas;        // set apart for it; even, 0 for a kernel without communication
+    int first_panel;     // kDown: columns that are pushed when all are there, a multiple of
+                         // kPushCols; behind them every kPushCols are
+    Counters* counters;  // zero before
     uint64_t timeout_ns;
     LateWait* late;
 };
@@ -78,9 +89,10 @@ void publish(const CopyParams& params, cudaStream_t stream);
 // was late itself, or whose meetings do not alternate, before it tells the others that it came.
 void meet(const MeetParams& params, cudaStream_t stream);
 
-// For every token of other ranks that has rows here: the sum of these rows, weighted or not, into
-// the slot of the token's rank that is this rank's.
-void push_sums(const ExchangeParams& params, const void* rows, bool is_weighted, int num_sms,
+// What goes on beside a GEMM, where there is none: for every token of other ranks that has rows
+// here, the sum of these rows, weighted or not, into the slot of the token's rank that is this
+// rank's.
+void push_sums(const Communication& communication, bool is_weighted, int num_sms,
                cudaStream_t stream);
 
 // output[t] of this rank's tokens: the sum of its own rows, weighted or not, and the slots.

@@ -14,18 +14,18 @@
 //    rows and the same columns; where both blocks are one expert's, each loads half of B for both.
 //    In a CTA warpgroup 0 loads (one thread), warpgroups 1 and 2 multiply. Either both work on one
 //    128 x 256 tile, 64 rows each, or (ping-pong) each on 128 x 128 tiles of its own, so that one's
-//    epilogue runs under the other's products. All roles walk the same Schedule. The first CTAs may
-//    be set apart to communicate instead (overlap.cuh).
-// 3. Barriers, in shared memory, one of each a stage:
+//    epilogue runs under the other's products. In warpgroup 0 another thread finds the tiles, two
+//    ahead, for all roles. CTAs may communicate before or after their tiles (overlap.cuh).
+// 3. Barriers, in shared memory, one of each a stage (TileSlots has the like for tiles):
 //        full[s]   arrivals: the loading thread, plus the bytes of both operands (also those the
 //                  other CTA loads); waited for by the math warpgroup(s)
 //        empty[s]  arrivals: every math warpgroup that has read the stage, of all CTAs of the
 //                  cluster, since all may write into it; waited for by the loading thread
-//    The parity of a phase is that of the ring's turn; nothing is reset. Loading waits for products
-//    and, where CTAs set apart bring rows (overlap.cuh), for these; products only for loads; stores
-//    for nothing: there is no cycle.
+//    The parity of a phase is that of the ring's turn; nothing is reset. Loads wait for products,
+//    products for loads, both for tiles; tiles for roles to have read earlier ones and, where CTAs
+//    bring rows (overlap.cuh), for these; stores for nothing: there is no cycle.
 // 4. Shared memory: kStages x (A 16 KB + B 32 or 16 KB), then 2 to 4 staging buffers of 2 KB for
-//    every math warp, then the barriers. Products are summed in order of k, results have one
+//    every math warp, then barriers and tiles. Products are summed in order of k, results have one
 //    writer: the same input gives the same bits.
 // 5. Sources: PTX ISA (wgmma, cp.async.bulk.tensor, mbarrier); CUTLASS names the two schedules
 //    cooperative and ping-pong.
@@ -48,8 +48,7 @@ struct ExpertGemmConfig {
     static constexpr Pass kPass = kPassValue;
     static constexpr bool kGated = kIsGated;
     static constexpr Activation kActivation = kActivationValue;
-    // Whether CTAs are set apart (overlap.cuh); the others then keep to the order in which rows
-    // come and panels go.
+    // Whether there is communication beside the tiles (overlap.cuh).
     static constexpr bool kCommunicates = kCommunicatesValue;
     static constexpr bool kAwaitsRows =
         kCommunicates && (kPass == Pass::kUp || kPass == Pass::kDownGrad);
@@ -87,10 +86,16 @@ struct ExpertGemmConfig {
     static constexpr int kStages = kPingPong ? 5 : kPass == Pass::kWeightGrad ? 3 : 4;
     static constexpr int kArrivalsEmpty = (kPingPong ? 1 : kMathWarpgroups) * kClusterSize;
 
+    static constexpr int kTileSlots = 2;
+
     static constexpr int kSwizzleAlignment = 1024;
-    static constexpr int kSmemBytes = kSwizzleAlignment + kStages * kStageBytes +
-                                      kMathWarps * kStagingBytesWarp +
-                                      2 * kStages * sizeof(uint64_t);
+    static constexpr int kBarriersOffset = kStages * kStageBytes + kMathWarps * kStagingBytesWarp;
+    static constexpr int kSlotsOffset = kBarriersOffset + 2 * kStages * sizeof(uint64_t);
+    static constexpr int kTileBytes = 32;
+    static constexpr int kUnitOffset =
+        kSlotsOffset + kTileSlots * (2 * sizeof(uint64_t) + kTileBytes);
+    static constexpr int kEnd = kUnitOffset + 3 * sizeof(uint64_t);
+    static constexpr int kSmemBytes = kSwizzleAlignment + kEnd;
     static_assert(kPass != Pass::kDownGrad || kTileCols == kDownGradTileCols);
     static_assert(kSmemBytes <= 227 * 1024, "a CTA has 227 KB of shared memory");
 };
@@ -100,25 +105,25 @@ struct ExpertGemmConfig {
 enum Barrier : int { kTurn = 1 };
 
 // Which tile of the result a CTA works on.
-struct Tile {
+struct alignas(16) Tile {
     int expert;
     int row;        // first row of the result (kWeightGrad: of out[expert])
     int col;        // first column
     int first_k;    // kWeightGrad: first row of the expert
     int num_steps;  // steps of kTileK
-    bool is_stored;
-    bool shares_b;  // the cluster's CTAs have the same B tile
+    int is_valid;   // 0 behind the last one
+    int is_stored;
+    int shares_b;   // the cluster's CTAs have the same B tile
 };
 
 // Walks the tiles. Neighbouring clusters get tiles of neighbouring rows in groups of kGroupRows,
 // then the next columns of a panel, so that what runs at one time shares its operands in L2. One
-// panel has all columns, but where finished ones are awaited (overlap.cuh). The CTAs before
-// first_cta have none.
+// panel has all columns, but where finished ones are awaited (overlap.cuh).
 template <typename C>
 class Schedule {
 public:
-    __device__ Schedule(const ExpertGemmParams& p, int first_cta)
-        : p_(p), first_cta_(first_cta) {
+    __device__ Schedule(const ExpertGemmParams& p, const typename C::Comm& comm) : p_(p) {
+        if constexpr (C::kHasPanels) first_panel_units_ = comm.first_panel / C::kTileCols;
         units_n_ = ceil_div(p.n, C::kTileCols);
         if constexpr (C::kPass == Pass::kWeightGrad) {
             units_m_ = ceil_div(p.m, C::kTileM);
@@ -130,15 +135,18 @@ public:
         }
     }
 
-    // Returns whether there is an i-th tile for this CTA, and which.
-    __device__ bool get(int i, Tile& tile) const {
-        const int cta = blockIdx.x - first_cta_, num_ctas = gridDim.x - first_cta_;
-        const int cluster = cta / C::kClusterSize, rank = cta % C::kClusterSize;
-        const int unit = cluster + i * (num_ctas / C::kClusterSize);
+    __device__ int first_panel_units() const {
+        return units_m_ * min(first_panel_units_, units_n_);
+    }
+
+    // The tile of a unit that is this CTA's; no valid one where there is no such unit.
+    __device__ void get(int unit, Tile& tile) const {
+        const int rank = blockIdx.x % C::kClusterSize;
         int unit_m, unit_n;
         if constexpr (C::kPass == Pass::kWeightGrad) {
             tile.expert = unit / (units_m_ * units_n_);
-            if (tile.expert >= p_.num_experts) return false;
+            tile.is_valid = tile.expert < p_.num_experts;
+            if (!tile.is_valid) return;
             place(unit - tile.expert * units_m_ * units_n_, unit_m, unit_n);
             tile.row = unit_m * C::kTileM;
             tile.is_stored = true;
@@ -146,24 +154,20 @@ public:
             tile.first_k = p_.expert_offsets[tile.expert];
             tile.num_steps = (p_.expert_offsets[tile.expert + 1] - tile.first_k) / C::kTileK;
         } else {
-            if (unit >= units_m_ * units_n_) return false;
+            tile.is_valid = unit < units_m_ * units_n_;
+            if (!tile.is_valid) return;
             place(unit, unit_m, unit_n);
             const int first = unit_m * C::kClusterSize, position = first + rank;
             // Without a block of its own a CTA still loads its part of the other's operand.
             tile.is_stored = position < num_blocks_;
-            const auto block_at = [&](int i) {
-                return C::kCommunicates ? p_.block_order[i] : i;
-            };
-            const auto expert_at = [&](int i) { return p_.expert_of_block[block_at(i)]; };
-            tile.row = (tile.is_stored ? block_at(position) : position) * C::kTileM;
-            tile.expert = expert_at(tile.is_stored ? position : first);
+            tile.row = (tile.is_stored ? p_.block_order[position] : position) * C::kTileM;
+            tile.expert = p_.expert_order[tile.is_stored ? position : first];
             tile.shares_b =
                 C::kClusterSize > 1 &&
-                (first + 1 >= num_blocks_ || expert_at(first) == expert_at(first + 1));
+                (first + 1 >= num_blocks_ || p_.expert_order[first] == p_.expert_order[first + 1]);
             tile.num_steps = num_steps_;
         }
         tile.col = unit_n * C::kTileCols;
-        return true;
     }
 
 private:
@@ -174,10 +178,11 @@ private:
     __device__ void place(int unit, int& m, int& n) const {
         int first_n = 0, width = units_n_;
         if constexpr (C::kHasPanels) {
-            constexpr int kPanelUnits = kPanelCols / C::kTileCols;
-            first_n = unit / (units_m_ * kPanelUnits) * kPanelUnits;
+            const int behind = unit / units_m_ - first_panel_units_;  // the first panel's columns
+            constexpr int kUnits = kPushCols / C::kTileCols;
+            if (behind >= 0) first_n = first_panel_units_ + behind / kUnits * kUnits;
             unit -= units_m_ * first_n;
-            width = min(kPanelUnits, units_n_ - first_n);
+            width = min(behind < 0 ? first_panel_units_ : kUnits, units_n_ - first_n);
         }
         const int group = unit / (kGroupRows * width), first = group * kGroupRows;
         const int size = min(kGroupRows, units_m_ - first);
@@ -187,21 +192,137 @@ private:
     }
 
     const ExpertGemmParams& p_;
-    int first_cta_, num_blocks_, units_m_, units_n_, num_steps_;
+    int num_blocks_, units_m_, units_n_, num_steps_;
+    int first_panel_units_ = 0;  // of columns
 };
+
+// How a CTA's tiles get from the thread that finds them to all other roles: a ring of slots in
+// shared memory, each with a full and an empty barrier.
+template <typename C>
+struct TileSlots {
+    static constexpr int kSlots = C::kTileSlots;
+    uint32_t smem;
+    int index = 0;  // of the tile whose turn it is
+
+    __device__ uint32_t full() const { return smem + C::kSlotsOffset + index % kSlots * 8; }
+    __device__ uint32_t empty() const { return full() + kSlots * 8; }
+    __device__ uint32_t tile() const {
+        static_assert(sizeof(Tile) == C::kTileBytes);
+        return smem + C::kSlotsOffset + kSlots * 16 + index % kSlots * C::kTileBytes;
+    }
+    __device__ uint32_t parity() const { return index / kSlots % 2; }
+
+    __device__ void init_barriers() {
+        for (index = 0; index < kSlots; ++index) {
+            mbarrier_init(full(), 1);
+            mbarrier_init(empty(), C::kMathWarps + 1);
+        }
+        index = 0;
+    }
+
+    // One thread writes.
+    __device__ void put(const Tile& found) {
+        const auto* words = reinterpret_cast<const uint4*>(&found);
+        st_shared(tile(), words[0]);
+        st_shared(tile() + 16, words[1]);
+        mbarrier_arrive(full());
+        ++index;
+    }
+
+    // Every math warp and the loading thread read all; whether there is one.
+    template <bool kIsWarp>
+    __device__ bool get(Tile& found) {
+        mbarrier_wait(full(), parity());
+        auto* words = reinterpret_cast<uint4*>(&found);
+        words[0] = ld_shared(tile());
+        words[1] = ld_shared(tile() + 16);
+        if (kIsWarp) __syncwarp();
+        if (!kIsWarp || threadIdx.x % 32 == 0) mbarrier_arrive(empty());
+        ++index;
+        return found.is_valid;
+    }
+};
+
+// The i-th unit of tiles a cluster computes: in its turn among all clusters or, where CTAs come
+// late or leave early, the next of all that nobody has taken. Its first CTA takes and tells the
+// other, through a word and two barriers in shared memory.
+template <typename C>
+class Units {
+public:
+    __device__ Units(const typename C::Comm& comm, const Schedule<C>& schedule, uint32_t smem) {
+        if constexpr (C::kCommunicates) {
+            queue_ = &comm.counters->units;
+            full_ = smem + C::kUnitOffset;
+            if (C::kHasPanels && is_set_apart(comm)) limit_ = schedule.first_panel_units();
+        }
+    }
+
+    static __device__ void init_barriers(uint32_t smem) {
+        if constexpr (C::kCommunicates) {
+            mbarrier_init(smem + C::kUnitOffset, 1);
+            mbarrier_init(smem + C::kUnitOffset + 8, 1);
+        }
+    }
+
+    __device__ int get(int i) {
+        if constexpr (!C::kCommunicates) {
+            return (blockIdx.x + i * gridDim.x) / C::kClusterSize;
+        } else {
+            const uint32_t empty = full_ + 8, word = full_ + 16, parity = i % 2;
+            if (C::kClusterSize > 1 && blockIdx.x % C::kClusterSize > 0) {
+                mbarrier_wait(full_, parity);
+                const int unit = ld_shared_word(word);
+                mbarrier_arrive_cluster(empty, 0);
+                return unit;
+            }
+            last_ = last_ < limit_ ? int(atomicAdd(queue_, 1)) : kNone;
+            if constexpr (C::kClusterSize > 1) {
+                mbarrier_wait(empty, parity ^ 1);
+                mbarrier_arrive_expect_tx_cluster(full_, sizeof(int), 1);
+                st_async(word, last_, full_, 1);
+            }
+            return last_;
+        }
+    }
+
+private:
+    static constexpr int kNone = 0x7fffffff;
+    uint32_t* queue_ = nullptr;
+    uint32_t full_ = 0;
+    int last_ = -1, limit_ = kNone;
+};
+
+// One thread of every CTA: finds its tiles, and waits for the rows they read.
+template <typename C>
+__device__ inline void find_tiles(const ExpertGemmParams& p, const typename C::Comm& comm,
+                                  uint32_t smem) {
+    const Schedule<C> schedule(p, comm);
+    Units<C> units(comm, schedule, smem);
+    TileSlots<C> slots{smem};
+    Tile tile;
+    do {
+        mbarrier_wait(slots.empty(), slots.parity() ^ 1);
+        schedule.get(units.get(slots.index), tile);
+        if constexpr (C::kAwaitsRows) {
+            if (tile.is_valid && tile.is_stored) wait_for_rows(comm, tile.row / C::kTileM);
+        }
+        slots.put(tile);
+    } while (tile.is_valid);
+}
 
 // The ring of stages; each role has its own.
 template <typename C>
 struct Ring {
-    uint32_t smem;  // stages, 1024-byte aligned
-    uint32_t barriers;
+    uint32_t smem;  // stages, 1024-byte aligned; behind them C::kBarriersOffset
     int stage = 0;
     uint32_t parity = 0;
 
     __device__ uint32_t a() const { return smem + stage * C::kStageBytes; }
     __device__ uint32_t b() const { return a() + C::kBlocksA * kBlockBytes; }
-    __device__ uint32_t full() const { return barriers + stage * 8; }
-    __device__ uint32_t empty(int of_stage) const { return barriers + (C::kStages + of_stage) * 8; }
+    __device__ uint32_t full(int of_stage) const {
+        return smem + C::kBarriersOffset + of_stage * 8;
+    }
+    __device__ uint32_t empty(int of_stage) const { return full(C::kStages + of_stage); }
     __device__ void advance() {
         if (++stage == C::kStages) stage = 0, parity ^= 1;
     }
@@ -231,14 +352,13 @@ __device__ inline void load_blocks(uint32_t smem, const CUtensorMap* map, uint32
 }
 
 template <typename C>
-__device__ inline void load_tiles(const ExpertGemmParams& p, const typename C::Comm& comm,
-                                  Ring<C> ring) {
+__device__ inline void load_tiles(const ExpertGemmParams& p, Ring<C> ring) {
     const int rank = C::kClusterSize > 1 ? cluster_cta_rank() : 0;
-    const Schedule<C> schedule(p, num_set_apart(comm));
+    TileSlots<C> slots{ring.smem};
     const int steps_per_matrix = (p.k + C::kTileK - 1) / C::kTileK;
     int mapped_expert = -1;
     Tile tile;
-    for (int i = 0; schedule.get(i, tile); ++i) {
+    while (slots.template get<false>(tile)) {
         const CUtensorMap *first = nullptr, *second = nullptr;
         if constexpr (C::kPass != Pass::kWeightGrad) {
             first = p.weights[0] + tile.expert;
@@ -249,11 +369,8 @@ __device__ inline void load_tiles(const ExpertGemmParams& p, const typename C::C
                 if constexpr (C::kGated) fence_tensormap_acquire(second);
             }
         }
-        if constexpr (C::kAwaitsRows) {
-            if (tile.is_stored) wait_for_rows(comm, tile.row / C::kTileM);
-        }
         for (int step = 0; step < tile.num_steps; ++step, ring.advance()) {
-            const uint32_t full = ring.full();
+            const uint32_t full = ring.full(ring.stage);
             mbarrier_wait(ring.empty(ring.stage), ring.parity ^ 1);
             mbarrier_arrive_expect_tx(full, C::kStageBytes);
             const auto load_a = [&](const CUtensorMap* map, int k) {
@@ -309,7 +426,7 @@ __device__ inline void multiply(float (&acc)[C::kMmaRows][C::kTileN / 2], int nu
     int previous = -1;
 #pragma unroll 1
     for (int step = 0; step < num_steps; ++step) {
-        mbarrier_wait(ring.full(), ring.parity);
+        mbarrier_wait(ring.full(ring.stage), ring.parity);
         const uint64_t a = matrix_descriptor(ring.a() + first_block);
         const uint64_t b = matrix_descriptor(ring.b());
         wgmma_fence();
@@ -437,25 +554,26 @@ template <typename C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     expert_gemm_kernel(const __grid_constant__ ExpertGemmParams p,
                        const __grid_constant__ typename C::Comm comm) {
-    if constexpr (C::kCommunicates) {
-        if (blockIdx.x < comm.num_ctas) {
-            const int num_row_blocks = p.expert_offsets[p.num_experts] / C::kTileM;
-            communicate<typename C::Element, C::kPass>(comm, num_row_blocks, C::kTileCols,
-                                                       C::kMathWarps);
-            return;
-        }
-    }
+    using Element = typename C::Element;
     extern __shared__ uint8_t smem_raw[];
     constexpr uint32_t kAlign = C::kSwizzleAlignment;
     const uint32_t smem = (smem_address(smem_raw) + kAlign - 1) / kAlign * kAlign;
-    const uint32_t smem_staging = smem + C::kStages * C::kStageBytes;
-    const uint32_t barriers = smem_staging + C::kMathWarps * C::kStagingBytesWarp;
-    Ring<C> ring{smem, barriers};
+    [[maybe_unused]] uint8_t* const smem_rings = smem_raw + (smem - smem_address(smem_raw));
+    if constexpr (C::kCommunicates && !C::kHasPanels) {
+        if (is_set_apart(comm)) {
+            communicate_first<Element, C::kPass, C::kEnd>(comm, smem_rings);
+            fence_proxy_async();  // the copy engine will write there
+            __syncthreads();
+        }
+    }
+    Ring<C> ring{smem};
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < C::kStages; ++stage) {
-            mbarrier_init(barriers + stage * 8, 1);
+            mbarrier_init(ring.full(stage), 1);
             mbarrier_init(ring.empty(stage), C::kArrivalsEmpty);
         }
+        TileSlots<C>{smem}.init_barriers();
+        Units<C>::init_barriers(smem);
         fence_mbarrier_init();
     }
     __syncthreads();
@@ -464,19 +582,20 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     constexpr int kLoadRegisters = 40, kMathRegisters = 232;
     if (threadIdx.x < 128) {
         setmaxnreg_dec<kLoadRegisters>();
-        if (threadIdx.x == 0) load_tiles<C>(p, comm, ring);
+        if (threadIdx.x == 0) load_tiles<C>(p, ring);
+        if (threadIdx.x == 32) find_tiles<C>(p, comm, smem);
     } else {
         setmaxnreg_inc<kMathRegisters>();
         const int warpgroup = threadIdx.x / 128 - 1;
         const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
-        const Staging<C::kStagingBuffers> staging(smem_staging + warp * C::kStagingBytesWarp, lane);
-        const Schedule<C> schedule(p, num_set_apart(comm));
-        [[maybe_unused]] StoredPieces pieces(nullptr);
-        if constexpr (C::kHasPanels) pieces = StoredPieces(comm.progress);
+        const Staging<C::kStagingBuffers> staging(
+            smem + C::kStages * C::kStageBytes + warp * C::kStagingBytesWarp, lane);
+        TileSlots<C> slots{smem};
+        [[maybe_unused]] StoredPieces pieces;
         if (C::kPingPong && warpgroup == 1) named_barrier_arrive(kTurn, 2 * 128);
         Tile tile;
 #pragma unroll 1
-        for (int i = 0; schedule.get(i, tile); ++i) {
+        for (int i = 0; slots.template get<true>(tile); ++i) {
             if (C::kPingPong && i % C::kMathWarpgroups != warpgroup) {
                 ring.skip(tile.num_steps);
                 continue;
@@ -484,17 +603,22 @@ __global__ void __launch_bounds__(C::kThreads, 1)
             float acc[C::kMmaRows][C::kTileN / 2];
             SavedBlock<C::kGated> saved;  // of the first block, on its way while products run
             if (C::kPass == Pass::kDownGrad && tile.is_stored) {
-                saved.template load<typename C::Element>(p, warp_row<C>(tile, warpgroup, 0),
-                                                         tile.col, staging);
+                saved.template load<Element>(p, warp_row<C>(tile, warpgroup, 0), tile.col, staging);
             }
             if constexpr (C::kPingPong) named_barrier_sync(kTurn + warpgroup, 2 * 128);
             multiply<C>(acc, tile.num_steps, ring, warpgroup);
-            if constexpr (C::kHasPanels) pieces.flush();
+            if constexpr (C::kHasPanels) pieces.flush(comm);
             if (!tile.is_stored) continue;
             finish_tile<C>(acc, tile, p, warpgroup, saved, staging);
-            if constexpr (C::kHasPanels) pieces.add(tile.col);
+            if constexpr (C::kHasPanels) pieces.add(comm, tile.col);
         }
-        if constexpr (C::kHasPanels) pieces.flush();
+        if constexpr (C::kHasPanels) {
+            pieces.flush(comm);
+            static_assert(C::kMathWarps * sizeof(PushRing<Element>) <= C::kStages * C::kStageBytes);
+            named_barrier_sync(kTurn, 2 * 128);  // the stages have been read
+            push_panels(comm, reinterpret_cast<PushRing<Element>*>(smem_rings)[warp],
+                        p.expert_offsets[p.num_experts] / C::kTileM, C::kTileCols, C::kMathWarps);
+        }
         staging.begin();
     }
     // No CTA may end while another can still write into its shared memory.

@@ -37,8 +37,8 @@ struct ExpertGemmParams {
     const CUtensorMap* weights[2];  // [num_experts] each: the pass's matrices
     const void* const* bias[2];     // [num_experts] each, or null
     const int* expert_offsets;      // [num_experts + 1] first row, multiples of kRowBlock
-    const int* expert_of_block;     // [row blocks]
-    const int* block_order;         // [row blocks]
+    const int* block_order;         // [row blocks]: in which they are computed
+    const int* expert_order;        // [row blocks]: whose they are
     const float* row_weights;       // kDownGrad: [R], 0 in padding
     float* row_dots;                // kDownGrad: [ceil(n / kDownGradTileCols), max_rows]: <dh, h>
     int num_experts;

@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// Communication beside a GEMM: what the CTAs set apart do, and how tiles and they wait for each
-// other.
+// Communication beside a GEMM: what CTAs do before or after their tiles, and how tiles and it wait
+// for each other.
 //
-// 1. kUp, kDownGrad: the CTAs set apart pull other ranks' tokens into rows, token by token; a tile
-//    is loaded when the rows of its block have come. Blocks of this rank's own tokens need none
-//    and come first in RowPlan::block_order.
-//    kDown: tiles run panel by panel of columns; when all pieces of a panel are stored, the CTAs
-//    set apart sum it for other ranks' tokens and push it to them.
-//    kWeightGrad: they push rows that were complete before the launch.
-// 2. Grid: the first num_ctas CTAs, which are scheduled first; all their warps take turns.
+// 1. kUp, kDownGrad: the CTAs set apart first pull other ranks' tokens into rows; a tile is loaded
+//    when the rows of its block have come. Meanwhile there are tiles of this rank's own tokens
+//    (orders of blocks: dispatch.h).
+//    kWeightGrad: they first push rows that were complete before the launch.
+//    kDown: tiles run panel by panel of columns; when all pieces of a panel are stored, its sums
+//    are pushed: by the CTAs set apart, which take no more tiles when the first panel's are all
+//    taken, and by every CTA that finds no more tiles.
+// 2. Grid: the CTAs set apart are the first num_ctas, which are scheduled first. All take tiles
+//    from one queue (Units in expert_gemm.cuh) and groups of routes from another, so that none is
+//    idle while there is work it can do.
 // 3. Flags, in this GPU's memory, zero before the launch:
 //        progress[block]  kUp, kDownGrad: += 1 for every row by the warp that wrote it (proxy
 //                         fence, release, GPU scope), awaited by the loading thread (acquire,
@@ -19,31 +22,31 @@
 //    Pulling waits for nothing, so tiles get their rows; tiles of kDown wait for nothing, so panels
 //    get complete; whatever other kernels occupy, the CTAs of a launch that do not fit come when
 //    others of it are done.
-// 4. Shared memory: none.
+// 4. Shared memory: rings of slices (token_stream.cuh) in place of the GEMM's stages.
 #pragma once
 
 #include "device/memory_order.cuh"
 #include "device/tma.cuh"
 #include "exchange.h"
 #include "expert_gemm.h"
-#include "token_rows.cuh"
+#include "token_stream.cuh"
 
 namespace comet_ds {
 
-// In place of Communication in kernels that have no CTAs set apart.
+// In place of Communication in kernels without.
 struct NoCommunication {};
 
-__device__ inline int num_set_apart(const Communication& c) { return c.num_ctas; }
-__device__ inline int num_set_apart(const NoCommunication&) { return 0; }
+__device__ inline bool is_set_apart(const Communication& c) { return blockIdx.x < c.num_ctas; }
+__device__ inline bool is_set_apart(const NoCommunication&) { return false; }
 
 // Waits for progress[index]. Past the deadline it notes what it waited for and goes on, as do all
 // waits after it; the next meeting prints the note and traps. (A call to printf in a GEMM kernel
 // would serialise its wgmma.)
 __device__ inline void wait_for_count(const Communication& c, int index, uint32_t expected) {
-    const volatile uint32_t* is_late = &c.late->is_set;
+    const uint32_t* count = c.counters->progress + index;
     const uint64_t start = global_time_ns();
-    for (uint32_t seen; (seen = load_acquire_gpu(c.progress + index)) < expected; __nanosleep(50)) {
-        if (*is_late) return;
+    for (uint32_t seen; (seen = load_acquire_gpu(count)) < expected; __nanosleep(50)) {
+        if (*static_cast<const volatile uint32_t*>(&c.late->is_set)) return;
         if (global_time_ns() - start < c.timeout_ns) continue;
         *c.late = {1, uint32_t(index), seen, expected};
         return;
@@ -58,51 +61,67 @@ __device__ inline void wait_for_rows(const Communication& c, int block) {
     fence_proxy_async_global();
 }
 
+__device__ inline int panel_of(const Communication& c, int col) {
+    return col < c.first_panel ? 0 : 1 + (col - c.first_panel) / kPushCols;
+}
+
 // A math warp's pieces of kDown's tiles: counted when they are in memory, which is known when the
 // next tile's are about to leave.
 class StoredPieces {
 public:
-    __device__ explicit StoredPieces(uint32_t* progress) : progress_(progress) {}
     // After the piece's last store was committed.
-    __device__ void add(int col) { panel_ = col / kPanelCols; }
+    __device__ void add(const Communication& c, int col) { panel_ = panel_of(c, col); }
     // Waits for the piece before, if any, and counts it.
-    __device__ void flush() {
+    __device__ void flush(const Communication& c) {
         if (panel_ < 0) return;
         if (threadIdx.x % 32 == 0) {
             bulk_wait_group<0>();
             fence_proxy_async_global();
-            add_release_gpu(progress_ + panel_, 1);
+            add_release_gpu(c.counters->progress + panel_, 1);
         }
         panel_ = -1;
     }
 
 private:
-    uint32_t* progress_;
     int panel_ = -1;
 };
 
-// The part of a CTA set apart. kDown stores pieces_per_tile pieces for a tile of tile_cols columns.
-template <typename Element, Pass kPass>
-__device__ inline void communicate(const Communication& c, int num_row_blocks, int tile_cols,
-                                   int pieces_per_tile) {
-    const int warps = blockDim.x / 32;
-    const int worker = blockIdx.x * warps + threadIdx.x / 32, num_workers = c.num_ctas * warps;
-    const ExchangeParams& p = c.exchange;
-    if constexpr (kPass == Pass::kUp || kPass == Pass::kDownGrad) {
-        pull_tokens(p, static_cast<uint4*>(c.rows), worker, num_workers, c.progress);
-    } else if constexpr (kPass == Pass::kDown) {
-        for (int col = 0; col < p.hidden; col += kPanelCols) {
-            const int end = min(int64_t{col} + kPanelCols, p.hidden), panel = col / kPanelCols;
-            const int tiles = num_row_blocks * ((end - col + tile_cols - 1) / tile_cols);
-            if (threadIdx.x % 32 == 0) wait_for_count(c, panel, tiles * pieces_per_tile);
-            __syncwarp();
-            push_tokens<Element, true>(p, static_cast<const Element*>(c.rows), worker,
-                                       num_workers, col, end);
-        }
-    } else if constexpr (kPass == Pass::kWeightGrad) {
-        push_tokens<Element, false>(p, static_cast<const Element*>(c.rows), worker, num_workers, 0,
-                                    p.hidden);
+// What a CTA set apart does before its tiles, all warps that find room for a ring.
+template <typename Element, Pass kPass, int kSmemBytes>
+__device__ inline void communicate_first(const Communication& c, uint8_t* smem) {
+    constexpr bool kPulls = kPass == Pass::kUp || kPass == Pass::kDownGrad;
+    using Ring = std::conditional_t<kPulls, PullRing, WidePushRing<Element>>;
+    const int warp = threadIdx.x / 32;
+    if (warp >= int(kSmemBytes / sizeof(Ring))) return;
+    Ring& ring = reinterpret_cast<Ring*>(smem)[warp];
+    if constexpr (kPulls) {
+        pull_tokens(c.exchange, static_cast<uint4*>(c.rows), &c.counters->groups,
+                    c.counters->progress, ring);
+    } else {
+        push_tokens<Element, false>(c.exchange, static_cast<const Element*>(c.rows),
+                                    &c.counters->groups, ring, [](int) {});
     }
+}
+
+// What a math warp of any CTA does after kDown's tiles: pushes what is left of the panels, each of
+// num_row_blocks tiles of tile_cols columns, stored in pieces_per_tile pieces.
+template <typename Element>
+__device__ inline void push_panels(const Communication& c, PushRing<Element>& ring,
+                                   int num_row_blocks, int tile_cols, int pieces_per_tile) {
+    const int hidden = c.exchange.hidden;
+    int num_complete = 0;  // panels this warp has waited for
+    const auto await = [&](int slice) {
+        const int panel = panel_of(c, slice * kPushCols);
+        if (panel < num_complete) return;
+        num_complete = panel + 1;
+        const int cols = panel == 0 ? min(c.first_panel, hidden)
+                                    : min(kPushCols, hidden - slice * kPushCols);
+        const int tiles = num_row_blocks * ((cols + tile_cols - 1) / tile_cols);
+        if (threadIdx.x % 32 == 0) wait_for_count(c, panel, tiles * pieces_per_tile);
+        __syncwarp();
+    };
+    push_tokens<Element, true>(c.exchange, static_cast<const Element*>(c.rows),
+                               &c.counters->groups, ring, await);
 }
 
 }  // namespace comet_ds
