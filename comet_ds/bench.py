@@ -14,6 +14,11 @@ kept busy until the host has enqueued everything, as in a model that is not boun
 Kernels and gate are timed on the device, on one rank only. The limit is the FLOP of the experts'
 GEMMs at ``PEAK_FLOPS``. Memory is above what is allocated before the step: `saved` between forward
 and backward, `peak` at most, which includes the parameters' gradients (`grads`).
+
+With several ranks on the fused path, `hidden` is the share of communication that computation hides:
+1 - (T - T_compute) / T_exchange. T_compute is a layer whose experts are all on its rank, as many as
+a rank has of the real one; T_exchange what ranks add to a layer whose experts have next to nothing
+to compute (F = 8).
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ import socket
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +40,9 @@ import torch
 import torch.nn.functional as F
 from deepspeed import comm as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
-from torch import Tensor, nn
+from torch import Tensor
 
+from comet_ds.bench_layers import SHAPES, AutoEP, Shape, build
 from comet_ds.dispatcher import LocalDispatcher
 from comet_ds.expert_gemm import ExpertGemm
 from comet_ds.gate import Routing
@@ -44,78 +50,9 @@ from comet_ds.layer import MoE
 from comet_ds.reference import reference_moe
 from comet_ds.timing import Timer, time_functions
 
-# Dense bf16 rate large matrix products reach on an H200, FLOP/s: what "limit" divides by.
-PEAK_FLOPS = 760e12
 # Our error against fp32 may be this many times DeepSpeed's.
 ERROR_RATIO = 1.5
 MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Shape:
-    """An MoE layer: hidden H, FFN width F, experts E, routes K, gated (SiLU) or GELU experts."""
-
-    hidden: int
-    ffn: int
-    num_experts: int
-    top_k: int
-    gated: bool = True
-
-    def gemm_flop(self, num_tokens: int) -> int:
-        """Return the FLOP of one expert matrix over all routes of a rank."""
-        return 2 * num_tokens * self.top_k * self.hidden * self.ffn
-
-    def forward_limit_ms(self, num_tokens: int) -> float:
-        """Return the time the expert GEMMs of a rank take at ``PEAK_FLOPS``."""
-        return 1e3 * (3 if self.gated else 2) * self.gemm_flop(num_tokens) / PEAK_FLOPS
-
-
-SHAPES = {
-    "mixtral-8x7b": Shape(4096, 14336, 8, 2),
-    "phi-3.5-moe": Shape(4096, 6400, 16, 2),
-    "qwen2-moe": Shape(2048, 1408, 64, 4),
-    "olmoe": Shape(2048, 1024, 64, 8),
-    "qwen3-30b": Shape(2048, 768, 128, 8),
-    "gelu-k1": Shape(4096, 14336, 8, 1, gated=False),
-}
-
-
-class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), without biases."""
-
-    def __init__(self, hidden: int, ffn: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden, ffn, bias=False)
-        self.up_proj = nn.Linear(hidden, ffn, bias=False)
-        self.down_proj = nn.Linear(ffn, hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-def build(cls: type[DeepSpeedMoE], shape: Shape, **options: Any) -> DeepSpeedMoE:
-    """Build a layer with weights that do not depend on its class; every expert has its own."""
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        if shape.gated:
-            expert: nn.Module = GatedMLP(shape.hidden, shape.ffn)
-        else:
-            up, down = nn.Linear(shape.hidden, shape.ffn), nn.Linear(shape.ffn, shape.hidden)
-            expert = nn.Sequential(up, nn.GELU(), down)
-        layer = cls(
-            shape.hidden,
-            expert,
-            num_experts=shape.num_experts,
-            ep_size=dist.get_world_size(),
-            k=shape.top_k,
-            **options,
-        )
-    torch.manual_seed(1 + dist.get_rank())
-    with torch.no_grad():
-        for param in layer.deepspeed_moe.experts.parameters():
-            param.copy_(torch.randn_like(param) * param.shape[-1] ** -0.5)
-    layer.to(torch.bfloat16).set_deepspeed_parallelism()
-    return layer
 
 
 def step(
@@ -208,6 +145,34 @@ def time_layers(
     }
 
 
+def time_hidden(
+    layer: MoE, shape: Shape, x: Tensor, grad: Tensor, num_runs: int, options: dict[str, Any]
+) -> dict[str, dict[str, float]] | None:
+    """Return the parts of the hidden share and it, by "forward" and "both".
+
+    None where a rank has fewer experts than a token has routes.
+    """
+    alone = replace(shape, num_experts=shape.num_experts // dist.get_world_size())
+    if alone.num_experts < shape.top_k:
+        return None
+    layers = {
+        "layer": layer,
+        "compute": build(MoE, alone, ep_size=1, **options),
+        "small": build(MoE, replace(shape, ffn=8), **options),
+        "small alone": build(MoE, replace(alone, ffn=8), ep_size=1, **options),
+    }
+    for other in layers.values():
+        step(other, x, grad)
+    times = time_layers(layers, x, grad, num_runs)
+    result = {}
+    for part in ("forward", "both"):
+        total, compute, small, small_alone = (times[n][f"device_{part}_ms"] for n in layers)
+        exchange = small - small_alone
+        hidden = 1 - (total - compute) / exchange
+        result[part] = {"compute_ms": compute, "exchange_ms": exchange, "hidden": hidden}
+    return result
+
+
 def time_gate(layer: MoE, x: Tensor, num_runs: int) -> dict[str, float]:
     """Return the gate's device times, logits included."""
     gate = layer.deepspeed_moe.gate
@@ -293,14 +258,27 @@ def _even_routing(shape: Shape, num_tokens: int) -> Routing:
 
 
 def bench(
-    name: str, shape: Shape, num_tokens: int, num_runs: int, path: str = "auto"
+    name: str, shape: Shape, num_tokens: int, num_runs: int, *, with_autoep: bool, **options: Any
 ) -> dict[str, Any]:
-    """Check and time one shape; return all figures, and print them on rank 0."""
+    """Check and time one shape; return all figures, and print them on rank 0.
+
+    Args:
+        name: printed.
+        shape: the layer's.
+        num_tokens: of a rank.
+        num_runs: medians are taken of these.
+        with_autoep: whether DeepSpeed's AutoEP is timed too.
+        options: of our layer and, but for ``comet_ds``, of DeepSpeed's.
+    """
     torch.manual_seed(100 + dist.get_rank())
     x, grad = torch.randn(2, num_tokens, shape.hidden, device="cuda", dtype=torch.bfloat16)
-    ours = build(MoE, shape, comet_ds={"path": path})
-    layers = {"comet_ds": ours, "deepspeed": build(DeepSpeedMoE, shape)}
+    ours = build(MoE, shape, **options)
+    theirs = {key: value for key, value in options.items() if key != "comet_ds"}
+    layers = {"comet_ds": ours, "deepspeed": build(DeepSpeedMoE, shape, **theirs)}
     errors = check(layers, shape, x, grad)
+    if with_autoep and shape.gated:
+        layers["autoep"] = AutoEP(shape)
+        step(layers["autoep"], x, grad)
     record: dict[str, Any] = {
         "shape": name,
         **asdict(shape),
@@ -311,9 +289,11 @@ def bench(
         "errors": errors,
         "layers": time_layers(layers, x, grad, num_runs),
     }
-    if record["path"] == "fused" and dist.get_world_size() == 1:
+    layers.clear()
+    if record["path"] == "fused" and dist.get_world_size() > 1:
+        record["hidden_share"] = time_hidden(ours, shape, x, grad, num_runs, options)
+    elif record["path"] == "fused":
         record["gate"] = time_gate(ours, x, num_runs)
-        del layers["deepspeed"]
         record["kernels"] = time_kernels(ours, shape, num_tokens, num_runs)
     if dist.get_rank() == 0:
         print("\n".join(_lines(record)), flush=True)
@@ -341,6 +321,11 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
             f"  {name:10s} {r['wall_forward_ms']:8.2f} {r['wall_both_ms']:8.2f}   "
             f"{forward:10.2f} {forward / limit:9.2f} {both:8.2f} {both / (3 * limit):8.2f} "
             f"{r['saved_mib']:7.0f} {r['peak_mib']:11.0f}"
+        )
+    for part, r in (record.get("hidden_share") or {}).items():
+        yield (
+            f"  {part}: compute alone {r['compute_ms']:.2f} ms, exchange alone "
+            f"{r['exchange_ms']:.2f} ms, hidden {r['hidden']:.0%}"
         )
     if "gate" in record:
         gate = record["gate"]
@@ -378,6 +363,8 @@ def main() -> None:
     parser.add_argument("--num-tokens", type=int, default=8192, help="tokens a rank")
     parser.add_argument("--num-runs", type=int, default=20)
     parser.add_argument("--path", default="auto", choices=("auto", "fused", "pipelined"))
+    parser.add_argument("--no-drop", action="store_true", help="drop_tokens=False")
+    parser.add_argument("--autoep", action="store_true", help="time DeepSpeed's AutoEP too")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs of this host, a rank each")
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args()
@@ -401,7 +388,9 @@ def main() -> None:
         print(f"{num_ranks} x {device}, torch {torch.__version__}, medians of {args.num_runs}")
     records = []
     for name, shape in shapes.items():
-        records.append(bench(name, shape, args.num_tokens, args.num_runs, args.path))
+        options = {"comet_ds": {"path": args.path}, "drop_tokens": not args.no_drop}
+        sizes = (shape, args.num_tokens, args.num_runs)
+        records.append(bench(name, *sizes, with_autoep=args.autoep, **options))
         torch.cuda.empty_cache()
     if args.json and dist.get_rank() == 0:
         facts = {"device": device, "num_ranks": num_ranks, "torch": torch.__version__}

@@ -19,6 +19,8 @@ class Timer:
         torch.cuda.synchronize()
         if hide_host_ms:
             torch.cuda._sleep(int(hide_host_ms * 2e6))  # cycles, at 2 GHz at most
+            if dist.get_world_size() > 1:  # devices start together, wherever their hosts are
+                dist.all_reduce(torch.ones(1, device="cuda"))
         self._events: list[torch.cuda.Event] = []
         self.mark()
 

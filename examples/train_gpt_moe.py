@@ -18,6 +18,7 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.nn.functional as F
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -155,7 +156,8 @@ def main() -> None:
     if not torch.cuda.is_available():  # ranks that share cores stall each other's threads
         torch.set_num_threads(max(1, os.cpu_count() // world_size))
     torch.manual_seed(0)
-    model = GPT(args)
+    with torch.device(get_accelerator().current_device_name()):
+        model = GPT(args)
     engine, *_ = comet_ds.initialize(
         model=model, model_parameters=model.parameters(), config=args.deepspeed_config
     )

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers that ``comet_ds.bench`` compares, and their shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from deepspeed import comm as dist
+from deepspeed.moe.layer import MoE as DeepSpeedMoE
+from torch import Tensor, nn
+
+# Dense bf16 rate large matrix products reach on an H200, FLOP/s: what "limit" divides by.
+PEAK_FLOPS = 760e12
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An MoE layer: hidden H, FFN width F, experts E, routes K, gated (SiLU) or GELU experts."""
+
+    hidden: int
+    ffn: int
+    num_experts: int
+    top_k: int
+    gated: bool = True
+
+    def gemm_flop(self, num_tokens: int) -> int:
+        """Return the FLOP of one expert matrix over all routes of a rank."""
+        return 2 * num_tokens * self.top_k * self.hidden * self.ffn
+
+    def forward_limit_ms(self, num_tokens: int) -> float:
+        """Return the time the expert GEMMs of a rank take at ``PEAK_FLOPS``."""
+        return 1e3 * (3 if self.gated else 2) * self.gemm_flop(num_tokens) / PEAK_FLOPS
+
+
+SHAPES = {
+    "mixtral-8x7b": Shape(4096, 14336, 8, 2),
+    "phi-3.5-moe": Shape(4096, 6400, 16, 2),
+    "qwen2-moe": Shape(2048, 1408, 64, 4),
+    "olmoe": Shape(2048, 1024, 64, 8),
+    "qwen3-30b": Shape(2048, 768, 128, 8),
+    "gelu-k1": Shape(4096, 14336, 8, 1, gated=False),
+}
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), without biases."""
+
+    def __init__(self, hidden: int, ffn: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, ffn, bias=False)
+        self.up_proj = nn.Linear(hidden, ffn, bias=False)
+        self.down_proj = nn.Linear(ffn, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def build(
+    cls: type[DeepSpeedMoE], shape: Shape, ep_size: int | None = None, **options: Any
+) -> DeepSpeedMoE:
+    """Build a layer with weights that do not depend on its class; every expert has its own.
+
+    Args:
+        cls: DeepSpeed's layer or ours.
+        shape: its sizes.
+        ep_size: ranks the experts are spread over, all unless given.
+        options: of the layer.
+    """
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        if shape.gated:
+            expert: nn.Module = GatedMLP(shape.hidden, shape.ffn)
+        else:
+            up, down = nn.Linear(shape.hidden, shape.ffn), nn.Linear(shape.ffn, shape.hidden)
+            expert = nn.Sequential(up, nn.GELU(), down)
+        layer = cls(
+            shape.hidden,
+            expert,
+            num_experts=shape.num_experts,
+            ep_size=ep_size or dist.get_world_size(),
+            k=shape.top_k,
+            **options,
+        )
+    torch.manual_seed(1 + dist.get_rank())
+    with torch.no_grad():
+        for param in layer.deepspeed_moe.experts.parameters():
+            param.copy_(torch.randn_like(param) * param.shape[-1] ** -0.5)
+    layer.to(torch.bfloat16).set_deepspeed_parallelism()
+    return layer
+
+
+class AutoEP(nn.Module):
+    """DeepSpeed's AutoEP layer behind the interface of its MoE.
+
+    All-to-all by NCCL, grouped GEMM by torch; no route is dropped and no loss computed.
+
+    Args:
+        shape: gated.
+
+    Raises:
+        ImportError: this DeepSpeed has no AutoEP.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+        from deepspeed.module_inject.auto_ep_presets.base import AutoEPConfig, MoELayerSpec
+
+        super().__init__()
+        assert shape.gated, "AutoEP has gated experts only"
+        source = nn.Module()
+        with torch.device("cuda"):
+            source.gate = nn.Linear(shape.hidden, shape.num_experts, bias=False)
+            experts = (GatedMLP(shape.hidden, shape.ffn) for _ in range(shape.num_experts))
+            source.experts = nn.ModuleList(expert.to(torch.bfloat16) for expert in experts)
+        spec = MoELayerSpec(
+            moe_module_name="moe",
+            model_family="qwen3_moe",
+            router_name="gate",
+            experts_name="experts",
+            expert_storage="module_list",
+            expert_w1_name="gate_proj",
+            expert_w2_name="down_proj",
+            expert_w3_name="up_proj",
+            num_experts=shape.num_experts,
+            top_k=shape.top_k,
+            hidden_size=shape.hidden,
+            ffn_hidden_size=shape.ffn,
+            score_func="softmax",
+            score_apply="post",
+            route_norm=True,
+            gate_bias=False,
+            return_router_logits=False,
+            router_logits_capture_target="none",
+            router_logits_capture_index=None,
+            router_logits_capture_layer_name=None,
+            has_shared_experts=False,
+            shared_experts_name="",
+        )
+        ep_size, rank = dist.get_world_size(), dist.get_rank()
+        config = AutoEPConfig(enabled=True, autoep_size=ep_size)
+        self.layer = AutoEPMoELayer(spec, source.to(torch.bfloat16), ep_size, rank, config)
+        self.layer.to("cuda", torch.bfloat16).set_deepspeed_parallelism()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Return output [T, H], a loss of zero, no counts."""
+        output = self.layer(x[None])[0]
+        return output, output.new_zeros(()).requires_grad_(), None
