@@ -42,7 +42,7 @@ from deepspeed import comm as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from torch import Tensor
 
-from comet_ds.bench_layers import SHAPES, AutoEP, Shape, build
+from comet_ds.bench_layers import AutoEP, Shape, add_shape_arguments, build, parse_shapes
 from comet_ds.dispatcher import LocalDispatcher
 from comet_ds.expert_gemm import ExpertGemm
 from comet_ds.gate import Routing
@@ -337,29 +337,12 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def parse_shapes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Shape]:
-    """Return the shapes asked for by name or by sizes."""
-    sizes = {"hidden": args.hidden, "ffn": args.ffn, "experts": args.experts, "top-k": args.top_k}
-    if any(sizes.values()):
-        if missing := [f"--{key}" for key, size in sizes.items() if not size]:
-            parser.error(f"a shape of your own also needs {', '.join(missing)}")
-        return {"given": Shape(*sizes.values(), gated=not args.gelu)}
-    if unknown := set(args.shapes.split(",")) - set(SHAPES):
-        parser.error(f"unknown shapes {sorted(unknown)}, known: {', '.join(SHAPES)}")
-    return {name: SHAPES[name] for name in args.shapes.split(",")}
-
-
 def main() -> None:
     """Parse the command line and run every shape."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="comma-separated names")
-    parser.add_argument("--hidden", type=int, help="H of a shape of your own")
-    parser.add_argument("--ffn", type=int, help="F")
-    parser.add_argument("--experts", type=int, help="E")
-    parser.add_argument("--top-k", type=int, help="K")
-    parser.add_argument("--gelu", action="store_true", help="two-matrix GELU experts with biases")
+    add_shape_arguments(parser)
     parser.add_argument("--num-tokens", type=int, default=8192, help="tokens a rank")
     parser.add_argument("--num-runs", type=int, default=20)
     parser.add_argument("--path", default="auto", choices=("auto", "fused", "pipelined"))

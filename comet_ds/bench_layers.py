@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,28 @@ SHAPES = {
     "qwen3-30b": Shape(2048, 768, 128, 8),
     "gelu-k1": Shape(4096, 14336, 8, 1, gated=False),
 }
+
+
+def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``parse_shapes`` reads."""
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="comma-separated names")
+    parser.add_argument("--hidden", type=int, help="H of a shape of your own")
+    parser.add_argument("--ffn", type=int, help="F")
+    parser.add_argument("--experts", type=int, help="E")
+    parser.add_argument("--top-k", type=int, help="K")
+    parser.add_argument("--gelu", action="store_true", help="two-matrix GELU experts with biases")
+
+
+def parse_shapes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Shape]:
+    """Return the shapes asked for by name or by sizes."""
+    sizes = {"hidden": args.hidden, "ffn": args.ffn, "experts": args.experts, "top-k": args.top_k}
+    if any(sizes.values()):
+        if missing := [f"--{key}" for key, size in sizes.items() if not size]:
+            parser.error(f"a shape of your own also needs {', '.join(missing)}")
+        return {"given": Shape(*sizes.values(), gated=not args.gelu)}
+    if unknown := set(args.shapes.split(",")) - set(SHAPES):
+        parser.error(f"unknown shapes {sorted(unknown)}, known: {', '.join(SHAPES)}")
+    return {name: SHAPES[name] for name in args.shapes.split(",")}
 
 
 class GatedMLP(nn.Module):

@@ -246,8 +246,8 @@ class PeerDispatcher:
         shape = (self.num_tokens, self.rank, self.top_k, num_local, 2 * hidden, num_sms)
         self._traffic = Traffic.expected(*shape)
         pulls = [self._traffic.pull(flop) for flop in flop_per_row]
-        self._pull_ctas = [num_ctas for num_ctas, _ in pulls]
-        num_split = (0, *(num_split for _, num_split in pulls))
+        self._pull_ctas = [pull.num_ctas for pull in pulls]
+        num_split = (0, *(pull.num_split for pull in pulls))
         self.plan = RowPlan.empty(ids, num_local, rows, block, num_split)
         self._tables: dict[str, Tensor] | None = {
             "topk_ids": routing.topk_ids,
@@ -280,10 +280,10 @@ class PeerDispatcher:
         """As ``LocalDispatcher.push``."""
         traffic, chosen = self._traffic, self.exchange.num_ctas
         if not is_weighted:
-            return self._beside(rows, chosen.get("push") or traffic.push_ctas(flop_per_row))
+            return self._beside(rows, chosen.get("push") or traffic.push(flop_per_row).num_ctas)
         cols = self.kernels.push_cols
         num_slices = -(-rows.shape[1] // cols)
-        num_ctas, first = traffic.panels(flop_per_row, num_slices)
+        num_ctas, first, _ = traffic.push_panels(flop_per_row, num_slices)
         num_ctas, first = chosen.get("panels", num_ctas), chosen.get("first panel", first)
         num_panels = 1 + num_slices - first
         return self._beside(rows, num_ctas, num_counters=num_panels, first_panel=first * cols)

@@ -5,7 +5,7 @@ Labels, at the x-axis value DeepSpeed uses (``engine.global_samples``):
 
     comet_ds/tokens_per_s               tokens of all data parallel ranks per second
     comet_ds/step_time_ms               wall time of a step
-    comet_ds/layer_<i>/path             0 reference, 1 pipelined
+    comet_ds/layer_<i>/path             0 reference, 1 pipelined, 2 fused
     comet_ds/layer_<i>/l_aux            auxiliary loss, mean over the ranks
     comet_ds/layer_<i>/load_imbalance   rows of the fullest expert over the mean
     comet_ds/layer_<i>/dropped_share    routes dropped over routes wanted

@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 GEMM_FLOPS = 650e12  # of a GEMM on all SMs, FLOP/s
 LINK_BYTES = 340e9  # over NVLink, one direction, bytes/s
@@ -19,6 +20,36 @@ PULL_BYTES = 50e9  # read and written by one CTA that pulls, bytes/s
 PUSH_BYTES = 40e9  # read and written by one CTA that sums and pushes, bytes/s
 EXPOSED = 0.6  # share of the time it takes to read a GEMM's operand once more
 MARGIN = 1.2  # of the work there is to be until rows have come
+
+
+class Pull(NamedTuple):
+    """How tokens are pulled beside a GEMM.
+
+    Attributes:
+        num_ctas: CTAs that begin with it.
+        num_split: experts whose rows of this rank's tokens are computed meanwhile; their weights
+            are read once more for the rest.
+        seconds: what the GEMM takes longer.
+    """
+
+    num_ctas: int
+    num_split: int
+    seconds: float
+
+
+class Push(NamedTuple):
+    """How sums of rows are pushed beside a GEMM.
+
+    Attributes:
+        num_ctas: CTAs set apart.
+        first_panel: slices of columns that are pushed together, each slice behind them alone; 0
+            where the rows are there before the GEMM.
+        seconds: what the GEMM takes longer.
+    """
+
+    num_ctas: int
+    first_panel: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -61,11 +92,10 @@ class Traffic:
         return cls(num_sms, num_ranks, num_experts, *moved, total * share, token_bytes)
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 - keeps small values; asked every forward
-    def pull(self, flop_per_row: float) -> tuple[int, int]:
-        """Return n for pulling beside a GEMM of so many FLOP a row, and how many experts to split.
+    def pull(self, flop_per_row: float) -> Pull:
+        """Choose for pulling beside a GEMM of so many FLOP a row.
 
-        CTAs that have pulled compute. Meanwhile the others do the part of the split experts' rows
-        that belongs to this rank's tokens; these experts' weights are read once more for the rest.
+        CTAs that have pulled compute.
         """
         gemm = self._gemm(flop_per_row)
         # A weight has two bytes, and two FLOP a row.
@@ -81,49 +111,51 @@ class Traffic:
             return max(computed, pull + gemm * (1 - 1 / self.num_ranks))
 
         best = self._best(cost)
-        return best, math.ceil(share(best) * self.num_experts)
+        return Pull(best, math.ceil(share(best) * self.num_experts), cost(best) - gemm)
 
     @functools.lru_cache(maxsize=256)  # noqa: B019
-    def push_ctas(self, flop_per_row: float) -> int:
-        """Return n for summing and pushing rows that are there, beside a GEMM.
+    def push(self, flop_per_row: float) -> Push:
+        """Choose for pushing sums of rows that are there, beside a GEMM of so many FLOP a row.
 
         CTAs that have pushed compute.
         """
+        gemm = self._gemm(flop_per_row)
 
         def cost(n: int) -> float:
-            gemm, push = self._gemm(flop_per_row), self._move(PUSH_BYTES, n)
+            push = self._move(PUSH_BYTES, n)
             return max(gemm + push * n / self.num_sms, push)
 
-        return self._best(cost)
+        best = self._best(cost)
+        return Push(best, 0, cost(best) - gemm)
 
     @functools.lru_cache(maxsize=256)  # noqa: B019
-    def panels(self, flop_per_row: float, num_slices: int) -> tuple[int, int]:
-        """Return n for summing and pushing what a GEMM computes, and the first panel's slices.
+    def push_panels(self, flop_per_row: float, num_slices: int) -> Push:
+        """Choose for pushing sums of what a GEMM computes, slice by slice of its columns.
 
-        The n CTAs stop computing with the first panel's tiles and push; behind it every slice is a
-        panel. What is left when there are no more tiles is pushed by all.
+        The CTAs set apart stop computing with the first panel's tiles and push. What is left when
+        there are no more tiles is pushed by all.
 
         Args:
             flop_per_row: of the GEMM.
             num_slices: slices of a row.
         """
+        gemm = self._gemm(flop_per_row)
+        # Every panel reads the GEMM's operand, whose rows have flop_per_row / hidden bytes.
+        reread = self.all_rows * flop_per_row * 2 / self.token_bytes / MEMORY_BYTES * EXPOSED
 
         def cost(n: int, first: int) -> float:
-            # Rows of the GEMM's operand have flop_per_row / hidden bytes.
-            reread = self.all_rows * flop_per_row * 2 / self.token_bytes / MEMORY_BYTES
-            gemm = self._gemm(flop_per_row) + (num_slices - first) * reread * EXPOSED
-            before = gemm * first / num_slices
-            behind = (gemm - before) * self.num_sms / (self.num_sms - n)
+            total = gemm + (num_slices - first) * reread
+            before = total * first / num_slices
+            behind = (total - before) * self.num_sms / (self.num_sms - n)
             push = self._move(PUSH_BYTES, n)
             pushed = min(behind / push if push else 1.0, 1 - 1 / num_slices)
             return before + behind + (1 - pushed) * self._move(PUSH_BYTES, self.num_sms)
 
-        choices = {
-            first: self._best(functools.partial(cost, first=first))
-            for first in range(1, num_slices + 1)
-        }
-        first = min(choices, key=lambda first: cost(choices[first], first))
-        return choices[first], first
+        choices = []
+        for first in range(1, num_slices + 1):
+            best = self._best(functools.partial(cost, first=first))
+            choices.append(Push(best, first, cost(best, first) - gemm))
+        return min(choices, key=lambda choice: choice.seconds)
 
     def _gemm(self, flop_per_row: float) -> float:
         return flop_per_row * self.all_rows / GEMM_FLOPS

@@ -320,13 +320,15 @@ def test_communicating_ctas() -> None:
     fine = Traffic.expected((8192, 8192), 0, 8, 64, 4096, 132)
     assert fine.rows == 8192 * 4 and 8192 * 0.99 < fine.tokens < 8192
     for flop in (0.0, 1e6, 1e8):  # a row
-        for count in (fine.pull(flop)[0], fine.push_ctas(flop), fine.panels(flop, 4)[0]):
-            assert count % 2 == 0 and 2 <= count <= 66
-    assert fine.pull(1e6)[1] > fine.pull(1e8)[1] > 0
-    assert fine.pull(0.0)[1] == 64
-    assert fine.push_ctas(1e6) > fine.push_ctas(1e8)
+        for choice in (fine.pull(flop), fine.push(flop), fine.push_panels(flop, 4)):
+            assert choice.num_ctas % 2 == 0 and 2 <= choice.num_ctas <= 66
+            assert choice.seconds > 0
+    assert fine.pull(1e6).num_split > fine.pull(1e8).num_split > 0
+    assert fine.pull(0.0).num_split == 64
+    assert fine.push(1e6).num_ctas > fine.push(1e8).num_ctas
     for num_slices in (1, 4, 8):
-        assert all(1 <= fine.panels(flop, num_slices)[1] <= num_slices for flop in (0.0, 3e6, 1e9))
+        for flop in (0.0, 3e6, 1e9):
+            assert 1 <= fine.push_panels(flop, num_slices).first_panel <= num_slices
 
 
 FACTS = {"rank": 0, "host": ("a", "1"), "device": "x", "out of reach": ["z"], "reason": None}

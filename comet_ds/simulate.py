@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predict a layer's time on clusters that are not at hand.
+
+    python -m comet_ds.simulate --shapes qwen3-30b,mixtral-8x7b --ranks 2,8,64,1024
+    python -m comet_ds.simulate --hidden 1024 --ffn 512 --experts 32 --top-k 4 --nic-gbit 200
+
+One H200 a rank, bf16, an even routing. The fused path runs where the expert parallel group lies in
+one NVLink domain, the pipelined one elsewhere. Printed are forward and forward + backward, what of
+it is communication that computation does not hide ("exposed"), and the division point: CTAs that
+begin with pulling (forward, backward), pushing outputs and pushing gradients, or the chunks that
+are fastest. The limit is the larger of FLOP at ``PEAK_FLOPS`` and bytes at the link's rate.
+
+Measured are the rates of one H200, and of the fused path with 2 and 4; the rest is simulated. What
+``comet_ds.overlap`` decides at run time comes from the same model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from comet_ds.bench_layers import PEAK_FLOPS, Shape, add_shape_arguments, parse_shapes
+from comet_ds.overlap import LINK_BYTES, MEMORY_BYTES, Traffic
+
+NUM_SMS = 132
+SLICE_COLS = 512  # kPushCols in csrc/moe/exchange.h
+# What the grouped GEMM kernels reach on large shapes under their own load, FLOP/s.
+GEMM_FLOPS = 720e12
+# Share of the time it takes to move a pass's operands and results that its products do not hide.
+MEMORY_SHARE = {"up": 0.1, "down": 0.1, "down_grad": 0.4, "up_grad": 0.1, "weight_grad": 0.2}
+LAUNCH_SECONDS = 1.5e-6  # between two kernels
+MEETING_SECONDS = 8e-6
+GATE_SECONDS_PER_ELEMENT = 1.3e-12  # of [T, H], logits and their part of backward alike
+GATE_SECONDS_PER_SCORE = 3.6e-11  # of [T, E]
+# Of the pipelined path: torch's grouped GEMM, NCCL over NVLink, the share of a NIC's rate that is
+# reached, and what every chunk costs beside its work.
+PIPELINED_FLOPS = 600e12
+NCCL_LINK_BYTES = 230e9
+NIC_SHARE = 0.85
+CHUNK_SECONDS = 60e-6
+MESSAGE_SECONDS = 2e-6  # for every peer of an all-to-all
+MAX_CHUNKS = 8
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where a group's ranks are.
+
+    Attributes:
+        num_ranks: W, a GPU each.
+        domain: GPUs that reach each other by NVLink.
+        nic_bytes: over the network, one direction and one GPU, bytes/s.
+    """
+
+    num_ranks: int
+    domain: int = 8
+    nic_bytes: float = 50e9
+
+    @property
+    def is_one_domain(self) -> bool:
+        """Whether all ranks reach each other by NVLink."""
+        return self.num_ranks <= self.domain
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Times of one layer, ms.
+
+    Attributes:
+        path: that was simulated.
+        division: CTAs that begin with pulling in forward and backward, that push outputs and
+            gradients; or chunks.
+        limit_forward_ms, limit_both_ms: no layer is faster.
+        forward_ms, both_ms: its times.
+        exposed_forward_ms, exposed_both_ms: of these, communication that is not hidden.
+    """
+
+    path: str
+    division: tuple[int, ...]
+    limit_forward_ms: float
+    limit_both_ms: float
+    forward_ms: float
+    both_ms: float
+    exposed_forward_ms: float
+    exposed_both_ms: float
+
+
+def predict(shape: Shape, num_tokens: int, cluster: Cluster) -> Prediction:
+    """Return the times of a layer on every rank of a cluster.
+
+    Args:
+        shape: the layer's; its experts must spread evenly over the ranks.
+        num_tokens: T of every rank.
+        cluster: where the ranks are.
+
+    Raises:
+        ValueError: the experts do not.
+    """
+    if shape.num_experts % cluster.num_ranks:
+        raise ValueError(
+            f"experts must be a multiple of ranks, got {shape.num_experts} and {cluster.num_ranks}"
+        )
+    layer = _Layer(shape, num_tokens, cluster)
+    simulate = _fused if cluster.is_one_domain else _pipelined
+    path, division, forward, backward, exposed = simulate(layer)
+    times = (*layer.limits(), forward, forward + backward, exposed[0], sum(exposed))
+    return Prediction(path, division, *(1e3 * seconds for seconds in times))
+
+
+class _Layer:
+    """Bytes and FLOP of a layer on one rank; times are in seconds."""
+
+    def __init__(self, shape: Shape, num_tokens: int, cluster: Cluster) -> None:
+        self.shape, self.cluster, self.num_tokens = shape, cluster, num_tokens
+        self.num_ups = 1 + shape.gated
+        self.num_local = shape.num_experts // cluster.num_ranks
+        self.rows = num_tokens * shape.top_k
+        self.token_bytes = 2 * shape.hidden
+        self.row_bytes = self.rows * self.token_bytes
+        self.flop_per_row = 2 * shape.hidden * shape.ffn  # of a matrix
+        tokens = (num_tokens,) * cluster.num_ranks
+        sizes = (shape.top_k, self.num_local, self.token_bytes, NUM_SMS)
+        self.traffic = Traffic.expected(tokens, 0, *sizes)
+
+    def limits(self) -> tuple[float, float]:
+        """Return the least time of forward and of both."""
+        flop = (self.num_ups + 1) * self.rows * self.flop_per_row / PEAK_FLOPS
+        bytes_a_way = self.traffic.tokens * self.token_bytes  # once a rank, whatever the experts
+        beyond = 1 - (min(self.cluster.domain, self.cluster.num_ranks) - 1) / max(
+            self.cluster.num_ranks - 1, 1
+        )
+        rates = (1 - beyond) / LINK_BYTES, beyond / self.cluster.nic_bytes
+        wire = 2 * bytes_a_way * max(rates)
+        return max(flop, wire), max(3 * flop, 2 * wire)
+
+    def gemm(self, kind: str, num_matrices: int, rate: float = GEMM_FLOPS) -> float:
+        """Return the time of a pass over all rows."""
+        flop = self.rows * self.flop_per_row * num_matrices
+        wide = 2 * self.rows * self.shape.ffn  # bytes of an [R, F] tensor
+        weights = 2 * self.num_local * self.shape.hidden * self.shape.ffn
+        num_wide = {
+            "up": 1 + self.num_ups,
+            "down": 1,
+            "down_grad": 1 + 2 * self.num_ups,
+            "up_grad": self.num_ups,
+            "weight_grad": 1,
+        }[kind]
+        moved = self.row_bytes + num_matrices * weights + num_wide * wide
+        return flop / rate + MEMORY_SHARE[kind] * moved / MEMORY_BYTES
+
+    def gemms(self, rate: float = GEMM_FLOPS) -> tuple[float, float]:
+        """Return the time of all passes, forward and backward."""
+        forward = self.gemm("up", self.num_ups, rate) + self.gemm("down", 1, rate)
+        backward = self.gemm("down_grad", 1, rate) + self.gemm("up_grad", self.num_ups, rate)
+        return forward, backward + (self.num_ups + 1) * self.gemm("weight_grad", 1, rate)
+
+    def gate(self) -> tuple[float, float]:
+        """Return the gate's time, forward and backward, with the sum of x's two gradients."""
+        shape = self.shape
+        logits = GATE_SECONDS_PER_ELEMENT * self.num_tokens * shape.hidden
+        scores = GATE_SECONDS_PER_SCORE * self.num_tokens * shape.num_experts
+        return logits + scores, 3 * logits + 0.3 * scores
+
+
+def _fused(layer: _Layer) -> tuple[str, tuple[int, ...], float, float, tuple[float, float]]:
+    shape, traffic = layer.shape, layer.traffic
+    is_alone = layer.cluster.num_ranks == 1
+    flop = layer.flop_per_row
+    pull, pull_grad = traffic.pull(layer.num_ups * flop), traffic.pull(flop)
+    panels = traffic.push_panels(flop, -(-shape.hidden // SLICE_COLS))
+    push = traffic.push(flop)
+    own_rows = layer.row_bytes / layer.cluster.num_ranks
+    own = layer.num_tokens * layer.token_bytes
+    slots = traffic.tokens * layer.token_bytes
+    # A direction: tokens to where peers read them, own tokens to rows, rows and slots to sums.
+    moves = (own + own_rows) + (own_rows + slots + own)
+    exchange = 0.0 if is_alone else 2 * own / MEMORY_BYTES + 2 * MEETING_SECONDS
+    moves = moves / MEMORY_BYTES
+    plan = 20e-6 + 1e-10 * layer.rows
+    launches = 12 * LAUNCH_SECONDS
+    beside = (pull.seconds + panels.seconds, pull_grad.seconds + push.seconds)
+    if is_alone:
+        beside = (0.0, 0.0)
+    gemms, gate = layer.gemms(), layer.gate()
+    forward = gate[0] + plan + moves + gemms[0] + launches + exchange + beside[0]
+    dots = 2e-10 * layer.rows
+    backward = gate[1] + dots + moves + gemms[1] + launches + exchange + beside[1]
+    exposed = exchange + beside[0], exchange + beside[1]
+    division = (pull.num_ctas, pull_grad.num_ctas, panels.num_ctas, push.num_ctas)
+    return "fused", () if is_alone else division, forward, backward, exposed
+
+
+def _pipelined(layer: _Layer) -> tuple[str, tuple[int, ...], float, float, tuple[float, float]]:
+    cluster, num_ranks = layer.cluster, layer.cluster.num_ranks
+    # Every kept route travels; all-to-alls of a domain and between them run at one time.
+    inside = layer.row_bytes * (min(cluster.domain, num_ranks) - 1) / num_ranks
+    beyond = layer.row_bytes * (num_ranks - min(cluster.domain, num_ranks)) / num_ranks
+    wire = max(inside / NCCL_LINK_BYTES, beyond / (NIC_SHARE * cluster.nic_bytes))
+    gemms, gate = layer.gemms(PIPELINED_FLOPS), layer.gate()
+    moves = 6 * layer.row_bytes / MEMORY_BYTES  # rows in order of destination, and of expert
+
+    def both(num_chunks: int) -> tuple[float, float]:
+        times = []
+        for gemm in gemms:
+            travel = 2 * (wire + num_chunks * num_ranks * MESSAGE_SECONDS)
+            longer, shorter = max(travel, gemm), min(travel, gemm)
+            times.append(longer + shorter / num_chunks + num_chunks * CHUNK_SECONDS)
+        return times[0], times[1]
+
+    num_chunks = min(range(1, MAX_CHUNKS + 1), key=lambda count: sum(both(count)))
+    busy = both(num_chunks)
+    forward, backward = (time + g + moves for time, g in zip(busy, gate, strict=True))
+    exposed = busy[0] - gemms[0], busy[1] - gemms[1]
+    return "pipelined", (num_chunks,), forward, backward, exposed
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_shape_arguments(parser)
+    parser.add_argument("--num-tokens", type=int, default=8192, help="tokens a rank")
+    parser.add_argument("--ranks", default="1,2,4,8,16,32,64,128", help="comma-separated W")
+    parser.add_argument("--domain", type=int, default=8, help="GPUs of an NVLink domain")
+    parser.add_argument("--nic-gbit", type=float, default=400, help="network a GPU has, Gbit/s")
+    parser.add_argument("--json", type=Path, help="write all figures there")
+    args = parser.parse_args(arguments)
+    ranks = [int(count) for count in args.ranks.split(",")]
+    records = []
+    print(
+        "layer             W  path       division     limit fwd    f+b    fwd (x)      f+b (x)"
+        "     exposed fwd    f+b ms"
+    )
+    for name, shape in parse_shapes(parser, args).items():
+        for num_ranks in ranks:
+            if num_ranks < 1 or args.domain < 1 or args.num_tokens < 1 or args.nic_gbit <= 0:
+                parser.error("ranks, domain, tokens and the network's rate must be positive")
+            if shape.num_experts % num_ranks:
+                print(f"{name:14s} {num_ranks:4d}  no even spread of {shape.num_experts} experts")
+                continue
+            cluster = Cluster(num_ranks, args.domain, args.nic_gbit * 1e9 / 8)
+            r = predict(shape, args.num_tokens, cluster)
+            records.append({"shape": name, **asdict(shape), **asdict(cluster), **asdict(r)})
+            division = "/".join(map(str, r.division))
+            ratios = r.forward_ms / r.limit_forward_ms, r.both_ms / r.limit_both_ms
+            print(
+                f"{name:14s} {num_ranks:4d}  {r.path:9s}  {division:12s} {r.limit_forward_ms:8.2f} "
+                f"{r.limit_both_ms:6.2f} {r.forward_ms:8.2f} {ratios[0]:.2f} {r.both_ms:8.2f} "
+                f"{ratios[1]:.2f} {r.exposed_forward_ms:10.2f} {r.exposed_both_ms:8.2f}"
+            )
+    if args.json:
+        args.json.write_text(json.dumps(records, indent=1))
+
+
+if __name__ == "__main__":
+    main()

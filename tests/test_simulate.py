@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The simulator: close to what was measured, and sensible where nothing was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from comet_ds.bench_layers import SHAPES, Shape
+from comet_ds.simulate import Cluster, main, predict
+
+# Device ms of forward and forward + backward, H200s of one host, 8192 tokens a rank.
+MEASURED = {
+    ("mixtral-8x7b", 2): (8.22, 24.40),
+    ("phi-3.5-moe", 2): (3.91, 11.36),
+    ("qwen2-moe", 2): (1.13, 3.17),
+    ("olmoe", 2): (1.57, 4.35),
+    ("qwen3-30b", 2): (1.33, 3.64),
+    ("mixtral-8x7b", 4): (8.50, 24.82),
+    ("qwen3-30b", 4): (1.56, 3.91),
+}
+
+
+@pytest.mark.parametrize("name, num_ranks", MEASURED)
+def test_close_to_measured(name: str, num_ranks: int) -> None:
+    found = predict(SHAPES[name], 8192, Cluster(num_ranks))
+    assert found.path == "fused"
+    expected = MEASURED[name, num_ranks]
+    assert (found.forward_ms, found.both_ms) == pytest.approx(expected, rel=0.15)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_no_prediction_is_below_its_limit(name: str) -> None:
+    for num_ranks in (1, 2, 4, 8):
+        for domain in (1, 8):
+            found = predict(SHAPES[name], 8192, Cluster(num_ranks, domain))
+            assert found.path == ("fused" if num_ranks <= domain else "pipelined")
+            assert found.forward_ms > found.limit_forward_ms
+            assert found.both_ms > found.limit_both_ms
+            exposed = found.exposed_forward_ms, found.exposed_both_ms - found.exposed_forward_ms
+            assert all((time > 0) == (num_ranks > 1) for time in exposed)
+
+
+def test_clusters() -> None:
+    """More ranks, a smaller domain and a slower network expose more; chunks hide."""
+    shape = Shape(2048, 1024, 1024, 8)
+    times = [predict(shape, 8192, Cluster(w, domain=72)).exposed_both_ms for w in (2, 8, 64)]
+    assert times == sorted(times)
+    near, far = (predict(shape, 8192, Cluster(64, domain)) for domain in (72, 8))
+    assert near.path == "fused" and far.path == "pipelined" and near.both_ms < far.both_ms
+    slow = predict(shape, 8192, Cluster(64, 8, nic_bytes=12.5e9))
+    assert slow.exposed_both_ms > far.exposed_both_ms
+    assert slow.limit_both_ms > far.limit_both_ms
+    wide = predict(Shape(4096, 14336, 1024, 8), 8192, Cluster(64, 8))
+    assert 1 < wide.division[0] <= 8
+    assert wide.exposed_both_ms / wide.both_ms < far.exposed_both_ms / far.both_ms
+    assert predict(shape, 8192, Cluster(1024, 8)).both_ms > far.both_ms
+
+
+def test_uneven_experts_are_refused() -> None:
+    with pytest.raises(ValueError, match="experts must be a multiple of ranks, got 8 and 3"):
+        predict(SHAPES["mixtral-8x7b"], 8192, Cluster(3))
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    output = tmp_path / "result.json"
+    main(["--shapes", "mixtral-8x7b", "--ranks", "2,3,8", "--domain", "4", "--json", str(output)])
+    two, three, eight = capsys.readouterr().out.splitlines()[1:]
+    assert "fused" in two and "no even spread of 8 experts" in three and "pipelined" in eight
+    records = json.loads(output.read_text())
+    assert [r["num_ranks"] for r in records] == [2, 8]
+    assert records[0]["both_ms"] == predict(SHAPES["mixtral-8x7b"], 8192, Cluster(2, 4)).both_ms
+    with pytest.raises(SystemExit):
+        main(["--ranks", "0"])
+    assert "must be positive" in capsys.readouterr().err
