@@ -164,14 +164,13 @@ class LocalDispatcher:
         sources = self._sources(tokens=tokens.data_ptr())
         return dispatch_own(sources, tokens, self.plan, self.kernels), None
 
-    def push(self, rows: Tensor, *, is_weighted: bool, flop_per_row: float) -> None:
+    def push(self, rows: Tensor, *, is_weighted: bool) -> None:
         """Return what has to run beside a GEMM before ``combine``, None if nothing.
 
         Args:
             rows: [R, H]; what ``combine`` sums. Weighted rows are those which the GEMM writes,
                 others are there before it.
             is_weighted: as in ``combine``.
-            flop_per_row: of the GEMM.
         """
 
     def combine(self, rows: Tensor, *, is_weighted: bool, is_pushed: bool = False) -> Tensor:
@@ -218,9 +217,11 @@ class PeerDispatcher:
         exchange: the group's.
         num_tokens: of every rank.
         capacities: most routes of a rank's tokens one expert keeps, by rank; None for no limit.
-        flop_per_row: of the GEMMs that read the rows of the first and of later dispatches.
-        hidden: H.
+        mlp: matrices of an expert that read a token, H and F.
         num_sms: of the GPU.
+
+    Attributes:
+        division: what goes on beside the layer's GEMMs.
     """
 
     has_peers = True
@@ -231,8 +232,7 @@ class PeerDispatcher:
         exchange: Exchange,
         num_tokens: tuple[int, ...],
         capacities: Sequence[int] | None,
-        flop_per_row: tuple[float, float],
-        hidden: int,
+        mlp: tuple[int, int, int],
         num_sms: int,
     ) -> None:
         self.exchange, self.kernels, self.num_sms = exchange, exchange.kernels, num_sms
@@ -242,12 +242,14 @@ class PeerDispatcher:
         ids = routing.topk_ids.new_empty(sum(num_tokens), self.top_k)
         block = self.kernels.row_block
         rows = max_rows(num_tokens, capacities, self.top_k, num_local, block)
+        num_ups, hidden, ffn = mlp
         # Activations have 2 bytes an element on this path.
         shape = (self.num_tokens, self.rank, self.top_k, num_local, 2 * hidden, num_sms)
-        self._traffic = Traffic.expected(*shape)
-        pulls = [self._traffic.pull(flop) for flop in flop_per_row]
-        self._pull_ctas = [pull.num_ctas for pull in pulls]
-        num_split = (0, *(pull.num_split for pull in pulls))
+        num_slices = -(-hidden // self.kernels.push_cols)
+        self.division = exchange.division or Traffic.expected(*shape).divide(
+            num_ups, 2 * hidden * ffn, num_slices
+        )
+        num_split = (0, self.division.pull.num_split, self.division.pull_grad.num_split)
         self.plan = RowPlan.empty(ids, num_local, rows, block, num_split)
         self._tables: dict[str, Tensor] | None = {
             "topk_ids": routing.topk_ids,
@@ -273,20 +275,17 @@ class PeerDispatcher:
             self.kernels.plan_rows(self._sources, self.plan.fields(), stream)
         rows = dispatch_own(self._sources, tokens, self.plan, self.kernels)
         num_blocks = self.plan.max_rows // self.kernels.row_block
-        num_ctas = self.exchange.num_ctas.get("pull") or self._pull_ctas[0 if tables else 1]
-        return rows, self._beside(rows, num_ctas, num_counters=num_blocks)
+        pull = self.division.pull if tables else self.division.pull_grad
+        return rows, self._beside(rows, pull.num_ctas, num_counters=num_blocks)
 
-    def push(self, rows: Tensor, *, is_weighted: bool, flop_per_row: float) -> object:
+    def push(self, rows: Tensor, *, is_weighted: bool) -> object:
         """As ``LocalDispatcher.push``."""
-        traffic, chosen = self._traffic, self.exchange.num_ctas
         if not is_weighted:
-            return self._beside(rows, chosen.get("push") or traffic.push(flop_per_row).num_ctas)
-        cols = self.kernels.push_cols
-        num_slices = -(-rows.shape[1] // cols)
-        num_ctas, first, _ = traffic.push_panels(flop_per_row, num_slices)
-        num_ctas, first = chosen.get("panels", num_ctas), chosen.get("first panel", first)
-        num_panels = 1 + num_slices - first
-        return self._beside(rows, num_ctas, num_counters=num_panels, first_panel=first * cols)
+            return self._beside(rows, self.division.push_grad.num_ctas)
+        push, cols = self.division.push, self.kernels.push_cols
+        num_panels = 1 + -(-rows.shape[1] // cols) - push.first_panel
+        first_panel = push.first_panel * cols
+        return self._beside(rows, push.num_ctas, num_counters=num_panels, first_panel=first_panel)
 
     def combine(self, rows: Tensor, *, is_weighted: bool, is_pushed: bool = False) -> Tensor:
         """As ``LocalDispatcher.combine``, with the rows on all ranks."""

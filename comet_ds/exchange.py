@@ -26,6 +26,7 @@ from torch import Tensor
 
 from comet_ds.agreement import RollCall
 from comet_ds.kernels import current_stream, load_kernels, why_no_kernels
+from comet_ds.overlap import Division
 
 # Blocks grow in steps of this, parts of a block start at multiples of ALIGNMENT.
 GROWTH_BYTES = 2**25
@@ -146,8 +147,7 @@ class Exchange:
     Attributes:
         timeout_s, timeout_ns: how long to wait on the GPU.
         late: [2] int64; ``LateWait`` of csrc/moe/exchange.h.
-        num_ctas: CTAs that "pull", "push", or push "panels" beside a GEMM, and how many slices
-            make the "first panel", where ``overlap.py`` is not to say.
+        division: what goes on beside a layer's GEMMs, where ``overlap.py`` is not to say.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class Exchange:
         # How often this rank has come to a meeting; what a GEMM's communication waited for in vain.
         state = torch.zeros(3, dtype=torch.int64, device=memory.block.device)
         self._epoch, self.late = state[:1], state[1:]
-        self.num_ctas: dict[str, int] = {}
+        self.division: Division | None = None
         self._last_stream: torch.cuda.Stream | None = None
         self._parts = functools.lru_cache(maxsize=64)(self._lay_out)
 

@@ -171,11 +171,6 @@ class ExpertGemm:
         self._ups = (0, 1) if weights.is_gated else (0,)
         self._nothing = weights.kernels.Communication()
 
-    @property
-    def flop_per_row(self) -> int:
-        """FLOP of one expert matrix for one row."""
-        return 2 * self.weights.hidden * self.weights.ffn
-
     def up(
         self,
         x: Tensor,

@@ -28,6 +28,7 @@ from comet_ds.expert_gemm import ALIGNMENT_BYTES, ExpertGemm, ExpertWeights, why
 from comet_ds.experts import ExpertMLP, RecognisedExperts
 from comet_ds.gate import Routing
 from comet_ds.kernels import current_stream, load_kernels, why_no_kernels
+from comet_ds.overlap import Division
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -37,12 +38,14 @@ class FusedExperts:
 
     Attributes:
         experts: the layer's modules; looked at again on every call.
+        division: what went on beside the last forward's GEMMs, None without other ranks.
     """
 
     def __init__(self, experts: Sequence[nn.Module]) -> None:
         self.experts = experts
         self._recognised = RecognisedExperts()
         self._weights: ExpertWeights | None = None
+        self.division: Division | None = None
 
     def __reduce__(self) -> tuple[type, tuple]:
         """Make tables anew in copies."""
@@ -115,10 +118,11 @@ class FusedExperts:
         if exchange is None:
             dispatcher = LocalDispatcher(routing, weights.kernels)
         else:
-            flop = 2 * weights.hidden * weights.ffn
-            flop_per_row = (flop * (1 + weights.is_gated), flop)
-            shape = (flop_per_row, weights.hidden, weights.num_sms)
-            dispatcher = PeerDispatcher(routing, exchange, num_tokens, capacities, *shape)
+            mlp = (1 + weights.is_gated, weights.hidden, weights.ffn)
+            dispatcher = PeerDispatcher(
+                routing, exchange, num_tokens, capacities, mlp, weights.num_sms
+            )
+            self.division = dispatcher.division
         inputs = (_aligned(x), routing.topk_weights, dispatcher, weights, has_backward)
         return _FusedMLP.apply(*inputs, *weights.parameters)
 
@@ -135,7 +139,6 @@ class _FusedMLP(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         gemm = ExpertGemm(weights, dispatcher.plan)
-        flop = gemm.flop_per_row
         rows, pull = dispatcher.dispatch(x)
         hidden = x.new_empty(dispatcher.plan.max_rows, weights.ffn)
         pre = None
@@ -146,7 +149,7 @@ class _FusedMLP(torch.autograd.Function):
             ctx.save_for_backward(rows, *pre)
         gemm.up(rows, hidden, pre, beside=pull)
         y = torch.empty_like(rows)
-        push = dispatcher.push(y, is_weighted=True, flop_per_row=flop)
+        push = dispatcher.push(y, is_weighted=True)
         gemm.down(hidden, y, beside=push)
         return dispatcher.combine(y, is_weighted=True, is_pushed=push is not None)
 
@@ -158,7 +161,6 @@ class _FusedMLP(torch.autograd.Function):
         _check_unchanged(weights, ctx.versions)
         gemm = ExpertGemm(weights, dispatcher.plan)
         needs_parameters = any(ctx.needs_input_grad[5:])
-        flop = gemm.flop_per_row
         dy, pull = dispatcher.dispatch(_aligned(grad))
         # Nobody reads the pre-activations again, unless the graph is kept: their gradients take
         # their place.
@@ -178,7 +180,7 @@ class _FusedMLP(torch.autograd.Function):
             dx = torch.empty_like(rows)
             gemm.up_grad(dpre, dx)
             if needs_parameters:
-                push = dispatcher.push(dx, is_weighted=False, flop_per_row=flop)
+                push = dispatcher.push(dx, is_weighted=False)
             if push is None:
                 grad_x = dispatcher.combine(dx, is_weighted=False)
                 del dx

@@ -52,6 +52,15 @@ class Push(NamedTuple):
     seconds: float
 
 
+class Division(NamedTuple):
+    """What goes on beside the GEMMs of a layer: up, down, and backward through them."""
+
+    pull: Pull
+    push: Push
+    pull_grad: Pull
+    push_grad: Push
+
+
 @dataclass(frozen=True)
 class Traffic:
     """What one direction moves between this rank and the others, as expected of a uniform routing.
@@ -92,6 +101,21 @@ class Traffic:
         return cls(num_sms, num_ranks, num_experts, *moved, total * share, token_bytes)
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 - keeps small values; asked every forward
+    def divide(self, num_ups: int, flop_per_row: float, num_slices: int) -> Division:
+        """Choose for all GEMMs of a layer.
+
+        Args:
+            num_ups: matrices that read a token: 2 where gated.
+            flop_per_row: of one matrix.
+            num_slices: slices of a row.
+        """
+        return Division(
+            self.pull(num_ups * flop_per_row),
+            self.push_panels(flop_per_row, num_slices),
+            self.pull(flop_per_row),
+            self.push(flop_per_row),
+        )
+
     def pull(self, flop_per_row: float) -> Pull:
         """Choose for pulling beside a GEMM of so many FLOP a row.
 
@@ -113,7 +137,6 @@ class Traffic:
         best = self._best(cost)
         return Pull(best, math.ceil(share(best) * self.num_experts), cost(best) - gemm)
 
-    @functools.lru_cache(maxsize=256)  # noqa: B019
     def push(self, flop_per_row: float) -> Push:
         """Choose for pushing sums of rows that are there, beside a GEMM of so many FLOP a row.
 
@@ -128,7 +151,6 @@ class Traffic:
         best = self._best(cost)
         return Push(best, 0, cost(best) - gemm)
 
-    @functools.lru_cache(maxsize=256)  # noqa: B019
     def push_panels(self, flop_per_row: float, num_slices: int) -> Push:
         """Choose for pushing sums of what a GEMM computes, slice by slice of its columns.
 

@@ -6,9 +6,9 @@
 
 One H200 a rank, bf16, an even routing. The fused path runs where the expert parallel group lies in
 one NVLink domain, the pipelined one elsewhere. Printed are forward and forward + backward, what of
-it is communication that computation does not hide ("exposed"), and the division point: CTAs that
-begin with pulling (forward, backward), pushing outputs and pushing gradients, or the chunks that
-are fastest. The limit is the larger of FLOP at ``PEAK_FLOPS`` and bytes at the link's rate.
+it is communication that computation does not hide ("exposed"), and the division points: CTAs that
+communicate beside up, down and backward through down and up, or the chunks that are fastest. The
+limit is the larger of FLOP at ``PEAK_FLOPS`` and bytes at the link's rate.
 
 Measured are the rates of one H200, and of the fused path with 2 and 4; the rest is simulated. What
 ``comet_ds.overlap`` decides at run time comes from the same model.
@@ -71,8 +71,8 @@ class Prediction:
 
     Attributes:
         path: that was simulated.
-        division: CTAs that begin with pulling in forward and backward, that push outputs and
-            gradients; or chunks.
+        division: CTAs that communicate beside up, down, and backward through down and up; or
+            chunks.
         limit_forward_ms, limit_both_ms: no layer is faster.
         forward_ms, both_ms: its times.
         exposed_forward_ms, exposed_both_ms: of these, communication that is not hidden.
@@ -169,9 +169,7 @@ def _fused(layer: _Layer) -> tuple[str, tuple[int, ...], float, float, tuple[flo
     shape, traffic = layer.shape, layer.traffic
     is_alone = layer.cluster.num_ranks == 1
     flop = layer.flop_per_row
-    pull, pull_grad = traffic.pull(layer.num_ups * flop), traffic.pull(flop)
-    panels = traffic.push_panels(flop, -(-shape.hidden // SLICE_COLS))
-    push = traffic.push(flop)
+    division = traffic.divide(layer.num_ups, flop, -(-shape.hidden // SLICE_COLS))
     own_rows = layer.row_bytes / layer.cluster.num_ranks
     own = layer.num_tokens * layer.token_bytes
     slots = traffic.tokens * layer.token_bytes
@@ -181,7 +179,10 @@ def _fused(layer: _Layer) -> tuple[str, tuple[int, ...], float, float, tuple[flo
     moves = moves / MEMORY_BYTES
     plan = 20e-6 + 1e-10 * layer.rows
     launches = 12 * LAUNCH_SECONDS
-    beside = (pull.seconds + panels.seconds, pull_grad.seconds + push.seconds)
+    beside = (
+        division.pull.seconds + division.push.seconds,
+        division.pull_grad.seconds + division.push_grad.seconds,
+    )
     if is_alone:
         beside = (0.0, 0.0)
     gemms, gate = layer.gemms(), layer.gate()
@@ -189,8 +190,8 @@ def _fused(layer: _Layer) -> tuple[str, tuple[int, ...], float, float, tuple[flo
     dots = 2e-10 * layer.rows
     backward = gate[1] + dots + moves + gemms[1] + launches + exchange + beside[1]
     exposed = exchange + beside[0], exchange + beside[1]
-    division = (pull.num_ctas, pull_grad.num_ctas, panels.num_ctas, push.num_ctas)
-    return "fused", () if is_alone else division, forward, backward, exposed
+    num_ctas = () if is_alone else tuple(choice.num_ctas for choice in division)
+    return "fused", num_ctas, forward, backward, exposed
 
 
 def _pipelined(layer: _Layer) -> tuple[str, tuple[int, ...], float, float, tuple[float, float]]:

@@ -315,20 +315,22 @@ def test_max_rows(num_experts: int, capacity: int | None) -> None:
             assert ((rows + 127) // 128 * 128).sum() <= bound
 
 
-def test_communicating_ctas() -> None:
+def test_division_points() -> None:
     """Even, some, never most; more where there is more to move and less to compute."""
     fine = Traffic.expected((8192, 8192), 0, 8, 64, 4096, 132)
     assert fine.rows == 8192 * 4 and 8192 * 0.99 < fine.tokens < 8192
-    for flop in (0.0, 1e6, 1e8):  # a row
-        for choice in (fine.pull(flop), fine.push(flop), fine.push_panels(flop, 4)):
-            assert choice.num_ctas % 2 == 0 and 2 <= choice.num_ctas <= 66
-            assert choice.seconds > 0
-    assert fine.pull(1e6).num_split > fine.pull(1e8).num_split > 0
-    assert fine.pull(0.0).num_split == 64
-    assert fine.push(1e6).num_ctas > fine.push(1e8).num_ctas
     for num_slices in (1, 4, 8):
-        for flop in (0.0, 3e6, 1e9):
-            assert 1 <= fine.push_panels(flop, num_slices).first_panel <= num_slices
+        for flop in (0.0, 1e6, 1e8):  # a row
+            division = fine.divide(2, flop, num_slices)
+            for choice in division:
+                assert choice.num_ctas % 2 == 0 and 2 <= choice.num_ctas <= 66
+                assert choice.seconds > 0
+            assert 1 <= division.push.first_panel <= num_slices
+            assert division.push_grad.first_panel == 0
+            assert 0 < division.pull.num_split <= division.pull_grad.num_split <= 64
+    few, many = (fine.divide(2, flop, 4) for flop in (1e8, 1e6))
+    assert many.pull.num_split > few.pull.num_split
+    assert many.push_grad.num_ctas > few.push_grad.num_ctas
 
 
 FACTS = {"rank": 0, "host": ("a", "1"), "device": "x", "out of reach": ["z"], "reason": None}
