@@ -51,7 +51,8 @@ setup(
         "wandb",
     ],
     extras_require={
-        "test": ["build", "pytest>=8", "ruff", "setuptools>=77", "tensorboard"],
+        "dashboard": ["wandb-workspaces"],
+        "test": ["build", "pytest>=8", "ruff", "setuptools>=77", "tensorboard", "wandb-workspaces"],
         "examples": ["tqdm"],
     },
 )

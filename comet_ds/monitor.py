@@ -1,20 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Throughput and per-layer metrics, written through DeepSpeed's own monitor.
 
-Labels, at the x-axis value DeepSpeed uses (``engine.global_samples``):
-
-    comet_ds/tokens_per_s               tokens of all data parallel ranks per second
-    comet_ds/step_time_ms               wall time of a step
-    comet_ds/layer_<i>/path             0 reference, 1 pipelined, 2 fused
-    comet_ds/layer_<i>/l_aux            auxiliary loss, mean over the ranks
-    comet_ds/layer_<i>/load_imbalance   rows of the fullest expert over the mean
-    comet_ds/layer_<i>/dropped_share    routes dropped over routes wanted
-    comet_ds/layer_<i>/rows_received    rows that reached this rank's experts
+Labels are ``comet_ds/<name>`` for ``RUN_METRICS`` and ``comet_ds/layer_<i>/<name>`` for
+``LAYER_METRICS``, at the x-axis value DeepSpeed uses (``engine.global_samples``). <i> counts the
+MoE layers of rank 0's pipeline stage.
 
 Throughput is the mean since the last write; tokens are counted at the first MoE layer, of either
 class, and are not written where there is none. Layer values are those of comet_ds layers in the
-last forward before the write, over rank 0's expert parallel group. <i> counts the MoE layers of
-rank 0's pipeline stage.
+last forward before the write, over rank 0's expert parallel group.
+
+A W&B run is also told which MoE layer it has (``comet_ds`` in its config), to group and compare by.
 """
 
 from __future__ import annotations
@@ -31,6 +26,27 @@ from torch import Tensor, nn
 
 from comet_ds.agreement import agree_on_setup
 from comet_ds.layer import MOELayer
+
+RUN_METRICS = {
+    "tokens_per_s": "tokens of all data parallel ranks per second",
+    "tflops_per_gpu": "TFLOP/s of a GPU: 6 FLOP a token and active parameter, no attention scores",
+    "model_flop_utilisation": "tflops_per_gpu over the GPU's dense bf16 peak, where that is known",
+    "step_time_ms": "wall time of a step, ms",
+}
+LAYER_METRICS = {
+    "path": "0 reference, 1 pipelined, 2 fused",
+    "l_aux": "auxiliary loss, mean over the ranks",
+    "load_imbalance": "rows of the fullest expert over the mean",
+    "dropped_share": "routes dropped over routes wanted",
+    "rows_received": "rows that reached this rank's experts",
+    "pull_ctas": "fused between ranks: CTAs that begin with pulling tokens, forward",
+    "push_ctas": "fused between ranks: CTAs set apart to push outputs",
+    "pull_grad_ctas": "fused between ranks: as pull_ctas, backward",
+    "push_grad_ctas": "fused between ranks: CTAs that begin with pushing gradients",
+}
+
+# Dense bf16 peak by what a device's name has in it, FLOP/s. Source: NVIDIA's data sheets.
+DEVICE_FLOPS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12}
 
 PATH_CODES = {"reference": 0, "pipelined": 1, "fused": 2}
 DEFAULT_INTERVAL = 10
@@ -77,6 +93,33 @@ class TokenCounter:
             self.num_tokens += hidden_states.shape[:-1].numel()
 
 
+def flop_per_token(module: nn.Module) -> float:
+    """Return the FLOP of forward and backward a token takes in a rank's part of a model.
+
+    2 a parameter forward, 2 for its gradient, 2 for the input's; of experts as many as a token is
+    routed to. Embeddings that no linear layer shares, biases and norms count nothing, nor do
+    attention scores and what activation checkpointing runs again.
+    """
+    share: dict[int, float] = {}
+    linears = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)}
+    for child in module.modules():
+        if isinstance(child, nn.Embedding) and id(child.weight) not in linears:
+            share[id(child.weight)] = 0.0
+        if isinstance(child, DeepSpeedMoE):
+            per_expert = child.deepspeed_moe.gate.k / child.num_local_experts
+            share |= {id(p): per_expert for p in child.deepspeed_moe.experts.parameters()}
+    matrices = [p for p in module.parameters() if p.dim() >= 2]
+    return sum((4 + 2 * p.requires_grad) * p.numel() * share.get(id(p), 1.0) for p in matrices)
+
+
+def device_flops(device: torch.device) -> float | None:
+    """Return a device's dense bf16 peak in FLOP/s, None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for key, flops in DEVICE_FLOPS.items() if key in name), None)
+
+
 class MetricsWriter:
     """Writes an event per metric every ``interval`` optimizer steps.
 
@@ -89,6 +132,10 @@ class MetricsWriter:
         modules = [m for m in engine.module.modules() if isinstance(m, DeepSpeedMoE)]
         self.layers = [m.deepspeed_moe for m in modules]
         self._counter = TokenCounter(modules[0]) if modules else None
+        self._flop_per_token = flop_per_token(engine.module)
+        self._device_flops = device_flops(torch.device(engine.device))
+        if modules and dist.get_rank() == 0:
+            self._describe_run(modules[0])
         self._num_steps = 0
         self._since = time.perf_counter()
         # Both DeepSpeed's engine and its pipeline engine take their optimizer step here.
@@ -115,13 +162,35 @@ class MetricsWriter:
         total = int(num_tokens)  # waits for the device, so the time is read behind it
         now = time.perf_counter()
         seconds = now - self._since
+        values = {"step_time_ms": 1e3 * seconds / max(self._num_steps, 1)}
         if total:
-            events.append(("comet_ds/tokens_per_s", total / seconds, step))
-        events.append(("comet_ds/step_time_ms", 1e3 * seconds / max(self._num_steps, 1), step))
+            num_replicas = dist.get_world_size(group=groups._get_data_parallel_group())
+            flops = self._flop_per_token * total / num_replicas / seconds
+            values |= {"tokens_per_s": total / seconds, "tflops_per_gpu": flops / 1e12}
+            if self._device_flops:
+                values["model_flop_utilisation"] = flops / self._device_flops
+        events += [(f"comet_ds/{name}", value, step) for name, value in values.items()]
         self._since, self._num_steps = now, 0
         if self._counter:
             self._counter.num_tokens = 0
         self.engine.monitor.write_events(events)
+
+    def _describe_run(self, moe: DeepSpeedMoE) -> None:
+        """Tell a W&B run what it runs."""
+        monitor = self.engine.monitor.wandb_monitor
+        if monitor is None or not monitor.enabled:
+            return
+        import wandb
+
+        facts = {
+            "moe": "comet_ds" if isinstance(moe.deepspeed_moe, MOELayer) else "deepspeed",
+            "num_moe_layers": len(self.layers),
+            "num_experts": moe.num_experts,
+            "top_k": moe.deepspeed_moe.gate.k,
+            "ep_size": moe.ep_size,
+            "world_size": dist.get_world_size(),
+        }
+        wandb.run.config.update({"comet_ds": facts}, allow_val_change=True)
 
 
 def _layer_metrics(layer: MOELayer) -> dict[str, float]:
@@ -149,4 +218,13 @@ def _layer_metrics(layer: MOELayer) -> dict[str, float]:
         "load_imbalance": max(rows) * num_experts / total if total else 0.0,
         "dropped_share": 1 - total / wanted if wanted else 0.0,
         "rows_received": received,
+        **_division(layer),
     }
+
+
+def _division(layer: MOELayer) -> dict[str, float]:
+    """Return the CTAs that communicate, where the last forward had any."""
+    division = layer.fused.division
+    if layer.path != "fused" or division is None:
+        return {}
+    return {f"{what}_ctas": choice.num_ctas for what, choice in division._asdict().items()}

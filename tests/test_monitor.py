@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from parity import HIDDEN as MOE_HIDDEN
 from parity import build
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import NUM_EXPERTS, build_engine, config, train
 
 import comet_ds
-from comet_ds.monitor import TokenCounter
+from comet_ds.monitor import RUN_METRICS, TokenCounter, flop_per_token
 
 INTERVAL, STEPS = 2, 6
 TOKENS_PER_STEP = 2 * 2 * 12  # ranks, batch, sequence
@@ -50,6 +51,7 @@ def logged_values(rank: int, size: int, settings: dict, folder: str) -> dict:
         expected[f"comet_ds/layer_{index}/dropped_share"] = 1 - rows.sum().item() / wanted
         expected[f"comet_ds/layer_{index}/rows_received"] = own
         assert 0 < expected[f"comet_ds/layer_{index}/dropped_share"] < 0.6
+    expected["flop_per_token"] = flop_per_token(engine.module)
     if rank == 0 and "wandb" in settings:
         import wandb
 
@@ -59,13 +61,16 @@ def logged_values(rank: int, size: int, settings: dict, folder: str) -> dict:
 
 def check_history(history: dict[str, dict[int, float]], expected: dict[str, float]) -> None:
     """``history`` maps label to {global_samples: value}."""
+    flop = expected.pop("flop_per_token")
     steps = [2 * 2 * i for i in range(INTERVAL, STEPS + 1, INTERVAL)]
     for label, value in expected.items():
         assert list(history[label]) == steps, label
         assert history[label][steps[-1]] == pytest.approx(value, rel=1e-6), label
     rate, time = history["comet_ds/tokens_per_s"], history["comet_ds/step_time_ms"]
-    assert list(rate) == list(time) == steps
+    tflops = history["comet_ds/tflops_per_gpu"]
+    assert list(rate) == list(time) == list(tflops) == steps
     for step in steps:
+        assert tflops[step] == pytest.approx(flop * rate[step] / 2 / 1e12, rel=1e-6)
         # Two views of one interval: tokens a step over seconds a step.
         assert rate[step] == pytest.approx(TOKENS_PER_STEP / (time[step] / 1e3), rel=1e-6)
     assert list(history["Train/Samples/lr"])[-1] == steps[-1]  # DeepSpeed's own x-axis
@@ -75,7 +80,9 @@ def test_csv(world, tmp_path: Path) -> None:
     settings = {"csv_monitor": {"enabled": True, "output_path": str(tmp_path), "job_name": "run"}}
     expected = world(2).run(logged_values, settings, str(tmp_path))[0]
     history = {}
-    for label in [*expected, "comet_ds/tokens_per_s", "comet_ds/step_time_ms", "Train/Samples/lr"]:
+    names = [name for name in RUN_METRICS if name != "model_flop_utilisation"]  # a GPU's
+    labels = [label for label in expected if label != "flop_per_token"]
+    for label in [*labels, *(f"comet_ds/{name}" for name in names), "Train/Samples/lr"]:
         with open(tmp_path / "run" / (label.replace("/", "_") + ".csv")) as file:
             rows = list(csv.reader(file))[1:]
         history[label] = {int(step): float(value) for step, value in rows}
@@ -109,7 +116,7 @@ def test_wandb(world, tmp_path: Path) -> None:
     settings = {"wandb": {"enabled": True, "project": "comet_ds"}}
     expected = world(2).run(logged_values, settings, str(tmp_path))[0]
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    history = defaultdict(dict)
+    history, told = defaultdict(dict), {}
     for data in read_records(file.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
@@ -117,10 +124,37 @@ def test_wandb(world, tmp_path: Path) -> None:
             "/".join(i.nested_key) if i.nested_key else i.key: json.loads(i.value_json)
             for i in record.history.item
         }
+        told |= {item.key: json.loads(item.value_json) for item in record.config.update}
         for label, value in items.items():
             if not label.startswith("_"):
                 history[label][items["_step"]] = value
     check_history(history, expected)
+    assert told["comet_ds"] == {
+        "moe": "comet_ds",
+        "num_moe_layers": 2,
+        "num_experts": NUM_EXPERTS,
+        "top_k": 2,
+        "ep_size": 2,
+        "world_size": 2,
+    }
+
+
+def test_flop_per_token() -> None:
+    """6 a matrix element, 4 where it is frozen; of experts those a token goes to."""
+    moe = build(comet_ds.MoE, 0, k=2)
+    expert = moe.deepspeed_moe.experts.deepspeed_experts[0]
+    per_expert = sum(p.numel() for p in expert.parameters() if p.dim() == 2)
+    gate = moe.deepspeed_moe.gate.wg.weight.numel()
+    head = torch.nn.Linear(MOE_HIDDEN, 100)
+    embedding = torch.nn.Embedding(100, MOE_HIDDEN)
+    model = torch.nn.ModuleList([embedding, moe, torch.nn.LayerNorm(MOE_HIDDEN), head])
+    assert flop_per_token(model) == 6 * (2 * per_expert + gate + 100 * MOE_HIDDEN)
+    head.weight = embedding.weight
+    assert flop_per_token(model) == 6 * (2 * per_expert + gate + 100 * MOE_HIDDEN)
+    moe.deepspeed_moe.experts.requires_grad_(False)
+    assert flop_per_token(model) == 8 * per_expert + 6 * (gate + 100 * MOE_HIDDEN)
+    theirs = build(DeepSpeedMoE, 0, k=2)
+    assert flop_per_token(theirs) == 6 * (2 * per_expert + gate)
 
 
 class CountReads(TorchDispatchMode):
