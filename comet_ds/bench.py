@@ -26,23 +26,27 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
-import socket
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.nn.functional as F
 from deepspeed import comm as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from torch import Tensor
 
-from comet_ds.bench_layers import AutoEP, Shape, add_shape_arguments, build, parse_shapes
+from comet_ds.bench_layers import (
+    AutoEP,
+    Shape,
+    add_shape_arguments,
+    build,
+    launch_ranks,
+    parse_shapes,
+    step,
+)
 from comet_ds.dispatcher import LocalDispatcher
 from comet_ds.expert_gemm import ExpertGemm
 from comet_ds.gate import Routing
@@ -53,17 +57,6 @@ from comet_ds.timing import Timer, time_functions
 # Our error against fp32 may be this many times DeepSpeed's.
 ERROR_RATIO = 1.5
 MIB = 2**20
-
-
-def step(
-    layer: DeepSpeedMoE, x: Tensor, grad: Tensor, middle: Callable[[], Any] = lambda: None
-) -> list[Tensor]:
-    """Run forward and backward, call ``middle`` between; return output and input gradient."""
-    x = x.detach().requires_grad_()
-    output, l_aux, _ = layer(x)
-    middle()
-    torch.autograd.backward([output, l_aux], [grad, torch.ones_like(l_aux)])
-    return [output.detach(), x.grad]
 
 
 def check(layers: dict[str, DeepSpeedMoE], shape: Shape, x: Tensor, grad: Tensor) -> dict[str, Any]:
@@ -354,18 +347,7 @@ def main() -> None:
     shapes = parse_shapes(parser, args)
     if not torch.cuda.is_available():
         parser.error("timing needs a CUDA device")
-    if "RANK" not in os.environ and args.ranks > 1:
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(args.ranks)]
-        command = [sys.executable, *launcher, "-m", "comet_ds.bench", *sys.argv[1:]]
-        os.execv(sys.executable, command)
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    deepspeed.init_distributed()
+    launch_ranks("comet_ds.bench", args.ranks)
     device, num_ranks = torch.cuda.get_device_name(), dist.get_world_size()
     if dist.get_rank() == 0:
         print(f"{num_ranks} x {device}, torch {torch.__version__}, medians of {args.num_runs}")

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers that ``comet_ds.bench`` compares, and their shapes."""
+"""The layers that ``comet_ds.bench`` and ``comet_ds.tune`` time, their shapes, and the ranks."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import socket
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import deepspeed
 import torch
 import torch.nn.functional as F
 from deepspeed import comm as dist
@@ -68,6 +73,27 @@ def parse_shapes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> d
     return {name: SHAPES[name] for name in args.shapes.split(",")}
 
 
+def launch_ranks(module: str, num_ranks: int) -> None:
+    """Make this process a rank of so many, a GPU each; it starts them where it is not one yet.
+
+    Args:
+        module: what runs on the ranks, with this process's arguments.
+        num_ranks: of this host.
+    """
+    if "RANK" not in os.environ and num_ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(num_ranks)]
+        command = [sys.executable, *launcher, "-m", module, *sys.argv[1:]]
+        os.execv(sys.executable, command)
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    deepspeed.init_distributed()
+
+
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)), without biases."""
 
@@ -113,6 +139,17 @@ def build(
             param.copy_(torch.randn_like(param) * param.shape[-1] ** -0.5)
     layer.to(torch.bfloat16).set_deepspeed_parallelism()
     return layer
+
+
+def step(
+    layer: DeepSpeedMoE, x: Tensor, grad: Tensor, middle: Callable[[], Any] = lambda: None
+) -> list[Tensor]:
+    """Run forward and backward, call ``middle`` between; return output and input gradient."""
+    x = x.detach().requires_grad_()
+    output, l_aux, _ = layer(x)
+    middle()
+    torch.autograd.backward([output, l_aux], [grad, torch.ones_like(l_aux)])
+    return [output.detach(), x.grad]
 
 
 class AutoEP(nn.Module):

@@ -25,6 +25,7 @@ class CometConfig(BaseModel):
         exact_gate: compute gate logits with DeepSpeed's own operation everywhere; see ``TopKGate``.
         grouped_gemm: use torch's grouped GEMM where it applies (path "pipelined").
         timeout_s: seconds to wait for another rank of the expert parallel group (path "fused").
+        tuning_table: file of ``comet_ds.tune``; None takes the user's (path "fused").
         metrics: write metrics to DeepSpeed's monitor when one is enabled.
         metrics_interval: steps between two writes; None takes DeepSpeed's steps_per_print.
     """
@@ -36,6 +37,7 @@ class CometConfig(BaseModel):
     exact_gate: bool = False
     grouped_gemm: bool = True
     timeout_s: float = Field(default=600, gt=0, le=10**6)
+    tuning_table: str | None = None
     metrics: bool = True
     metrics_interval: int | None = Field(default=None, ge=1)
 

@@ -18,7 +18,7 @@ from comet_ds.exchange import CallShape, Exchange, Meeting
 from comet_ds.expert_gemm import ExpertRows
 from comet_ds.gate import Routing
 from comet_ds.kernels import current_stream
-from comet_ds.overlap import Traffic
+from comet_ds.overlap import Division
 from comet_ds.row_ops import DTYPE_CODES, sum_rows
 
 
@@ -217,11 +217,8 @@ class PeerDispatcher:
         exchange: the group's.
         num_tokens: of every rank.
         capacities: most routes of a rank's tokens one expert keeps, by rank; None for no limit.
-        mlp: matrices of an expert that read a token, H and F.
-        num_sms: of the GPU.
-
-    Attributes:
         division: what goes on beside the layer's GEMMs.
+        num_sms: of the GPU.
     """
 
     has_peers = True
@@ -232,7 +229,7 @@ class PeerDispatcher:
         exchange: Exchange,
         num_tokens: tuple[int, ...],
         capacities: Sequence[int] | None,
-        mlp: tuple[int, int, int],
+        division: Division,
         num_sms: int,
     ) -> None:
         self.exchange, self.kernels, self.num_sms = exchange, exchange.kernels, num_sms
@@ -242,14 +239,8 @@ class PeerDispatcher:
         ids = routing.topk_ids.new_empty(sum(num_tokens), self.top_k)
         block = self.kernels.row_block
         rows = max_rows(num_tokens, capacities, self.top_k, num_local, block)
-        num_ups, hidden, ffn = mlp
-        # Activations have 2 bytes an element on this path.
-        shape = (self.num_tokens, self.rank, self.top_k, num_local, 2 * hidden, num_sms)
-        num_slices = -(-hidden // self.kernels.push_cols)
-        self.division = exchange.division or Traffic.expected(*shape).divide(
-            num_ups, 2 * hidden * ffn, num_slices
-        )
-        num_split = (0, self.division.pull.num_split, self.division.pull_grad.num_split)
+        self.division = division
+        num_split = (0, division.pull.num_split, division.pull_grad.num_split)
         self.plan = RowPlan.empty(ids, num_local, rows, block, num_split)
         self._tables: dict[str, Tensor] | None = {
             "topk_ids": routing.topk_ids,

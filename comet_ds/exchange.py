@@ -25,8 +25,10 @@ from deepspeed import comm as dist
 from torch import Tensor
 
 from comet_ds.agreement import RollCall
+from comet_ds.config import CometConfig
 from comet_ds.kernels import current_stream, load_kernels, why_no_kernels
-from comet_ds.overlap import Division
+from comet_ds.overlap import Division, LayerShape, divide
+from comet_ds.tuning import TuningTable, default_path, read
 
 # Blocks grow in steps of this, parts of a block start at multiples of ALIGNMENT.
 GROWTH_BYTES = 2**25
@@ -143,11 +145,14 @@ class Exchange:
         kernels: the compiled kernels.
         roll_call: the group's; None where the caller knows the number of tokens of every rank.
         timeout_s: how long to wait for another rank on the GPU.
+        table: division points that were measured.
 
     Attributes:
         timeout_s, timeout_ns: how long to wait on the GPU.
         late: [2] int64; ``LateWait`` of csrc/moe/exchange.h.
-        division: what goes on beside a layer's GEMMs, where ``overlap.py`` is not to say.
+        table: division points that were measured.
+        division: points for all layers, in place of those and the cost model's.
+        origin: the GPU's name and the kernels' fingerprint, which measured points belong to.
     """
 
     def __init__(
@@ -156,8 +161,12 @@ class Exchange:
         kernels: ModuleType,
         roll_call: RollCall | None = None,
         timeout_s: float = 600,
+        table: TuningTable | None = None,
     ) -> None:
         self.memory, self.kernels, self.roll_call = memory, kernels, roll_call
+        self.table = table or TuningTable()
+        device_name = torch.cuda.get_device_name(memory.block.device)
+        self.origin = (device_name, kernels.fingerprint)
         self.timeout_s, self.timeout_ns = timeout_s, int(timeout_s * 1e9)
         # How often this rank has come to a meeting; what a GEMM's communication waited for in vain.
         state = torch.zeros(3, dtype=torch.int64, device=memory.block.device)
@@ -165,6 +174,17 @@ class Exchange:
         self.division: Division | None = None
         self._last_stream: torch.cuda.Stream | None = None
         self._parts = functools.lru_cache(maxsize=64)(self._lay_out)
+        self._divide = functools.lru_cache(maxsize=256)(self._look_up)
+
+    def divide(self, shape: LayerShape) -> Division:
+        """Return the division points of a layer: measured ones, else the cost model's."""
+        if self.division is not None:
+            return self.division
+        return self._divide(shape)
+
+    def _look_up(self, shape: LayerShape) -> Division:
+        found = self.table.find(shape, *self.origin)
+        return found or divide(shape)
 
     def parts(self, call: CallShape) -> dict[str, list[int]]:
         """Return the addresses of every part of the block, by rank.
@@ -229,7 +249,7 @@ class Exchange:
 _exchanges: WeakKeyDictionary[Any, Exchange | str] = WeakKeyDictionary()
 
 
-def connect(group: Any, device: torch.device, timeout_s: float) -> Exchange | str:
+def connect(group: Any, device: torch.device, config: CometConfig) -> Exchange | str:
     """Return the exchange of a group, or why it has none: the same on all ranks.
 
     Collective over the group in the first call.
@@ -241,32 +261,38 @@ def connect(group: Any, device: torch.device, timeout_s: float) -> Exchange | st
     if group not in _exchanges:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError("run the layer once before a CUDA graph captures it")
-        _exchanges[group] = _connect(group, device, timeout_s)
+        _exchanges[group] = _connect(group, device, config)
     found = _exchanges[group]
-    if isinstance(found, Exchange) and found.timeout_s != timeout_s:
+    if isinstance(found, Exchange) and found.timeout_s != config.timeout_s:
         raise ValueError(
             f"timeout_s must be the same for all layers of an expert parallel group, got "
-            f"{found.timeout_s:g} and {timeout_s:g}"
+            f"{found.timeout_s:g} and {config.timeout_s:g}"
         )
     return found
 
 
-def _connect(group: Any, device: torch.device, timeout_s: float) -> Exchange | str:
+def exchange_of(group: Any) -> Exchange:
+    """Return the exchange of a group that has one."""
+    return _exchanges[group]
+
+
+def _connect(group: Any, device: torch.device, config: CometConfig) -> Exchange | str:
     kernels = load_kernels(device)
     facts: list[Any] = [None] * dist.get_world_size(group=group)
-    torch.distributed.all_gather_object(facts, _own_facts(device), group=group)
+    torch.distributed.all_gather_object(facts, _own_facts(device, config), group=group)
     if reason := _why_not_connected(facts, kernels.max_ranks if kernels else 0):
         return reason
     try:
         memory = SymmetricMemory(group, device)
         memory.reserve(GROWTH_BYTES)
-        roll_call = RollCall(group, timeout_s)
+        roll_call = RollCall(group, config.timeout_s)
     except RuntimeError as error:  # the same on all ranks
         return str(error)
-    return Exchange(memory, kernels, roll_call, timeout_s)
+    table = TuningTable(facts[0]["entries"])
+    return Exchange(memory, kernels, roll_call, config.timeout_s, table)
 
 
-def _own_facts(device: torch.device) -> dict[str, Any]:
+def _own_facts(device: torch.device, config: CometConfig) -> dict[str, Any]:
     """Return what the ranks of a group have to know of each other."""
     names = [
         str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())
@@ -282,6 +308,7 @@ def _own_facts(device: torch.device) -> dict[str, Any]:
             if i != own and not torch.cuda.can_device_access_peer(own, i)
         ],
         "reason": why_no_kernels() and f"it has no kernels: {why_no_kernels()}",
+        "entries": read(Path(config.tuning_table or default_path())),
     }
 
 

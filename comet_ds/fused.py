@@ -28,7 +28,7 @@ from comet_ds.expert_gemm import ALIGNMENT_BYTES, ExpertGemm, ExpertWeights, why
 from comet_ds.experts import ExpertMLP, RecognisedExperts
 from comet_ds.gate import Routing
 from comet_ds.kernels import current_stream, load_kernels, why_no_kernels
-from comet_ds.overlap import Division
+from comet_ds.overlap import Division, LayerShape
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -38,13 +38,15 @@ class FusedExperts:
 
     Attributes:
         experts: the layer's modules; looked at again on every call.
-        division: what went on beside the last forward's GEMMs, None without other ranks.
+        shape, division: what the last forward's division points were chosen for, and they; None
+            without other ranks.
     """
 
     def __init__(self, experts: Sequence[nn.Module]) -> None:
         self.experts = experts
         self._recognised = RecognisedExperts()
         self._weights: ExpertWeights | None = None
+        self.shape: LayerShape | None = None
         self.division: Division | None = None
 
     def __reduce__(self) -> tuple[type, tuple]:
@@ -118,11 +120,21 @@ class FusedExperts:
         if exchange is None:
             dispatcher = LocalDispatcher(routing, weights.kernels)
         else:
-            mlp = (1 + weights.is_gated, weights.hidden, weights.ffn)
-            dispatcher = PeerDispatcher(
-                routing, exchange, num_tokens, capacities, mlp, weights.num_sms
+            self.shape = LayerShape(
+                num_tokens,
+                exchange.memory.rank,
+                routing.topk_ids.shape[1],
+                routing.exp_counts.numel(),
+                1 + weights.is_gated,
+                weights.hidden,
+                weights.ffn,
+                str(weights.dtype).removeprefix("torch."),
+                weights.num_sms,
+                -(-weights.hidden // weights.kernels.push_cols),
             )
-            self.division = dispatcher.division
+            self.division = exchange.divide(self.shape)
+            arguments = (num_tokens, capacities, self.division, weights.num_sms)
+            dispatcher = PeerDispatcher(routing, exchange, *arguments)
         inputs = (_aligned(x), routing.topk_weights, dispatcher, weights, has_backward)
         return _FusedMLP.apply(*inputs, *weights.parameters)
 

@@ -62,6 +62,45 @@ class Division(NamedTuple):
 
 
 @dataclass(frozen=True)
+class LayerShape:
+    """What decides the division points of a layer on a rank.
+
+    Attributes:
+        num_tokens: of every rank.
+        rank: this one's.
+        top_k, num_experts: routes per token, experts of all ranks.
+        num_ups: matrices of an expert that read a token, 2 where gated.
+        hidden, ffn: H, F.
+        dtype: of activations and weights, both of 2 bytes.
+        num_sms: of the GPU.
+        num_slices: slices of a row that are summed at a time.
+    """
+
+    num_tokens: tuple[int, ...]
+    rank: int
+    top_k: int
+    num_experts: int
+    num_ups: int
+    hidden: int
+    ffn: int
+    dtype: str
+    num_sms: int
+    num_slices: int
+
+
+@functools.lru_cache(maxsize=256)
+def divide(shape: LayerShape) -> Division:
+    """Choose the division points of a layer by the cost model."""
+    traffic, flop_per_row = Traffic.expected(shape), 2 * shape.hidden * shape.ffn
+    return Division(
+        traffic.pull(shape.num_ups * flop_per_row),
+        traffic.push_panels(flop_per_row, shape.num_slices),
+        traffic.pull(flop_per_row),
+        traffic.push(flop_per_row),
+    )
+
+
+@dataclass(frozen=True)
 class Traffic:
     """What one direction moves between this rank and the others, as expected of a uniform routing.
 
@@ -84,37 +123,14 @@ class Traffic:
     token_bytes: int
 
     @classmethod
-    def expected(
-        cls,
-        num_tokens: tuple[int, ...],
-        rank: int,
-        top_k: int,
-        num_experts: int,
-        token_bytes: int,
-        num_sms: int,
-    ) -> Traffic:
-        """Return the traffic of W ranks with so many tokens each."""
-        num_ranks, total = len(num_tokens), sum(num_tokens)
-        foreign, share = total - num_tokens[rank], top_k / num_ranks
-        is_here = 1 - (1 - 1 / num_ranks) ** top_k
+    def expected(cls, shape: LayerShape) -> Traffic:
+        """Return the traffic of a layer."""
+        num_ranks, total = len(shape.num_tokens), sum(shape.num_tokens)
+        foreign, share = total - shape.num_tokens[shape.rank], shape.top_k / num_ranks
+        is_here = 1 - (1 - 1 / num_ranks) ** shape.top_k
         moved = (foreign * is_here, foreign * share)
-        return cls(num_sms, num_ranks, num_experts, *moved, total * share, token_bytes)
-
-    @functools.lru_cache(maxsize=256)  # noqa: B019 - keeps small values; asked every forward
-    def divide(self, num_ups: int, flop_per_row: float, num_slices: int) -> Division:
-        """Choose for all GEMMs of a layer.
-
-        Args:
-            num_ups: matrices that read a token: 2 where gated.
-            flop_per_row: of one matrix.
-            num_slices: slices of a row.
-        """
-        return Division(
-            self.pull(num_ups * flop_per_row),
-            self.push_panels(flop_per_row, num_slices),
-            self.pull(flop_per_row),
-            self.push(flop_per_row),
-        )
+        local = shape.num_experts // num_ranks
+        return cls(shape.num_sms, num_ranks, local, *moved, total * share, 2 * shape.hidden)
 
     def pull(self, flop_per_row: float) -> Pull:
         """Choose for pulling beside a GEMM of so many FLOP a row.

@@ -63,7 +63,7 @@ class PathChoice:
             return None
         else:
             with torch.cuda.device(rules.device):
-                found = connect(group, rules.device, self.config.timeout_s)
+                found = connect(group, rules.device, self.config)
             if isinstance(found, Exchange) and self.top_k > found.kernels.max_top_k:
                 found = f"it takes at most {found.kernels.max_top_k} routes, k is {self.top_k}"
         if isinstance(found, str):

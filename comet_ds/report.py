@@ -71,8 +71,8 @@ def describe_kernels() -> Iterator[str]:
         if (folder / "lock").exists():
             yield f"             someone is compiling, or was killed: then rm -r {folder}"
     if reason is None:
-        yield "path         fused with ep_size 1, bf16 or fp16 and MLP experts; else pipelined"
-        yield "             (fused also with a larger ep_size where the configuration pins it)"
+        yield "path         fused with bf16 or fp16, MLP experts, and expert parallel groups of one"
+        yield "             host's GPUs with peer access; else pipelined"
     else:
         yield f"path         pipelined, with PyTorch operations: {reason}"
 

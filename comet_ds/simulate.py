@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from comet_ds.bench_layers import PEAK_FLOPS, Shape, add_shape_arguments, parse_shapes
-from comet_ds.overlap import LINK_BYTES, MEMORY_BYTES, Traffic
+from comet_ds.overlap import LINK_BYTES, MEMORY_BYTES, LayerShape, Traffic, divide
 
 NUM_SMS = 132
 SLICE_COLS = 512  # kPushCols in csrc/moe/exchange.h
@@ -121,9 +121,19 @@ class _Layer:
         self.token_bytes = 2 * shape.hidden
         self.row_bytes = self.rows * self.token_bytes
         self.flop_per_row = 2 * shape.hidden * shape.ffn  # of a matrix
-        tokens = (num_tokens,) * cluster.num_ranks
-        sizes = (shape.top_k, self.num_local, self.token_bytes, NUM_SMS)
-        self.traffic = Traffic.expected(tokens, 0, *sizes)
+        self.layer_shape = LayerShape(
+            (num_tokens,) * cluster.num_ranks,
+            0,
+            shape.top_k,
+            shape.num_experts,
+            self.num_ups,
+            shape.hidden,
+            shape.ffn,
+            "bfloat16",
+            NUM_SMS,
+            -(-shape.hidden // SLICE_COLS),
+        )
+        self.traffic = Traffic.expected(self.layer_shape)
 
     def limits(self) -> tuple[float, float]:
         """Return the least time of forward and of both."""
@@ -166,10 +176,9 @@ class _Layer:
 
 
 def _fused(layer: _Layer) -> tuple[str, tuple[int, ...], float, float, tuple[float, float]]:
-    shape, traffic = layer.shape, layer.traffic
+    traffic = layer.traffic
     is_alone = layer.cluster.num_ranks == 1
-    flop = layer.flop_per_row
-    division = traffic.divide(layer.num_ups, flop, -(-shape.hidden // SLICE_COLS))
+    division = divide(layer.layer_shape)
     own_rows = layer.row_bytes / layer.cluster.num_ranks
     own = layer.num_tokens * layer.token_bytes
     slots = traffic.tokens * layer.token_bytes

@@ -29,9 +29,8 @@ from virtual_ranks import VirtualGroup
 from comet_ds import MoE
 from comet_ds.agreement import Answer, InputRules, RollCall
 from comet_ds.dispatcher import RowPlan, max_rows
-from comet_ds.exchange import CallShape, Exchange, _exchanges, _why_not_connected
+from comet_ds.exchange import CallShape, Exchange, _why_not_connected, exchange_of
 from comet_ds.kernels import current_stream, load_kernels
-from comet_ds.overlap import Traffic
 
 OK = (InputRules.OK, 0)
 # Experts, k, hidden, ffn: no multiples of a tile, no powers of two, few and many routes.
@@ -315,24 +314,6 @@ def test_max_rows(num_experts: int, capacity: int | None) -> None:
             assert ((rows + 127) // 128 * 128).sum() <= bound
 
 
-def test_division_points() -> None:
-    """Even, some, never most; more where there is more to move and less to compute."""
-    fine = Traffic.expected((8192, 8192), 0, 8, 64, 4096, 132)
-    assert fine.rows == 8192 * 4 and 8192 * 0.99 < fine.tokens < 8192
-    for num_slices in (1, 4, 8):
-        for flop in (0.0, 1e6, 1e8):  # a row
-            division = fine.divide(2, flop, num_slices)
-            for choice in division:
-                assert choice.num_ctas % 2 == 0 and 2 <= choice.num_ctas <= 66
-                assert choice.seconds > 0
-            assert 1 <= division.push.first_panel <= num_slices
-            assert division.push_grad.first_panel == 0
-            assert 0 < division.pull.num_split <= division.pull_grad.num_split <= 64
-    few, many = (fine.divide(2, flop, 4) for flop in (1e8, 1e6))
-    assert many.pull.num_split > few.pull.num_split
-    assert many.push_grad.num_ctas > few.push_grad.num_ctas
-
-
 FACTS = {"rank": 0, "host": ("a", "1"), "device": "x", "out of reach": ["z"], "reason": None}
 
 
@@ -431,9 +412,9 @@ def check_growth(rank: int, size: int) -> None:
     layer = pinned(rank, size, (8, 2, 1024, 128))
     small, large = (case([count] * size, 1024, BF16) for count in (64, 20000))
     first = run(layer, small[0][rank], small[1][rank])
-    before = _exchanges[layer.deepspeed_moe.ep_group].memory.block.numel()
+    before = exchange_of(layer.deepspeed_moe.ep_group).memory.block.numel()
     run(layer, large[0][rank], large[1][rank])
-    assert _exchanges[layer.deepspeed_moe.ep_group].memory.block.numel() > before
+    assert exchange_of(layer.deepspeed_moe.ep_group).memory.block.numel() > before
     again = run(layer, small[0][rank], small[1][rank])
     assert all(torch.equal(first[what], value) for what, value in again.items())
 

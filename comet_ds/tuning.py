@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Division points that were measured: a table on disk, and the choices worth measuring.
+
+The table is a JSON file, by default ``~/.cache/comet_ds/tuning.json``. ``python -m comet_ds.tune``
+fills it; a run reads it once, on rank 0 of each expert parallel group, and then looks points up in
+memory. An entry belongs to a device, a layer on so many ranks, and the kernels' sources; entries of
+other sources stay in the file and are not used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepspeed.utils import logger
+
+from comet_ds.overlap import Division, LayerShape, Pull, Push
+
+VERSION = 1
+# Tokens a rank may have this many times more or fewer than where an entry was measured.
+MAX_DISTANCE = 2.0
+# Candidates have this many times the CTAs of the cost model.
+FACTORS = (0.5, 0.75, 1.0, 1.5, 2.0)
+
+
+def default_path() -> Path:
+    """Return where the table is, unless the configuration says otherwise."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "comet_ds" / "tuning.json"
+
+
+@dataclass(frozen=True)
+class TuningKey:
+    """What an entry is for.
+
+    Attributes:
+        device: the GPU's name.
+        fingerprint: of the kernels' sources.
+        num_ranks: W.
+        dtype: "bfloat16" or "float16".
+        hidden, ffn, num_ups, num_experts, top_k: as in ``LayerShape``.
+    """
+
+    device: str
+    fingerprint: str
+    num_ranks: int
+    dtype: str
+    hidden: int
+    ffn: int
+    num_ups: int
+    num_experts: int
+    top_k: int
+
+    @classmethod
+    def of(cls, shape: LayerShape, device: str, fingerprint: str) -> TuningKey:
+        """Return the key of a layer."""
+        sizes = (shape.hidden, shape.ffn, shape.num_ups, shape.num_experts, shape.top_k)
+        return cls(device, fingerprint, len(shape.num_tokens), shape.dtype, *sizes)
+
+
+class TuningTable:
+    """Division points by key and tokens a rank.
+
+    Args:
+        entries: as ``read`` returns them; those that make no sense are left out.
+    """
+
+    def __init__(self, entries: Sequence[Mapping[str, Any]] = ()) -> None:
+        self._found: dict[TuningKey, dict[int, Division]] = {}
+        for entry in entries:
+            try:
+                key, num_tokens, division = _parse(entry)
+            except (KeyError, TypeError, ValueError):
+                continue
+            self._found.setdefault(key, {})[num_tokens] = division
+
+    def find(self, shape: LayerShape, device: str, fingerprint: str) -> Division | None:
+        """Return what was measured for a layer, with as many tokens or about as many, or None."""
+        measured = self._found.get(TuningKey.of(shape, device, fingerprint))
+        if not measured:
+            return None
+        tokens = max(mean_tokens(shape), 1)
+        nearest = min(measured, key=lambda count: abs(math.log(count / tokens)))
+        if max(nearest / tokens, tokens / nearest) > MAX_DISTANCE:
+            return None
+        return measured[nearest] if is_legal(measured[nearest], shape) else None
+
+
+def mean_tokens(shape: LayerShape) -> int:
+    """Return the tokens of a rank, on average."""
+    return round(sum(shape.num_tokens) / len(shape.num_tokens))
+
+
+def is_legal(division: Division, shape: LayerShape) -> bool:
+    """Whether the kernels can run it: some CTAs, an even number, never most."""
+    local = shape.num_experts // len(shape.num_tokens)
+    pulls, pushes = (division.pull, division.pull_grad), (division.push, division.push_grad)
+    return (
+        all(c.num_ctas % 2 == 0 and 2 <= c.num_ctas <= shape.num_sms // 2 for c in division)
+        and all(0 <= pull.num_split <= local for pull in pulls)
+        and 1 <= pushes[0].first_panel <= shape.num_slices
+        and pushes[1].first_panel == 0
+    )
+
+
+def candidates(division: Division, shape: LayerShape) -> dict[str, list[Division]]:
+    """Return the divisions worth measuring, by the field in which they differ from one."""
+
+    def counts(num_ctas: int) -> list[int]:
+        found = {2 * round(num_ctas * factor / 2) for factor in FACTORS}
+        return sorted((found | {num_ctas + 2, num_ctas + 4, num_ctas + 8}) - {num_ctas})
+
+    result: dict[str, list[Division]] = {}
+    for field, choice in division._asdict().items():
+        others = [choice._replace(num_ctas=count) for count in counts(choice.num_ctas)]
+        if field == "push":
+            panels = {1, shape.num_slices, choice.first_panel - 1, choice.first_panel + 1}
+            panels.discard(choice.first_panel)
+            others += [choice._replace(first_panel=count) for count in sorted(panels)]
+        if isinstance(choice, Pull):
+            local = shape.num_experts // len(shape.num_tokens)
+            splits = {local, choice.num_split // 2, min(2 * choice.num_split, local)}
+            splits.discard(choice.num_split)
+            others += [choice._replace(num_split=count) for count in sorted(splits)]
+        changed = (division._replace(**{field: other}) for other in others)
+        result[field] = [d for d in changed if is_legal(d, shape)]
+    return result
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of a file; none where it is missing, damaged or of another version."""
+    try:
+        table = json.loads(path.read_text())
+        if table["version"] != VERSION:
+            raise ValueError(f"version {table['version']!r}, not {VERSION}")
+        return list(table["entries"])
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning(f"comet_ds: no division points from {path}: {error}")
+        return []
+
+
+def write(
+    path: Path, shape: LayerShape, device: str, fingerprint: str, division: Division, ms: float
+) -> None:
+    """Add what was measured, in place of what there was for the same key and tokens.
+
+    Other processes may do so at the same time. A file that cannot be read is kept beside the new
+    one, with ".bad" behind its name.
+
+    Args:
+        path: of the table.
+        shape, device, fingerprint: what it is for.
+        division: the points.
+        ms: forward and backward with them.
+    """
+    key = TuningKey.of(shape, device, fingerprint)
+    num_tokens = mean_tokens(shape)
+    points = {field: list(choice[:2]) for field, choice in division._asdict().items()}
+    entry = {"key": vars(key), "num_tokens": num_tokens, "division": points, "both_ms": ms}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.with_name(path.name + ".lock")):
+        entries = read(path)
+        if not entries and path.exists():
+            os.replace(path, path.with_name(path.name + ".bad"))
+        same = {"key": entry["key"], "num_tokens": num_tokens}
+        kept = [old for old in entries if any(old.get(name) != same[name] for name in same)]
+        new = path.with_name(f"{path.name}.{os.getpid()}")
+        new.write_text(json.dumps({"version": VERSION, "entries": [*kept, entry]}, indent=1))
+        os.replace(new, path)  # whoever reads meanwhile has the old file or the new one
+
+
+def _parse(entry: Mapping[str, Any]) -> tuple[TuningKey, int, Division]:
+    key, num_tokens = TuningKey(**entry["key"]), entry["num_tokens"]
+    kinds = {"pull": Pull, "push": Push, "pull_grad": Pull, "push_grad": Push}
+    points = {field: (*entry["division"][field], 0.0) for field in kinds}
+    numbers = [num_tokens, *(value for point in points.values() for value in point[:2])]
+    if not all(type(number) is int for number in numbers) or num_tokens < 1:
+        raise ValueError("not numbers")
+    return key, num_tokens, Division(**{field: kinds[field](*points[field]) for field in kinds})
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

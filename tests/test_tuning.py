@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Division points: the cost model's, the table of measured ones, and what is worth measuring."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from comet_ds import tune
+from comet_ds.overlap import Division, LayerShape, Traffic, divide
+from comet_ds.tuning import (
+    TuningTable,
+    candidates,
+    default_path,
+    is_legal,
+    read,
+    write,
+)
+
+FINE = LayerShape((8192, 8192), 0, 8, 128, 2, 2048, 768, "bfloat16", 132, 4)
+WIDE = LayerShape((8192, 8192), 0, 2, 8, 2, 4096, 14336, "bfloat16", 132, 8)
+SHAPES = [
+    FINE,
+    WIDE,
+    replace(FINE, num_tokens=(1, 0), hidden=64, num_slices=1),
+    replace(FINE, num_tokens=(64,) * 32),
+    replace(FINE, num_sms=16, num_tokens=(300,) * 8),
+]
+WHERE = ("H200", "abc")
+
+
+def test_cost_model() -> None:
+    """More communicates where there is more to move and less to compute."""
+    traffic = Traffic.expected(FINE)
+    assert traffic.rows == 8192 * 4 and 8192 * 0.99 < traffic.tokens < 8192
+    fine, wide = divide(FINE), divide(WIDE)
+    assert all(choice.seconds > 0 for choice in (*fine, *wide))
+    assert fine.push.num_ctas > wide.push.num_ctas
+    assert fine.push_grad.num_ctas > wide.push_grad.num_ctas
+    assert fine.pull.num_split / 64 > wide.pull.num_split / 4
+    assert fine.pull_grad.num_split >= fine.pull.num_split
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.num_tokens[0]}x{len(s.num_tokens)}")
+def test_all_choices_are_legal(shape: LayerShape) -> None:
+    division = divide(shape)
+    assert is_legal(division, shape)
+    found = candidates(division, shape)
+    assert set(found) == set(Division._fields)
+    for field, others in found.items():
+        assert division not in others and len(set(others)) == len(others)
+        for other in others:
+            assert is_legal(other, shape)
+            assert other == division._replace(**{field: getattr(other, field)})
+    if shape in (FINE, WIDE):
+        assert all(len(others) >= 3 for others in found.values())
+
+
+def test_illegal_choices() -> None:
+    division = divide(FINE)
+    push, pull = division.push, division.pull
+    for wrong in (
+        division._replace(push=push._replace(num_ctas=7)),
+        division._replace(push=push._replace(num_ctas=0)),
+        division._replace(push_grad=division.push_grad._replace(num_ctas=68)),
+        division._replace(push=push._replace(first_panel=0)),
+        division._replace(push=push._replace(first_panel=5)),
+        division._replace(pull=pull._replace(num_split=65)),
+    ):
+        assert not is_legal(wrong, FINE)
+
+
+def tuned(shape: LayerShape) -> Division:
+    """Return points that are not the cost model's."""
+    return candidates(divide(shape), shape)["pull"][0]
+
+
+def find(path: Path, shape: LayerShape, where: tuple[str, str] = WHERE) -> Division | None:
+    found = TuningTable(read(path)).find(shape, *where)
+    return found and Division(*(choice._replace(seconds=0.0) for choice in found))
+
+
+def plain(division: Division) -> Division:
+    return Division(*(choice._replace(seconds=0.0) for choice in division))
+
+
+def test_written_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "table.json"
+    assert read(path) == [] and find(path, FINE) is None
+    write(path, FINE, *WHERE, tuned(FINE), 3.5)
+    write(path, WIDE, *WHERE, tuned(WIDE), 24.0)
+    assert find(path, FINE) == plain(tuned(FINE)) and find(path, WIDE) == plain(tuned(WIDE))
+    other = candidates(divide(FINE), FINE)["push"][0]
+    write(path, FINE, *WHERE, other, 3.4)
+    assert find(path, FINE) == plain(other) and len(read(path)) == 2
+
+
+def test_only_the_same_layer_and_about_as_many_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    write(path, FINE, *WHERE, tuned(FINE), 3.5)
+    write(path, replace(FINE, num_tokens=(2048, 2048)), *WHERE, divide(FINE), 1.0)
+    for count, expected in ((8000, tuned(FINE)), (16384, tuned(FINE)), (2500, divide(FINE))):
+        assert find(path, replace(FINE, num_tokens=(count, count))) == plain(expected)
+    assert find(path, replace(FINE, num_tokens=(5000, 11384))) == plain(tuned(FINE))  # on average
+    for other in (
+        replace(FINE, num_tokens=(17000, 17000)),
+        replace(FINE, num_tokens=(0, 0)),
+        replace(FINE, num_tokens=(8192,) * 4),
+        replace(FINE, ffn=776),
+        replace(FINE, top_k=4),
+        replace(FINE, num_ups=1),
+        replace(FINE, dtype="float16"),
+    ):
+        assert find(path, other) is None
+    assert find(path, FINE, ("H100", "abc")) is None
+    assert find(path, FINE, ("H200", "other sources")) is None
+    assert find(path, replace(FINE, num_sms=16)) is None  # more CTAs than half of them
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"version": 0, "entries": []}', '{"version": 1}'], ids=repr
+)
+def test_damaged_file_is_survived_and_kept(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(text)
+    assert read(path) == []
+    write(path, FINE, *WHERE, tuned(FINE), 3.5)
+    assert find(path, FINE) == plain(tuned(FINE))
+    assert (tmp_path / "table.json.bad").read_text() == text
+
+
+def test_damaged_entries_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    write(path, FINE, *WHERE, tuned(FINE), 3.5)
+    (good,) = read(path)
+    division = good["division"]
+    damaged = [
+        {},
+        "text",
+        {**good, "num_tokens": 0},
+        {**good, "num_tokens": "8192"},
+        {**good, "key": {**good["key"], "unknown": 1}},
+        {**good, "division": {**division, "push": [2]}},
+        {**good, "division": {**division, "push": [2.5, 1]}},
+        {**good, "division": {"pull": [2, 1]}},
+    ]
+    path.write_text(json.dumps({"version": 1, "entries": [*damaged, good]}))
+    assert find(path, FINE) == plain(tuned(FINE))
+    path.write_text(json.dumps({"version": 1, "entries": damaged}))
+    assert find(path, FINE) is None
+    illegal = {**good, "division": {**division, "push": [131, 1]}}
+    path.write_text(json.dumps({"version": 1, "entries": [illegal]}))
+    assert find(path, FINE) is None
+
+
+def write_many(path: Path, worker: int) -> None:
+    for i in range(10):
+        shape = replace(FINE, ffn=8 * (1 + 100 * worker + i))
+        write(path, shape, *WHERE, divide(shape), 1.0)
+
+
+def test_concurrent_writers_lose_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=write_many, args=(path, i)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    assert len(read(path)) == 40
+    assert not list(tmp_path.glob("table.json.[0-9]*"))
+
+
+def test_tuning_keeps_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward alone decides for what runs in it, both for the rest; noise changes nothing."""
+    wanted = divide(FINE)
+    for field in ("pull", "push", "pull_grad", "push_grad"):
+        wanted = candidates(wanted, FINE)[field][-1]
+
+    def cost(division: Division, fields: tuple[str, ...]) -> float:
+        return 10.0 - sum(getattr(division, f)[:2] == getattr(wanted, f)[:2] for f in fields)
+
+    def times(layer: object, divisions: list[Division], *_: object) -> list[tuple[float, float]]:
+        forward = [cost(d, ("pull", "push")) for d in divisions]
+        backward = [cost(d, ("pull_grad", "push_grad")) for d in divisions]
+        return [(f, f + b) for f, b in zip(forward, backward, strict=True)]
+
+    fused = SimpleNamespace(division=divide(FINE))
+    layer = SimpleNamespace(deepspeed_moe=SimpleNamespace(fused=fused))
+    monkeypatch.setattr(tune, "time_divisions", times)
+    best, after, before = tune.tune(layer, FINE, None, None, 3)
+    assert plain(best) == plain(wanted) and (after, before) == (16.0, 20.0)
+
+    def noise(layer: object, divisions: list[Division], *_: object) -> list[tuple[float, float]]:
+        return [(1.0 - 1e-3 * (i > 0), 3.0) for i, _ in enumerate(divisions)]
+
+    monkeypatch.setattr(tune, "time_divisions", noise)
+    best, after, before = tune.tune(layer, FINE, None, None, 3)
+    assert best == divide(FINE)
+
+
+def test_default_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_path() == tmp_path / "comet_ds" / "tuning.json"
