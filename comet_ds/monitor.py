@@ -7,7 +7,8 @@ MoE layers of rank 0's pipeline stage.
 
 Throughput is the mean since the last write; tokens are counted at the first MoE layer, of either
 class, and are not written where there is none. Layer values are those of comet_ds layers in the
-last forward before the write, over rank 0's expert parallel group.
+last forward before the write, over rank 0's expert parallel group. Times are rank 0's, of layers of
+either class, means over the forwards of the step before the write.
 
 A W&B run is also told which MoE layer it has (``comet_ds`` in its config), to group and compare by.
 """
@@ -34,6 +35,8 @@ RUN_METRICS = {
     "step_time_ms": "wall time of a step, ms",
 }
 LAYER_METRICS = {
+    "forward_ms": "time of the layer's forward, gate included, ms",
+    "backward_ms": "time of its backward, ms",
     "path": "0 reference, 1 pipelined, 2 fused",
     "l_aux": "auxiliary loss, mean over the ranks",
     "load_imbalance": "rows of the fullest expert over the mean",
@@ -120,6 +123,72 @@ def device_flops(device: torch.device) -> float | None:
     return next((flops for key, flops in DEVICE_FLOPS.items() if key in name), None)
 
 
+class LayerTimer:
+    """Times the forward and backward of a layer, while it is asked to.
+
+    On a GPU by events, which wait for nothing; a layer whose input needs no gradient has no
+    backward time.
+
+    Attributes:
+        is_armed: whether forwards are timed that begin now.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.is_armed = False
+        self._spans: dict[str, list[list[Any]]] = {"forward_ms": [], "backward_ms": []}
+        layer.register_forward_pre_hook(self._begin, with_kwargs=True)
+        layer.register_forward_hook(self._end, with_kwargs=True)
+
+    def read(self) -> dict[str, float]:
+        """Return mean times in ms of what has ended, and forget them; waits for the device."""
+        result = {}
+        for name, spans in self._spans.items():
+            times = [_milliseconds(*span) for span in spans if len(span) == 2]
+            if times:
+                result[name] = sum(times) / len(times)
+            spans.clear()
+        return result
+
+    def _is_timed(self, layer: nn.Module) -> bool:
+        is_run_again = torch._C._current_graph_task_id() != -1  # by activation checkpointing
+        return self.is_armed and layer.training and not is_run_again
+
+    def _begin(self, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        if not self._is_timed(layer):
+            return
+        x = args[0] if args else kwargs["hidden_states"]
+        self._spans["forward_ms"].append([_mark(x)])
+        if x.requires_grad:
+            span: list[Any] = []
+            self._spans["backward_ms"].append(span)
+            x.register_hook(lambda grad: span.append(_mark(grad)) if span else None)
+
+    def _end(self, layer: nn.Module, args: Any, kwargs: Any, output: tuple[Tensor, ...]) -> None:
+        if not self._is_timed(layer):
+            return
+        self._spans["forward_ms"][-1].append(_mark(output[0]))
+        backwards = self._spans["backward_ms"]
+        if backwards and not backwards[-1] and output[0].requires_grad:
+            span = backwards[-1]
+            output[0].register_hook(lambda grad: span.append(_mark(grad)))
+
+
+def _mark(tensor: Tensor) -> Any:
+    """Return the time on the tensor's device, which may be to come."""
+    if tensor.device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _milliseconds(start: Any, end: Any) -> float:
+    if isinstance(start, float):
+        return 1e3 * (end - start)
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
 class MetricsWriter:
     """Writes an event per metric every ``interval`` optimizer steps.
 
@@ -132,11 +201,13 @@ class MetricsWriter:
         modules = [m for m in engine.module.modules() if isinstance(m, DeepSpeedMoE)]
         self.layers = [m.deepspeed_moe for m in modules]
         self._counter = TokenCounter(modules[0]) if modules else None
+        self._timers = [LayerTimer(m) for m in modules]
         self._flop_per_token = flop_per_token(engine.module)
         self._device_flops = device_flops(torch.device(engine.device))
         if modules and dist.get_rank() == 0:
             self._describe_run(modules[0])
         self._num_steps = 0
+        self._arm()
         self._since = time.perf_counter()
         # Both DeepSpeed's engine and its pipeline engine take their optimizer step here.
         self._take_model_step = engine._take_model_step
@@ -147,15 +218,22 @@ class MetricsWriter:
         self._num_steps += 1
         if self._num_steps == self.interval:
             self.write()
+        self._arm()
         return result
+
+    def _arm(self) -> None:
+        """Have the layers timed in the step before a write."""
+        for timer in self._timers:
+            timer.is_armed = self._num_steps == self.interval - 1
 
     def write(self) -> None:
         """Collect and write now. Collective over all ranks; waits for the device."""
         step, events = self.engine.global_samples, []
-        for index, layer in enumerate(self.layers):
+        for index, (layer, timer) in enumerate(zip(self.layers, self._timers, strict=True)):
+            values = timer.read()
             if isinstance(layer, MOELayer) and layer.routing is not None:
-                values = _layer_metrics(layer)
-                events += [(f"comet_ds/layer_{index}/{k}", v, step) for k, v in values.items()]
+                values |= _layer_metrics(layer)
+            events += [(f"comet_ds/layer_{index}/{k}", v, step) for k, v in values.items()]
         counted = self._counter.num_tokens if self._counter else 0
         num_tokens = torch.tensor([counted], device=self.engine.device)
         dist.all_reduce(num_tokens, group=groups._get_data_parallel_group())

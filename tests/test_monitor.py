@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import struct
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +18,14 @@ from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from parity import HIDDEN as MOE_HIDDEN
 from parity import build
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from training import NUM_EXPERTS, build_engine, config, train
 
 import comet_ds
-from comet_ds.monitor import RUN_METRICS, TokenCounter, flop_per_token
+from comet_ds.monitor import RUN_METRICS, LayerTimer, TokenCounter, flop_per_token
 
 INTERVAL, STEPS = 2, 6
+TIMES = ("forward_ms", "backward_ms")
 TOKENS_PER_STEP = 2 * 2 * 12  # ranks, batch, sequence
 
 
@@ -66,13 +69,16 @@ def check_history(history: dict[str, dict[int, float]], expected: dict[str, floa
     for label, value in expected.items():
         assert list(history[label]) == steps, label
         assert history[label][steps[-1]] == pytest.approx(value, rel=1e-6), label
-    rate, time = history["comet_ds/tokens_per_s"], history["comet_ds/step_time_ms"]
+    rate, took = history["comet_ds/tokens_per_s"], history["comet_ds/step_time_ms"]
     tflops = history["comet_ds/tflops_per_gpu"]
-    assert list(rate) == list(time) == list(tflops) == steps
+    assert list(rate) == list(took) == list(tflops) == steps
+    spent = {name: history[f"comet_ds/layer_{i}/{name}"] for i in (0, 1) for name in TIMES}
+    assert all(list(values) == steps for values in spent.values())
     for step in steps:
+        assert sum(values[step] for values in spent.values()) > 0
         assert tflops[step] == pytest.approx(flop * rate[step] / 2 / 1e12, rel=1e-6)
         # Two views of one interval: tokens a step over seconds a step.
-        assert rate[step] == pytest.approx(TOKENS_PER_STEP / (time[step] / 1e3), rel=1e-6)
+        assert rate[step] == pytest.approx(TOKENS_PER_STEP / (took[step] / 1e3), rel=1e-6)
     assert list(history["Train/Samples/lr"])[-1] == steps[-1]  # DeepSpeed's own x-axis
 
 
@@ -82,6 +88,7 @@ def test_csv(world, tmp_path: Path) -> None:
     history = {}
     names = [name for name in RUN_METRICS if name != "model_flop_utilisation"]  # a GPU's
     labels = [label for label in expected if label != "flop_per_token"]
+    labels += [f"comet_ds/layer_{i}/{name}" for i in (0, 1) for name in TIMES]
     for label in [*labels, *(f"comet_ds/{name}" for name in names), "Train/Samples/lr"]:
         with open(tmp_path / "run" / (label.replace("/", "_") + ".csv")) as file:
             rows = list(csv.reader(file))[1:]
@@ -225,6 +232,59 @@ def test_tokens_are_counted_however_the_layer_is_called() -> None:
     assert counter.num_tokens == 30
 
 
+class Slow(torch.autograd.Function):
+    """Takes 20 ms forward and 40 ms backward."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.02)
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors  # which checkpointing computes again
+        time.sleep(0.04)
+        return grad + 0 * x
+
+
+class SlowLayer(torch.nn.Module):
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return Slow.apply(hidden_states), None, None
+
+
+def test_layers_are_timed_while_armed() -> None:
+    layer = SlowLayer()
+    timer = LayerTimer(layer)
+
+    def step(needs_grad: bool = True, recomputed: bool = False) -> dict[str, float]:
+        x = torch.ones(2, requires_grad=True)
+        inner = x * 2 if needs_grad else torch.ones(2)
+        if recomputed:
+            output = checkpoint(layer, inner, use_reentrant=False)[0]
+        else:
+            output = layer(hidden_states=inner)[0]
+        (output.sum() + x.sum()).backward()
+        return timer.read()
+
+    assert step() == {}
+    timer.is_armed = True
+    for options in ({}, {"recomputed": True}):
+        found = step(**options)
+        assert list(found) == list(TIMES), options
+        assert 20 <= found["forward_ms"] < 40
+        # What is run again belongs to backward.
+        assert 40 <= found["backward_ms"] - 20 * bool(options) < 80
+    assert list(step(needs_grad=False)) == ["forward_ms"]
+    layer.eval()
+    assert step() == {}
+    layer.train()
+    with torch.no_grad():
+        layer(torch.ones(2))
+    timer.is_armed = False
+    assert list(timer.read()) == ["forward_ms"] and step() == {}
+
+
 def tokens_of_deepspeeds_layer(rank: int, size: int, folder: str) -> None:
     os.chdir(folder)
     settings = config(size, csv_monitor={"enabled": True, "output_path": folder, "job_name": "z"})
@@ -234,11 +294,11 @@ def tokens_of_deepspeeds_layer(rank: int, size: int, folder: str) -> None:
 def test_throughput_of_deepspeeds_layer(world, tmp_path: Path) -> None:
     """A comparison run logs the same throughput."""
     world(2).run(tokens_of_deepspeeds_layer, str(tmp_path))
-    rate, time = (
+    rate, took = (
         float((tmp_path / "z" / f"comet_ds_{name}.csv").read_text().split(",")[-1])
         for name in ("tokens_per_s", "step_time_ms")
     )
-    assert rate == pytest.approx(TOKENS_PER_STEP / (time / 1e3), rel=1e-6)
+    assert rate == pytest.approx(TOKENS_PER_STEP / (took / 1e3), rel=1e-6)
 
 
 def check_disagreement(rank: int, size: int, folder: str) -> str:
