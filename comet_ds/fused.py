@@ -70,6 +70,8 @@ class FusedExperts:
         mlps = self._recognised.find(self.experts)
         if isinstance(mlps, str):
             return mlps
+        if not kernels.can_plan(len(mlps), 1):
+            return f"a plan has no room for {len(mlps)} experts"
         if not self._fits(mlps, x):
             self._weights = None
             if reason := why_not_addressable(mlps, x):

@@ -204,4 +204,4 @@ class Traffic:
         return max(on_link / LINK_BYTES, moved / min(rate * n, MEMORY_BYTES))
 
     def _best(self, cost: Callable[[int], float]) -> int:
-        return min(range(2, self.num_sms // 2 + 1, 2), key=cost)
+        return min(range(2, max(self.num_sms // 2, 2) + 1, 2), key=cost)

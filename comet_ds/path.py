@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -37,11 +38,15 @@ class PathChoice:
     Args:
         config: its options.
         ep_size: W.
+        num_local_experts: experts of a rank.
         top_k: routes per token.
     """
 
-    def __init__(self, config: CometConfig, ep_size: int, top_k: int) -> None:
-        self.config, self.ep_size, self.top_k = config, ep_size, top_k
+    def __init__(
+        self, config: CometConfig, ep_size: int, num_local_experts: int, top_k: int
+    ) -> None:
+        self.config, self.ep_size = config, ep_size
+        self.num_local_experts, self.top_k = num_local_experts, top_k
 
     def connect(self, group: Any, rules: InputRules) -> Exchange | str | None:
         """Return what the fused path exchanges tokens by, or why it cannot run on this group.
@@ -64,8 +69,8 @@ class PathChoice:
         else:
             with torch.cuda.device(rules.device):
                 found = connect(group, rules.device, self.config)
-            if isinstance(found, Exchange) and self.top_k > found.kernels.max_top_k:
-                found = f"it takes at most {found.kernels.max_top_k} routes, k is {self.top_k}"
+            if isinstance(found, Exchange):
+                found = self._why_too_large(found.kernels) or found
         if isinstance(found, str):
             self._check_pin(found)
         return found
@@ -104,6 +109,15 @@ class PathChoice:
             return Decision("fused", None, tuple(answer.num_tokens for answer in answers))
         self._check_pin(reason)
         return Decision("pipelined", reason)
+
+    def _why_too_large(self, kernels: ModuleType) -> str | None:
+        if self.top_k > kernels.max_top_k:
+            return f"it takes at most {kernels.max_top_k} routes, k is {self.top_k}"
+        if not kernels.can_plan(self.num_local_experts, self.ep_size):
+            return (
+                f"a plan has no room for {self.num_local_experts} experts on {self.ep_size} ranks"
+            )
+        return None
 
     def _check_pin(self, reason: str) -> None:
         if self.config.path == "fused":

@@ -32,7 +32,7 @@ FACTORS = (0.5, 0.75, 1.0, 1.5, 2.0)
 
 def default_path() -> Path:
     """Return where the table is, unless the configuration says otherwise."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache) / "comet_ds" / "tuning.json"
 
 
@@ -77,9 +77,9 @@ class TuningTable:
         for entry in entries:
             try:
                 key, num_tokens, division = _parse(entry)
+                self._found.setdefault(key, {})[num_tokens] = division
             except (KeyError, TypeError, ValueError):
                 continue
-            self._found.setdefault(key, {})[num_tokens] = division
 
     def find(self, shape: LayerShape, device: str, fingerprint: str) -> Division | None:
         """Return what was measured for a layer, with as many tokens or about as many, or None."""

@@ -357,6 +357,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("route_tokens", &route_tokens);
     m.def("route_tokens_backward", &route_tokens_backward);
     m.def("split_bfloat16", &split_bfloat16);
+    m.def("can_plan", &comet_ds::can_plan);
     m.def("plan_rows", &plan_rows);
     m.def("dispatch_rows", &dispatch_rows);
     m.def("sum_row_dots", &sum_row_dots);

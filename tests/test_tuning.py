@@ -145,6 +145,7 @@ def test_damaged_entries_are_left_out(tmp_path: Path) -> None:
         {**good, "num_tokens": 0},
         {**good, "num_tokens": "8192"},
         {**good, "key": {**good["key"], "unknown": 1}},
+        {**good, "key": {**good["key"], "hidden": [2048]}},
         {**good, "division": {**division, "push": [2]}},
         {**good, "division": {**division, "push": [2.5, 1]}},
         {**good, "division": {"pull": [2, 1]}},
@@ -208,3 +209,6 @@ def test_tuning_keeps_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_default_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_path() == tmp_path / "comet_ds" / "tuning.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_path() == tmp_path / ".cache" / "comet_ds" / "tuning.json"

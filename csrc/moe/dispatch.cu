@@ -9,7 +9,13 @@
 namespace comet_ds {
 namespace {
 
+constexpr int64_t kMaxSmemBytes = 227 * 1024;  // a CTA has
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t plan_smem_bytes(int64_t num_experts, int num_ranks) {
+    return (num_experts * (2 * num_ranks + 2) + 1) * sizeof(int);
+}
 
 template <typename T>
 void launch_row_dots(const Sources& sources, const RowPlan& plan, const float* row_dots,
@@ -30,9 +36,15 @@ void launch_expert_rows(const RowPlan& plan, const void* rows, bool is_weighted,
 
 }  // namespace
 
+bool can_plan(int64_t num_experts, int num_ranks) {
+    return plan_smem_bytes(num_experts, num_ranks) <= kMaxSmemBytes;
+}
+
 void plan_rows(const Sources& sources, const RowPlan& plan, cudaStream_t stream) {
     const int64_t num_items = std::max(plan.num_tokens * plan.top_k, plan.num_experts * kRowBlock);
-    const int smem_bytes = (plan.num_experts * (2 * sources.num_ranks + 2) + 1) * sizeof(int);
+    const int64_t smem_bytes = plan_smem_bytes(plan.num_experts, sources.num_ranks);
+    const auto kSmem = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    check(cudaFuncSetAttribute(plan_rows_kernel, kSmem, smem_bytes), "plan_rows");
     plan_rows_kernel<<<ceil_div(num_items, kPlanThreads), kPlanThreads, smem_bytes, stream>>>(
         sources, plan);
     check_launch("plan_rows");

@@ -61,6 +61,9 @@ struct RowPlan {
 
 // All throw std::runtime_error when a launch fails.
 
+// Whether a plan has room for so many experts of a rank.
+bool can_plan(int64_t num_experts, int num_ranks);
+
 // Writes the plan; topk_ids only where they are not the source's own.
 void plan_rows(const Sources& sources, const RowPlan& plan, cudaStream_t stream);
 

@@ -22,7 +22,7 @@ struct Mailboxes {
 // What a meeting is for. They alternate, tokens first.
 enum class Meeting : int { kTokens = 0, kResults = 1 };
 
-// What a communicating CTA waited for until its deadline had passed.
+// What a CTA of a GEMM kernel waited for until its deadline had passed.
 struct LateWait {
     uint32_t is_set;
     uint32_t index;  // into Communication::progress

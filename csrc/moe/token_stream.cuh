@@ -5,7 +5,7 @@
 //    of the routes and rounded once.
 // 2. Grid: any number of warps. They take groups of up to 32 routes, those of a few tokens, from
 //    one queue in ring order of the tokens' ranks, and slice by slice of columns where they push.
-//    A group's routes are read two groups before their turn.
+//    A group is taken two groups before its turn, and its routes are read one before.
 // 3. Flags: arrived[block] += 1 for every row, when it is written (release, GPU scope).
 // 4. Shared memory: a ring of slices for every warp; all but one are on their way while that is
 //    used. A lane copies and reads the same 16-byte vectors, so it waits for its own copies only.
