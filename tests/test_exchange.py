@@ -165,6 +165,48 @@ def test_virtual_ranks_skewed() -> None:
     assert ids.min() >= 4 and ids.max() <= 5
 
 
+def spread_routing(
+    layers: list[MoE], xs: list[torch.Tensor], variation: float
+) -> list[torch.Tensor]:
+    """Make experts differ in popularity, by a coefficient of variation of their tokens.
+
+    Returns inputs like ``xs``; changes the gates' weights, to the same on all layers.
+    """
+    xs = [x.clone() for x in xs]
+    for x in xs:
+        x[:, 0] = 1.0
+    weights = [layer.deepspeed_moe.gate.wg.weight for layer in layers]
+    first, slope = weights[0].detach().clone(), torch.linspace(-1, 1, len(weights[0]))
+    for step in range(500):
+        first[:, 0] = 0.01 * step * slope.to(first)
+        with torch.no_grad():
+            for weight in weights:
+                weight.copy_(first)
+            logits = torch.cat(xs).float() @ first.float().t()
+        top_k = layers[0].deepspeed_moe.gate.k
+        counts = torch.bincount(logits.topk(top_k).indices.flatten(), minlength=len(first)).float()
+        found = (counts.std(correction=0) / counts.mean()).item()
+        if found >= variation:
+            assert found < 1.1 * variation, f"{found}, not {variation}"
+            return xs
+    raise AssertionError(f"no gate gives a variation of {variation}")
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize("variation", [0.26, 0.40])
+def test_virtual_ranks_uneven_experts(variation: float) -> None:
+    options = options_for((16, 4, 128, 192), "swiglu", BF16)
+    group = VirtualGroup(4, **options)
+    alone = build(MoE, 0, device="cuda", comet_ds={"path": "fused"}, **options)
+    xs, grads = case([400, 300, 630, 64], 128, BF16)
+    xs = spread_routing([alone, *group.layers], xs, variation)
+    got = group.run(xs, grads)
+    for x, grad, ours in zip(xs, grads, got, strict=True):
+        theirs = run(alone, x, grad)
+        for what in ("output", "grad of x", "grad of deepspeed_moe.gate.wg.weight"):
+            assert_close(ours[what], theirs[what], what)
+
+
 @pytest.mark.gpu(1)
 def test_absent_rank_is_named() -> None:
     """A rank that never comes is an error within the deadline; in a process of its own, since the
@@ -369,7 +411,7 @@ def test_two_ranks_fused(world, shape: tuple[int, ...]) -> None:
 
 
 def check_many_calls(rank: int, size: int) -> None:
-    """Two layers of different sizes share the memory; sizes and routing change; nothing waits."""
+    """A thousand calls of two layers with one memory: sizes and routing change, nothing waits."""
     layers = []
     for hidden in (64, 200):
         options = options_for((8, 4, hidden, 96), "swiglu", BF16) | {"drop_tokens": True}
@@ -379,7 +421,7 @@ def check_many_calls(rank: int, size: int) -> None:
         )
     draws = [case([300 + 17 * (i + r) for r in range(size)], 200, BF16) for i in range(5)]
     results: dict[tuple[int, int], dict] = {}
-    for step in range(100):
+    for step in range(500):
         xs, grads = draws[step % 5]
         for i, layer in enumerate(layers):
             width = (64, 200)[i]
