@@ -221,7 +221,7 @@ class MOELayer(sharded_moe.MOELayer):
         self.config = config
         self.path = "pipelined" if config.path == "auto" else config.path
         self.gate.exact_logits = config.exact_gate
-        self.choice = PathChoice(config, self.ep_size, self.num_local_experts, self.gate.k)
+        self.choice = PathChoice(config, self.ep_size, self.num_local_experts, self.gate)
         self.fused = FusedExperts(self.experts.deepspeed_experts)
         self.runner = ExpertRunner(self.experts.deepspeed_experts, grouped_gemm=config.grouped_gemm)
         self.routing: Routing | None = None

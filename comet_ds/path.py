@@ -15,6 +15,10 @@ from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from comet_ds.agreement import Answer, InputRules
 from comet_ds.config import CometConfig
 from comet_ds.exchange import Exchange, connect
+from comet_ds.gate import TopKGate
+
+# Where memory is reserved for all tokens on one rank, "auto" takes so many times the even share.
+MAX_SLACK = 2
 
 
 @dataclass(frozen=True)
@@ -39,14 +43,14 @@ class PathChoice:
         config: its options.
         ep_size: W.
         num_local_experts: experts of a rank.
-        top_k: routes per token.
+        gate: the layer's.
     """
 
     def __init__(
-        self, config: CometConfig, ep_size: int, num_local_experts: int, top_k: int
+        self, config: CometConfig, ep_size: int, num_local_experts: int, gate: TopKGate
     ) -> None:
         self.config, self.ep_size = config, ep_size
-        self.num_local_experts, self.top_k = num_local_experts, top_k
+        self.num_local_experts, self.gate = num_local_experts, gate
 
     def connect(self, group: Any, rules: InputRules) -> Exchange | str | None:
         """Return what the fused path exchanges tokens by, or why it cannot run on this group.
@@ -66,6 +70,11 @@ class PathChoice:
             found = f"it needs a CUDA device, not {rules.device.type}"
         elif self.ep_size == 1:
             return None
+        elif self.config.path == "auto" and self.ep_size > MAX_SLACK and not self.gate.drop_tokens:
+            found = (
+                f"without dropping it reserves {self.ep_size} times the memory an even routing "
+                'needs, which only "path": "fused" asks for'
+            )
         else:
             with torch.cuda.device(rules.device):
                 found = connect(group, rules.device, self.config)
@@ -111,8 +120,8 @@ class PathChoice:
         return Decision("pipelined", reason)
 
     def _why_too_large(self, kernels: ModuleType) -> str | None:
-        if self.top_k > kernels.max_top_k:
-            return f"it takes at most {kernels.max_top_k} routes, k is {self.top_k}"
+        if self.gate.k > kernels.max_top_k:
+            return f"it takes at most {kernels.max_top_k} routes, k is {self.gate.k}"
         if not kernels.can_plan(self.num_local_experts, self.ep_size):
             return (
                 f"a plan has no room for {self.num_local_experts} experts on {self.ep_size} ranks"

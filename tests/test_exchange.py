@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -12,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,11 +28,13 @@ from tolerance import ERROR_RATIO, assert_close, relative_error
 from torch.utils.checkpoint import checkpoint
 from virtual_ranks import VirtualGroup
 
-from comet_ds import MoE
+from comet_ds import MoE, path
 from comet_ds.agreement import Answer, InputRules, RollCall
+from comet_ds.config import CometConfig
 from comet_ds.dispatcher import RowPlan, max_rows
 from comet_ds.exchange import CallShape, Exchange, _why_not_connected, exchange_of
 from comet_ds.kernels import current_stream, load_kernels
+from comet_ds.path import PathChoice
 
 OK = (InputRules.OK, 0)
 # Experts, k, hidden, ffn: no multiples of a tile, no powers of two, few and many routes.
@@ -637,3 +641,23 @@ def test_order_of_blocks(num_ranks: int, num_split: int) -> None:
     segments = Counter(zip(phases, experts, strict=True))
     num_mixed = sum(a != b for a, b in pairs)
     assert num_mixed <= sum(size % 2 for size in segments.values()) / 2
+
+
+def test_auto_reserves_no_memory_for_the_worst_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without dropping, "auto" leaves more than two ranks to the pipelined path, and says why."""
+    monkeypatch.setattr(path, "connect", lambda *_: "connected")
+    rules = SimpleNamespace(device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    for pin, ep_size, drops, expected in (
+        ("auto", 4, False, "without dropping it reserves 4 times the memory"),
+        ("auto", 2, False, "connected"),
+        ("auto", 4, True, "connected"),
+        ("pipelined", 4, True, None),
+        ("auto", 1, False, None),
+    ):
+        gate = SimpleNamespace(k=2, drop_tokens=drops)
+        found = PathChoice(CometConfig(path=pin), ep_size, 2, gate).connect(None, rules)
+        assert found == expected if expected is None else found.startswith(expected)
+    pinned_choice = PathChoice(CometConfig(path="fused"), 4, 2, gate)
+    with pytest.raises(RuntimeError, match='"fused" is pinned and cannot run: connected'):
+        pinned_choice.connect(None, rules)
