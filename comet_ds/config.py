@@ -25,7 +25,8 @@ class CometConfig(BaseModel):
         exact_gate: compute gate logits with DeepSpeed's own operation everywhere; see ``TopKGate``.
         grouped_gemm: use torch's grouped GEMM where it applies (path "pipelined").
         timeout_s: seconds to wait for another rank of the expert parallel group (path "fused").
-        tuning_table: file of ``comet_ds.tune``; None takes the user's (path "fused").
+        tuning_table: file of ``comet_ds.tune``; None takes the user's (path "fused"). That of a
+            group's first layer serves all its layers.
         metrics: write metrics to DeepSpeed's monitor when one is enabled.
         metrics_interval: steps between two writes; None takes DeepSpeed's steps_per_print.
     """

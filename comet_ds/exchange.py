@@ -279,7 +279,8 @@ def exchange_of(group: Any) -> Exchange:
 def _connect(group: Any, device: torch.device, config: CometConfig) -> Exchange | str:
     kernels = load_kernels(device)
     facts: list[Any] = [None] * dist.get_world_size(group=group)
-    torch.distributed.all_gather_object(facts, _own_facts(device, config), group=group)
+    own = _own_facts(device, config, dist.get_rank(group=group) == 0)
+    torch.distributed.all_gather_object(facts, own, group=group)
     if reason := _why_not_connected(facts, kernels.max_ranks if kernels else 0):
         return reason
     try:
@@ -292,7 +293,7 @@ def _connect(group: Any, device: torch.device, config: CometConfig) -> Exchange 
     return Exchange(memory, kernels, roll_call, config.timeout_s, table)
 
 
-def _own_facts(device: torch.device, config: CometConfig) -> dict[str, Any]:
+def _own_facts(device: torch.device, config: CometConfig, is_first: bool) -> dict[str, Any]:
     """Return what the ranks of a group have to know of each other."""
     names = [
         str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())
@@ -308,7 +309,7 @@ def _own_facts(device: torch.device, config: CometConfig) -> dict[str, Any]:
             if i != own and not torch.cuda.can_device_access_peer(own, i)
         ],
         "reason": why_no_kernels() and f"it has no kernels: {why_no_kernels()}",
-        "entries": read(Path(config.tuning_table or default_path())),
+        "entries": read(Path(config.tuning_table or default_path())) if is_first else [],
     }
 
 

@@ -48,8 +48,17 @@ LAYER_METRICS = {
     "push_grad_ctas": "fused between ranks: CTAs that begin with pushing gradients",
 }
 
-# Dense bf16 peak by what a device's name has in it, FLOP/s. Source: NVIDIA's data sheets.
-DEVICE_FLOPS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12}
+# Dense bf16 peak by what a device's name has in it, the first that fits, FLOP/s. Source: NVIDIA's
+# data sheets.
+DEVICE_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,  # and GH200
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+}
 
 PATH_CODES = {"reference": 0, "pipelined": 1, "fused": 2}
 DEFAULT_INTERVAL = 10
@@ -104,12 +113,15 @@ def flop_per_token(module: nn.Module) -> float:
     attention scores and what activation checkpointing runs again.
     """
     share: dict[int, float] = {}
+    # The ranks of a tensor parallel group share a token's routes where they have whole experts.
+    is_whole = groups._get_expert_model_parallel_world_size() == 1
+    num_sharing = bwc_tensor_model_parallel_world_size(groups.mpu) if is_whole else 1
     linears = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)}
     for child in module.modules():
         if isinstance(child, nn.Embedding) and id(child.weight) not in linears:
             share[id(child.weight)] = 0.0
         if isinstance(child, DeepSpeedMoE):
-            per_expert = child.deepspeed_moe.gate.k / child.num_local_experts
+            per_expert = child.deepspeed_moe.gate.k / child.num_local_experts / num_sharing
             share |= {id(p): per_expert for p in child.deepspeed_moe.experts.parameters()}
     matrices = [p for p in module.parameters() if p.dim() >= 2]
     return sum((4 + 2 * p.requires_grad) * p.numel() * share.get(id(p), 1.0) for p in matrices)
@@ -126,8 +138,8 @@ def device_flops(device: torch.device) -> float | None:
 class LayerTimer:
     """Times the forward and backward of a layer, while it is asked to.
 
-    On a GPU by events, which wait for nothing; a layer whose input needs no gradient has no
-    backward time.
+    On a GPU by events, which wait for nothing. A layer whose input or, at first under reentrant
+    checkpointing, output needs no gradient has no backward time; a captured one has none at all.
 
     Attributes:
         is_armed: whether forwards are timed that begin now.
@@ -151,17 +163,24 @@ class LayerTimer:
 
     def _is_timed(self, layer: nn.Module) -> bool:
         is_run_again = torch._C._current_graph_task_id() != -1  # by activation checkpointing
-        return self.is_armed and layer.training and not is_run_again
+        # A captured event has no time.
+        is_captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        return self.is_armed and layer.training and not is_run_again and not is_captured
 
-    def _begin(self, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+    def _begin(
+        self, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]] | None:
         if not self._is_timed(layer):
-            return
+            return None
         x = args[0] if args else kwargs["hidden_states"]
         self._spans["forward_ms"].append([_mark(x)])
-        if x.requires_grad:
-            span: list[Any] = []
-            self._spans["backward_ms"].append(span)
-            x.register_hook(lambda grad: span.append(_mark(grad)) if span else None)
+        if not x.requires_grad:
+            return None
+        span: list[Any] = []
+        self._spans["backward_ms"].append(span)
+        x = x.view_as(x)  # whose gradient is this layer's alone
+        x.register_hook(lambda grad: span.append(_mark(grad)) if span else None)
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
     def _end(self, layer: nn.Module, args: Any, kwargs: Any, output: tuple[Tensor, ...]) -> None:
         if not self._is_timed(layer):

@@ -10,7 +10,8 @@ it is communication that computation does not hide ("exposed"), and the division
 communicate beside up, down and backward through down and up, or the chunks that are fastest. The
 limit is the larger of FLOP at ``PEAK_FLOPS`` and bytes at the link's rate.
 
-Measured are the rates of one H200, and of the fused path with 2 and 4; the rest is simulated. What
+Measured are the rates of one H200, and of the fused path with 2 and 4; the rest is simulated, also
+the fused path on domains of several hosts or more than 32 ranks, where it does not run yet. What
 ``comet_ds.overlap`` decides at run time comes from the same model.
 """
 

@@ -32,7 +32,7 @@ from comet_ds.bench_layers import (
 from comet_ds.config import CometConfig, read_block
 from comet_ds.exchange import exchange_of
 from comet_ds.layer import MoE
-from comet_ds.overlap import Division, LayerShape
+from comet_ds.overlap import Division, LayerShape, divide
 from comet_ds.timing import Timer
 from comet_ds.tuning import candidates, default_path, write
 
@@ -68,7 +68,7 @@ def time_divisions(
 def tune(
     layer: MoE, shape: LayerShape, x: Tensor, grad: Tensor, num_runs: int
 ) -> tuple[Division, float, float]:
-    """Return the best points found, and the ms of forward and backward with and without them.
+    """Return the best points found, and the ms of forward and backward with them and the model's.
 
     All ranks return the same.
 
@@ -78,7 +78,7 @@ def tune(
         x, grad: [T, H] input and gradient of the output.
         num_runs: medians are taken of these.
     """
-    best = default = layer.deepspeed_moe.fused.division
+    best = default = divide(shape)
     for field in Division._fields:
         choices = [best, *candidates(best, shape)[field]]
         times = time_divisions(layer, choices, x, grad, num_runs)

@@ -172,7 +172,11 @@ def write(
         if not entries and path.exists():
             os.replace(path, path.with_name(path.name + ".bad"))
         same = {"key": entry["key"], "num_tokens": num_tokens}
-        kept = [old for old in entries if any(old.get(name) != same[name] for name in same)]
+        kept = [
+            old
+            for old in entries
+            if isinstance(old, dict) and any(old.get(name) != same[name] for name in same)
+        ]
         new = path.with_name(f"{path.name}.{os.getpid()}")
         new.write_text(json.dumps({"version": VERSION, "entries": [*kept, entry]}, indent=1))
         os.replace(new, path)  # whoever reads meanwhile has the old file or the new one

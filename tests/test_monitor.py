@@ -276,6 +276,11 @@ def test_layers_are_timed_while_armed() -> None:
         # What is run again belongs to backward.
         assert 40 <= found["backward_ms"] - 20 * bool(options) < 80
     assert list(step(needs_grad=False)) == ["forward_ms"]
+    x = torch.ones(2, requires_grad=True)
+    inner = x * 2
+    beside = Slow.apply(inner)  # another branch, whose backward comes after the layer's
+    (beside + layer(inner)[0]).sum().backward()
+    assert 40 <= timer.read()["backward_ms"] < 80
     layer.eval()
     assert step() == {}
     layer.train()

@@ -7,7 +7,6 @@ import json
 import multiprocessing
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -154,6 +153,8 @@ def test_damaged_entries_are_left_out(tmp_path: Path) -> None:
     assert find(path, FINE) == plain(tuned(FINE))
     path.write_text(json.dumps({"version": 1, "entries": damaged}))
     assert find(path, FINE) is None
+    write(path, WIDE, *WHERE, tuned(WIDE), 24.0)
+    assert find(path, WIDE) == plain(tuned(WIDE))
     illegal = {**good, "division": {**division, "push": [131, 1]}}
     path.write_text(json.dumps({"version": 1, "entries": [illegal]}))
     assert find(path, FINE) is None
@@ -192,17 +193,15 @@ def test_tuning_keeps_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
         backward = [cost(d, ("pull_grad", "push_grad")) for d in divisions]
         return [(f, f + b) for f, b in zip(forward, backward, strict=True)]
 
-    fused = SimpleNamespace(division=divide(FINE))
-    layer = SimpleNamespace(deepspeed_moe=SimpleNamespace(fused=fused))
     monkeypatch.setattr(tune, "time_divisions", times)
-    best, after, before = tune.tune(layer, FINE, None, None, 3)
+    best, after, before = tune.tune(None, FINE, None, None, 3)
     assert plain(best) == plain(wanted) and (after, before) == (16.0, 20.0)
 
     def noise(layer: object, divisions: list[Division], *_: object) -> list[tuple[float, float]]:
         return [(1.0 - 1e-3 * (i > 0), 3.0) for i, _ in enumerate(divisions)]
 
     monkeypatch.setattr(tune, "time_divisions", noise)
-    best, after, before = tune.tune(layer, FINE, None, None, 3)
+    best, after, before = tune.tune(None, FINE, None, None, 3)
     assert best == divide(FINE)
 
 
