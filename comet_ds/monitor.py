@@ -162,10 +162,12 @@ class LayerTimer:
         return result
 
     def _is_timed(self, layer: nn.Module) -> bool:
+        if not self.is_armed or not layer.training:  # as in most steps
+            return False
         is_run_again = torch._C._current_graph_task_id() != -1  # by activation checkpointing
         # A captured event has no time.
         is_captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        return self.is_armed and layer.training and not is_run_again and not is_captured
+        return not is_run_again and not is_captured
 
     def _begin(
         self, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]

@@ -88,9 +88,8 @@ class LayerShape:
     num_slices: int
 
 
-@functools.lru_cache(maxsize=256)
 def divide(shape: LayerShape) -> Division:
-    """Choose the division points of a layer by the cost model."""
+    """Choose the division points of a layer by the cost model; ``Exchange`` remembers them."""
     traffic, flop_per_row = Traffic.expected(shape), 2 * shape.hidden * shape.ffn
     return Division(
         traffic.pull(shape.num_ups * flop_per_row),

@@ -189,12 +189,12 @@ def _fused(layer: _Layer) -> tuple[str, tuple[int, ...], float, float, tuple[flo
     moves = moves / MEMORY_BYTES
     plan = 20e-6 + 1e-10 * layer.rows
     launches = 12 * LAUNCH_SECONDS
-    beside = (
-        division.pull.seconds + division.push.seconds,
-        division.pull_grad.seconds + division.push_grad.seconds,
-    )
-    if is_alone:
-        beside = (0.0, 0.0)
+    beside = (0.0, 0.0)
+    if not is_alone:
+        beside = (
+            division.pull.seconds + division.push.seconds,
+            division.pull_grad.seconds + division.push_grad.seconds,
+        )
     gemms, gate = layer.gemms(), layer.gate()
     forward = gate[0] + plan + moves + gemms[0] + launches + exchange + beside[0]
     dots = 2e-10 * layer.rows
