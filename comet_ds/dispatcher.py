@@ -264,25 +264,27 @@ class PeerDispatcher:
         stream = current_stream(tokens)
         if tables:
             self.kernels.plan_rows(self._sources, self.plan.fields(), stream)
-        rows = dispatch_own(self._sources, tokens, self.plan, self.kernels)
         num_blocks = self.plan.max_rows // self.kernels.row_block
+        num_panels = 1 + tokens.shape[1] // self.kernels.push_cols + 1  # at most
+        size = self.kernels.counter_bytes // 4 + max(num_blocks, num_panels)
+        self._counters = self.plan.token_of_row.new_empty(2, size)  # for pulling, for pushing
+        rows = dispatch_own(self._sources, tokens, self.plan, self.kernels, self._counters)
         pull = self.division.pull if tables else self.division.pull_grad
-        return rows, self._beside(rows, pull.num_ctas, num_counters=num_blocks)
+        return rows, self._beside(rows, pull.num_ctas, self._counters[0])
 
     def push(self, rows: Tensor, *, is_weighted: bool) -> object:
         """As ``LocalDispatcher.push``."""
         if not is_weighted:
-            return self._beside(rows, self.division.push_grad.num_ctas)
-        push, cols = self.division.push, self.kernels.push_cols
-        num_panels = 1 + -(-rows.shape[1] // cols) - push.first_panel
-        first_panel = push.first_panel * cols
-        return self._beside(rows, push.num_ctas, num_counters=num_panels, first_panel=first_panel)
+            return self._beside(rows, self.division.push_grad.num_ctas, self._counters[1])
+        push = self.division.push
+        first_panel = push.first_panel * self.kernels.push_cols
+        return self._beside(rows, push.num_ctas, self._counters[1], first_panel)
 
     def combine(self, rows: Tensor, *, is_weighted: bool, is_pushed: bool = False) -> Tensor:
         """As ``LocalDispatcher.combine``, with the rows on all ranks."""
         stream = current_stream(rows)
         if not is_pushed:
-            push = self._beside(rows, self.num_sms)
+            push = self._beside(rows, self.num_sms, self._counters[1])
             self.kernels.push_sums(push, is_weighted, self.num_sms, stream)
         self.exchange.meet(self._parts["flags"], Meeting.RESULTS)
         output = rows.new_empty(self.num_tokens[self.rank], rows.shape[1])
@@ -316,24 +318,22 @@ class PeerDispatcher:
         self._sources = self.kernels.Sources(rows, self.rank)
 
     def _beside(
-        self, rows: Tensor, num_ctas: int, *, num_counters: int = 0, first_panel: int = 0
+        self, rows: Tensor, num_ctas: int, counters: Tensor, first_panel: int = 0
     ) -> object:
         """Return ``Communication`` of csrc/moe/exchange.h for one launch.
 
         Args:
             rows: [R, H]; pulled into, or pushed from.
             num_ctas: CTAs set apart.
-            num_counters: blocks or panels whose progress is counted.
+            counters: ``Counters`` of csrc/moe/exchange.h.
             first_panel: columns that are pushed first.
         """
-        size = self.kernels.counter_bytes // 4 + num_counters
-        self._counters = torch.zeros(size, dtype=torch.int32, device=rows.device)  # to the launch
         return self.kernels.Communication(
             *self._call(rows),
             rows.data_ptr(),
             num_ctas,
             first_panel,
-            self._counters.data_ptr(),
+            counters.data_ptr(),
             self.exchange.timeout_ns,
             self.exchange.late.data_ptr(),
         )
@@ -343,12 +343,19 @@ class PeerDispatcher:
         return self._sources, self.plan.fields(), rows.shape[1], DTYPE_CODES[rows.dtype]
 
 
-def dispatch_own(sources: object, tokens: Tensor, plan: RowPlan, kernels: ModuleType) -> Tensor:
-    """Return [R, H] with the rows of this rank's tokens, and padding zero."""
+def dispatch_own(
+    sources: object,
+    tokens: Tensor,
+    plan: RowPlan,
+    kernels: ModuleType,
+    counters: Tensor | None = None,
+) -> Tensor:
+    """Return [R, H] with the rows of this rank's tokens, and padding zero; set counters to zero."""
     rows = tokens.new_empty(plan.max_rows, tokens.shape[1])
     row_bytes = tokens.shape[1] * tokens.element_size()
+    to_zero = (0, 0) if counters is None else (counters.data_ptr(), counters.numel())
     kernels.dispatch_rows(
-        sources, plan.fields(), rows.data_ptr(), row_bytes, current_stream(tokens)
+        sources, plan.fields(), rows.data_ptr(), row_bytes, *to_zero, current_stream(tokens)
     )
     return rows
 

@@ -206,8 +206,10 @@ void plan_rows(const comet_ds::Sources& sources, const PlanFields& plan, uintptr
 }
 
 void dispatch_rows(const comet_ds::Sources& sources, const PlanFields& plan, uintptr_t rows,
-                   int64_t row_bytes, uintptr_t stream) {
+                   int64_t row_bytes, uintptr_t counters, int64_t num_counters,
+                   uintptr_t stream) {
     comet_ds::dispatch_rows(sources, row_plan(plan), pointer<void>(rows), row_bytes,
+                            pointer<uint32_t>(counters), num_counters,
                             pointer<CUstream_st>(stream));
 }
 

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Errors of the CUDA runtime as exceptions.
+// Launching kernels, and errors of the CUDA runtime as exceptions.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace comet_ds {
 
@@ -15,6 +16,38 @@ inline void check(cudaError_t error, const char* op) {
     }
 }
 
-inline void check_launch(const char* op) { check(cudaGetLastError(), op); }
+struct LaunchShape {
+    dim3 grid;
+    dim3 block;
+    size_t smem_bytes = 0;  // dynamic
+    unsigned cluster_size = 1;
+};
+
+// Launches a kernel that begins with begin_kernel (kernel_order.cuh): its CTAs take their places
+// while the last ones of the kernel before still run.
+template <typename... Params>
+void launch(const char* op, void (*kernel)(Params...), const LaunchShape& shape,
+            cudaStream_t stream, const std::type_identity_t<Params>&... arguments) {
+    constexpr size_t kSmemWithoutAsking = 48 * 1024;
+    const auto* address = reinterpret_cast<const void*>(kernel);
+    if (shape.smem_bytes > kSmemWithoutAsking) {
+        const auto kSmem = cudaFuncAttributeMaxDynamicSharedMemorySize;
+        check(cudaFuncSetAttribute(address, kSmem, static_cast<int>(shape.smem_bytes)), op);
+    }
+    cudaLaunchAttribute attributes[2];
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {shape.cluster_size, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = shape.grid;
+    config.blockDim = shape.block;
+    config.dynamicSmemBytes = shape.smem_bytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = shape.cluster_size > 1 ? 2 : 1;
+    void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+    check(cudaLaunchKernelExC(&config, address, pointers), op);
+}
 
 }  // namespace comet_ds

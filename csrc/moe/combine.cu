@@ -23,17 +23,18 @@ template <typename T, int kSize>
 void launch_forward(const CombineParams& p, cudaStream_t stream) {
     auto* kernel = p.weights ? combine_forward_kernel<T, kSize, true>
                              : combine_forward_kernel<T, kSize, false>;
-    kernel<<<p.num_tokens, kForwardThreads, 0, stream>>>(p);
+    launch("combine", kernel, {unsigned(p.num_tokens), kForwardThreads}, stream, p);
 }
 
 template <typename T, int kSize>
 void launch_backward(const CombineParams& p, cudaStream_t stream) {
-    const int64_t num_blocks = (p.num_tokens * p.top_k + kWarpsPerBlock - 1) / kWarpsPerBlock;
-    combine_backward_kernel<T, kSize><<<num_blocks, kWarpsPerBlock * 32, 0, stream>>>(p);
+    const unsigned num_blocks = (p.num_tokens * p.top_k + kWarpsPerBlock - 1) / kWarpsPerBlock;
+    launch("combine", combine_backward_kernel<T, kSize>, {num_blocks, kWarpsPerBlock * 32}, stream,
+           p);
 }
 
 template <typename T>
-void launch(const CombineParams& p, bool is_forward, cudaStream_t stream) {
+void launch_typed(const CombineParams& p, bool is_forward, cudaStream_t stream) {
     constexpr int kWide = kVectorBytes / sizeof(T);
     const bool is_wide = can_vectorize<T>(p);
     if (is_forward) {
@@ -46,11 +47,10 @@ void launch(const CombineParams& p, bool is_forward, cudaStream_t stream) {
 void dispatch(const CombineParams& p, DType dtype, bool is_forward, cudaStream_t stream) {
     if (p.num_tokens == 0) return;
     switch (dtype) {
-        case DType::kFloat32: launch<float>(p, is_forward, stream); break;
-        case DType::kFloat16: launch<__half>(p, is_forward, stream); break;
-        case DType::kBFloat16: launch<__nv_bfloat16>(p, is_forward, stream); break;
+        case DType::kFloat32: launch_typed<float>(p, is_forward, stream); break;
+        case DType::kFloat16: launch_typed<__half>(p, is_forward, stream); break;
+        case DType::kBFloat16: launch_typed<__nv_bfloat16>(p, is_forward, stream); break;
     }
-    check_launch("combine");
 }
 
 }  // namespace

@@ -13,6 +13,7 @@
 #pragma once
 
 #include "combine.h"
+#include "device/kernel_order.cuh"
 #include "device/vector.cuh"
 
 namespace comet_ds {
@@ -23,6 +24,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <typename T, int kSize, bool kIsWeighted>
 __global__ void __launch_bounds__(kForwardThreads) combine_forward_kernel(CombineParams p) {
+    begin_kernel();
     using Vec = Vector<T, kSize>;
     const int64_t token = blockIdx.x;
     const int64_t* row_of_route = p.row_of_route + token * p.top_k;
@@ -49,6 +51,7 @@ __global__ void __launch_bounds__(kForwardThreads) combine_forward_kernel(Combin
 
 template <typename T, int kSize>
 __global__ void __launch_bounds__(kWarpsPerBlock * 32) combine_backward_kernel(CombineParams p) {
+    begin_kernel();
     using Vec = Vector<T, kSize>;
     const int64_t route = int64_t{blockIdx.x} * kWarpsPerBlock + threadIdx.x / 32;
     if (route >= p.num_tokens * p.top_k) return;

@@ -10,6 +10,7 @@
 // 4. Shared memory: plan 4 (E (2 W + 2) + 1) bytes for E experts and W ranks, expert sums 2 KB.
 #pragma once
 
+#include "device/kernel_order.cuh"
 #include "device/vector.cuh"
 #include "dispatch.h"
 
@@ -60,6 +61,7 @@ __device__ inline int position_of(int segment, int i, const int* sizes, int num_
 __global__ void __launch_bounds__(kPlanThreads)
     plan_rows_kernel(const __grid_constant__ Sources sources,
                      const __grid_constant__ RowPlan plan) {
+    begin_kernel();
     extern __shared__ int smem[];
     const int num_experts = plan.num_experts, num_ranks = sources.num_ranks;
     int* offsets = smem;                     // [num_experts + 1]
@@ -157,9 +159,14 @@ __global__ void __launch_bounds__(kPlanThreads)
 __global__ void __launch_bounds__(kRowWarps * 32)
     dispatch_rows_kernel(const __grid_constant__ Sources sources,
                          const __grid_constant__ RowPlan plan, uint4* rows, int64_t row_vectors,
-                         int64_t num_token_blocks) {
+                         int64_t num_token_blocks, uint32_t* counters, int64_t num_counters) {
+    begin_kernel();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (blockIdx.x >= num_token_blocks) {
+        const int64_t thread = (blockIdx.x - num_token_blocks) * blockDim.x + threadIdx.x;
+        for (int64_t i = thread; i < num_counters; i += plan.num_experts * blockDim.x) {
+            counters[i] = 0;
+        }
         const int64_t expert = blockIdx.x - num_token_blocks;
         const int64_t begin = plan.expert_offsets[expert], end = plan.expert_offsets[expert + 1];
         for (int64_t row = end - 1 - warp; row >= begin && plan.token_of_row[row] < 0;
@@ -198,6 +205,7 @@ __global__ void __launch_bounds__(kRowWarps * 32)
                         const __grid_constant__ RowPlan plan, const float* row_dots,
                         int64_t num_tiles, const T* grad_rows, const void* const* bias,
                         int64_t hidden) {
+    begin_kernel();
     const int64_t route = int64_t{blockIdx.x} * kRowWarps + threadIdx.x / 32;
     if (route >= plan.num_tokens * plan.top_k) return;
     const int lane = threadIdx.x % 32, rank = source_of(sources, route / plan.top_k);
@@ -226,6 +234,7 @@ template <typename T>
 __global__ void __launch_bounds__(kSumCols / 2 * kSumSlices)
     sum_expert_rows_kernel(RowPlan plan, const T* rows, bool is_weighted, int64_t cols,
                            T* grad_bias) {
+    begin_kernel();
     __shared__ float2 smem_sum[kSumSlices][kSumCols / 2];
     const int64_t expert = blockIdx.x, slice = threadIdx.x / (kSumCols / 2);
     const int lane = threadIdx.x % (kSumCols / 2);

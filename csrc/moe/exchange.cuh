@@ -23,6 +23,7 @@
 
 #include <cstdio>
 
+#include "device/kernel_order.cuh"
 #include "device/memory_order.cuh"
 #include "device/vector.cuh"
 #include "exchange.h"
@@ -31,6 +32,7 @@
 namespace comet_ds {
 
 __global__ void publish_kernel(const __grid_constant__ CopyParams p) {
+    begin_kernel();
     const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
     const int64_t num_threads = int64_t{gridDim.x} * blockDim.x;
     for (int i = 0; i < p.num_copies; ++i) {
@@ -47,6 +49,7 @@ __global__ void publish_kernel(const __grid_constant__ CopyParams p) {
 }
 
 __global__ void __launch_bounds__(kMaxRanks) meet_kernel(const __grid_constant__ MeetParams p) {
+    await_previous_kernel();
     const int peer = threadIdx.x, rank = p.mailboxes.rank;
     const uint64_t epoch = *p.epoch + 1;
     const char* what = p.what == Meeting::kTokens ? "tokens" : "results";
@@ -88,6 +91,7 @@ constexpr int kPushWarps = 8;
 template <typename T, bool kIsWeighted>
 __global__ void __launch_bounds__(kPushWarps * 32)
     push_sums_kernel(const __grid_constant__ Communication c) {
+    begin_kernel();
     extern __shared__ __align__(16) uint8_t smem[];
     auto& ring = reinterpret_cast<WidePushRing<T>*>(smem)[threadIdx.x / 32];
     push_tokens<T, kIsWeighted>(c.exchange, static_cast<const T*>(c.rows), &c.counters->groups,
@@ -99,6 +103,7 @@ constexpr int kSumThreads = 128;
 template <typename T, bool kIsWeighted>
 __global__ void __launch_bounds__(kSumThreads)
     sum_partials_kernel(const __grid_constant__ ExchangeParams p, const T* rows, T* output) {
+    begin_kernel();
     constexpr int kSize = kVectorBytes / sizeof(T);
     const RowPlan& plan = p.plan;
     const Source& own = p.sources.source[p.sources.rank];

@@ -6,11 +6,11 @@ namespace comet_ds {
 
 void expert_gemm(const ExpertGemmParams& params, const ExpertGemmVariant& variant,
                  const Communication& communication, int num_sms, cudaStream_t stream) {
-    const Launch launch{params, communication, num_sms, stream};
+    const GemmLauncher launcher{params, communication, num_sms, stream};
     if (variant.is_bfloat16) {
-        launch_expert_gemm<__nv_bfloat16>(variant, launch);
+        launch_expert_gemm<__nv_bfloat16>(variant, launcher);
     } else {
-        launch_expert_gemm<__half>(variant, launch);
+        launch_expert_gemm<__half>(variant, launcher);
     }
 }
 

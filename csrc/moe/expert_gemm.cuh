@@ -33,6 +33,7 @@
 
 #include <type_traits>
 
+#include "device/kernel_order.cuh"
 #include "device/tma.cuh"
 #include "device/wgmma.cuh"
 #include "expert_epilogue.cuh"
@@ -559,13 +560,6 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     constexpr uint32_t kAlign = C::kSwizzleAlignment;
     const uint32_t smem = (smem_address(smem_raw) + kAlign - 1) / kAlign * kAlign;
     [[maybe_unused]] uint8_t* const smem_rings = smem_raw + (smem - smem_address(smem_raw));
-    if constexpr (C::kCommunicates && !C::kHasPanels) {
-        if (is_set_apart(comm)) {
-            communicate_first<Element, C::kPass, C::kEnd>(comm, smem_rings);
-            fence_proxy_async();  // the copy engine will write there
-            __syncthreads();
-        }
-    }
     Ring<C> ring{smem};
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < C::kStages; ++stage) {
@@ -576,8 +570,18 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         Units<C>::init_barriers(smem);
         fence_mbarrier_init();
     }
-    __syncthreads();
-    if constexpr (C::kClusterSize > 1) cluster_sync();
+    const auto sync_cluster = [] {
+        C::kClusterSize > 1 ? cluster_sync() : __syncthreads();
+    };
+    sync_cluster();
+    begin_kernel();
+    if constexpr (C::kCommunicates && !C::kHasPanels) {
+        if (is_set_apart(comm)) {
+            communicate_first<Element, C::kPass, C::kBarriersOffset>(comm, smem_rings);
+            fence_proxy_async();  // the copy engine will write there, also the other CTA's
+            sync_cluster();
+        }
+    }
 
     constexpr int kLoadRegisters = 40, kMathRegisters = 232;
     if (threadIdx.x < 128) {

@@ -4,6 +4,6 @@
 
 namespace comet_ds {
 
-template void launch_expert_gemm<__nv_bfloat16>(const ExpertGemmVariant&, const Launch&);
+template void launch_expert_gemm<__nv_bfloat16>(const ExpertGemmVariant&, const GemmLauncher&);
 
 }  // namespace comet_ds

@@ -4,6 +4,6 @@
 
 namespace comet_ds {
 
-template void launch_expert_gemm<__half>(const ExpertGemmVariant&, const Launch&);
+template void launch_expert_gemm<__half>(const ExpertGemmVariant&, const GemmLauncher&);
 
 }  // namespace comet_ds

@@ -8,7 +8,7 @@
 
 namespace comet_ds {
 
-struct Launch {
+struct GemmLauncher {
     const ExpertGemmParams& params;
     const Communication& communication;
     int num_sms;
@@ -32,55 +32,45 @@ struct Launch {
 
     template <typename C>
     void run(const typename C::Comm& comm) const {
-        const auto kernel = expert_gemm_kernel<C>;
-        const auto kSmem = cudaFuncAttributeMaxDynamicSharedMemorySize;
-        check(cudaFuncSetAttribute(kernel, kSmem, C::kSmemBytes), "expert_gemm");
-        cudaLaunchAttribute cluster;
-        cluster.id = cudaLaunchAttributeClusterDimension;
-        cluster.val.clusterDim = {C::kClusterSize, 1, 1};
-        cudaLaunchConfig_t config{};
-        config.gridDim = num_sms / C::kClusterSize * C::kClusterSize;
-        config.blockDim = C::kThreads;
-        config.dynamicSmemBytes = C::kSmemBytes;
-        config.stream = stream;
-        config.attrs = &cluster;
-        config.numAttrs = 1;
-        check(cudaLaunchKernelEx(&config, kernel, params, comm), "expert_gemm");
+        const unsigned num_ctas = num_sms / C::kClusterSize * C::kClusterSize;
+        launch("expert_gemm", expert_gemm_kernel<C>,
+               {num_ctas, C::kThreads, C::kSmemBytes, C::kClusterSize}, stream, params, comm);
     }
 };
 
 template <typename Element, Pass kPass, bool kGated>
-void launch_activation(Activation activation, const Launch& launch) {
+void launch_activation(Activation activation, const GemmLauncher& launcher) {
     using A = Activation;
     switch (activation) {
-        case A::kGelu: return launch.run<ExpertGemmConfig<Element, kPass, kGated, A::kGelu>>();
+        case A::kGelu: return launcher.run<ExpertGemmConfig<Element, kPass, kGated, A::kGelu>>();
         case A::kGeluTanh:
-            return launch.run<ExpertGemmConfig<Element, kPass, kGated, A::kGeluTanh>>();
-        case A::kRelu: return launch.run<ExpertGemmConfig<Element, kPass, kGated, A::kRelu>>();
-        case A::kSilu: return launch.run<ExpertGemmConfig<Element, kPass, kGated, A::kSilu>>();
+            return launcher.run<ExpertGemmConfig<Element, kPass, kGated, A::kGeluTanh>>();
+        case A::kRelu: return launcher.run<ExpertGemmConfig<Element, kPass, kGated, A::kRelu>>();
+        case A::kSilu: return launcher.run<ExpertGemmConfig<Element, kPass, kGated, A::kSilu>>();
     }
 }
 
 template <typename Element, bool kGated>
-void launch_pass(const ExpertGemmVariant& v, const Launch& launch) {
+void launch_pass(const ExpertGemmVariant& v, const GemmLauncher& launcher) {
     switch (v.pass) {
         case Pass::kUp:
-            return launch_activation<Element, Pass::kUp, kGated>(v.activation, launch);
-        case Pass::kDown: return launch.run<ExpertGemmConfig<Element, Pass::kDown, false>>();
+            return launch_activation<Element, Pass::kUp, kGated>(v.activation, launcher);
+        case Pass::kDown: return launcher.run<ExpertGemmConfig<Element, Pass::kDown, false>>();
         case Pass::kDownGrad:
-            return launch_activation<Element, Pass::kDownGrad, kGated>(v.activation, launch);
-        case Pass::kUpGrad: return launch.run<ExpertGemmConfig<Element, Pass::kUpGrad, kGated>>();
+            return launch_activation<Element, Pass::kDownGrad, kGated>(v.activation, launcher);
+        case Pass::kUpGrad: return launcher.run<ExpertGemmConfig<Element, Pass::kUpGrad, kGated>>();
         case Pass::kWeightGrad:
-            return launch.run<ExpertGemmConfig<Element, Pass::kWeightGrad, false>>();
+            return launcher.run<ExpertGemmConfig<Element, Pass::kWeightGrad, false>>();
     }
 }
 
 template <typename Element>
-void launch_expert_gemm(const ExpertGemmVariant& v, const Launch& launch) {
-    v.is_gated ? launch_pass<Element, true>(v, launch) : launch_pass<Element, false>(v, launch);
+void launch_expert_gemm(const ExpertGemmVariant& v, const GemmLauncher& launcher) {
+    v.is_gated ? launch_pass<Element, true>(v, launcher) : launch_pass<Element, false>(v, launcher);
 }
 
-extern template void launch_expert_gemm<__nv_bfloat16>(const ExpertGemmVariant&, const Launch&);
-extern template void launch_expert_gemm<__half>(const ExpertGemmVariant&, const Launch&);
+extern template void launch_expert_gemm<__nv_bfloat16>(const ExpertGemmVariant&,
+                                                       const GemmLauncher&);
+extern template void launch_expert_gemm<__half>(const ExpertGemmVariant&, const GemmLauncher&);
 
 }  // namespace comet_ds

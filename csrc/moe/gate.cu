@@ -38,29 +38,30 @@ int64_t gate_scratch_bytes(int64_t num_tokens, int64_t num_experts, int64_t top_
 void route_tokens(GateParams p, void* scratch, cudaStream_t stream) {
     lay_out(p, scratch);
     const int queues = p.top_k == 2 ? 2 : 1;
-    const int num_blocks = (p.num_tokens + kTokensPerWord - 1) / kTokensPerWord;
-    const int bitmap_bytes = queues * p.num_experts * sizeof(uint32_t);
-    const int finish_blocks = (p.num_tokens + kFinishThreads - 1) / kFinishThreads;
-    select_experts_kernel<<<num_blocks, kSelectThreads, bitmap_bytes, stream>>>(p);
-    admit_routes_kernel<<<p.num_experts, kAdmitThreads, 0, stream>>>(p);
-    finish_routes_kernel<<<finish_blocks, kFinishThreads, 0, stream>>>(p);
-    check_launch("route_tokens");
+    const unsigned num_blocks = (p.num_tokens + kTokensPerWord - 1) / kTokensPerWord;
+    const unsigned finish_blocks = (p.num_tokens + kFinishThreads - 1) / kFinishThreads;
+    const size_t bitmap_bytes = queues * p.num_experts * sizeof(uint32_t);
+    const auto run = [&](auto kernel, const LaunchShape& shape) {
+        launch("route_tokens", kernel, shape, stream, p);
+    };
+    run(select_experts_kernel, {num_blocks, kSelectThreads, bitmap_bytes});
+    run(admit_routes_kernel, {unsigned(p.num_experts), kAdmitThreads});
+    run(finish_routes_kernel, {finish_blocks, kFinishThreads});
 }
 
 void route_tokens_backward(const GateGradParams& p, cudaStream_t stream) {
-    const int num_blocks = (p.num_tokens + kGradWarps - 1) / kGradWarps;
-    route_backward_kernel<<<num_blocks, kGradWarps * 32, 0, stream>>>(p);
-    check_launch("route_tokens_backward");
+    const unsigned num_blocks = (p.num_tokens + kGradWarps - 1) / kGradWarps;
+    launch("route_tokens_backward", route_backward_kernel, {num_blocks, kGradWarps * 32}, stream,
+           p);
 }
 
 void split_bfloat16(const float* in, void* out, int64_t num_rows, int64_t num_cols,
                     cudaStream_t stream) {
     if (num_rows == 0) return;
     constexpr int kThreads = 256;
-    const int num_blocks = (num_rows * num_cols + kThreads - 1) / kThreads;
-    split_bfloat16_kernel<<<num_blocks, kThreads, 0, stream>>>(
-        in, static_cast<__nv_bfloat16*>(out), num_rows, num_cols);
-    check_launch("split_bfloat16");
+    const unsigned num_blocks = (num_rows * num_cols + kThreads - 1) / kThreads;
+    launch("split_bfloat16", split_bfloat16_kernel, {num_blocks, kThreads}, stream, in,
+           static_cast<__nv_bfloat16*>(out), num_rows, num_cols);
 }
 
 }  // namespace comet_ds

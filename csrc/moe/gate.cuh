@@ -28,6 +28,7 @@
 #include <cub/block/block_scan.cuh>
 #include <cuda_bf16.h>
 
+#include "device/kernel_order.cuh"
 #include "gate.h"
 
 namespace comet_ds {
@@ -72,6 +73,7 @@ __device__ inline int select_next(const float* row, int num_values, int excluded
 }
 
 __global__ void __launch_bounds__(kSelectThreads) select_experts_kernel(GateParams p) {
+    begin_kernel();
     extern __shared__ uint32_t smem_routed[];  // [queues, num_experts]
     const int queues = num_queues(p.top_k), warp = threadIdx.x / 32;
     const int64_t token = int64_t{blockIdx.x} * kTokensPerWord + warp;
@@ -269,6 +271,7 @@ private:
 };
 
 __global__ void __launch_bounds__(kAdmitThreads, 2) admit_routes_kernel(GateParams p) {
+    begin_kernel();
     __shared__ Admission::Storage smem;
     const int expert = blockIdx.x;
     const int64_t words = num_words(p.num_tokens);
@@ -310,6 +313,7 @@ __global__ void __launch_bounds__(kAdmitThreads, 2) admit_routes_kernel(GatePara
 }
 
 __global__ void __launch_bounds__(kFinishThreads) finish_routes_kernel(GateParams p) {
+    begin_kernel();
     const int64_t token = int64_t{blockIdx.x} * kFinishThreads + threadIdx.x;
     const int64_t words = num_words(p.num_tokens);
     if (token < p.num_tokens) {
@@ -354,6 +358,7 @@ __device__ inline float warp_sum(float x) {
 }
 
 __global__ void __launch_bounds__(kGradWarps * 32) route_backward_kernel(GateGradParams p) {
+    begin_kernel();
     const int64_t token = int64_t{blockIdx.x} * kGradWarps + threadIdx.x / 32;
     if (token >= p.num_tokens) return;
     const int lane = threadIdx.x % 32;
@@ -394,6 +399,7 @@ __global__ void __launch_bounds__(kGradWarps * 32) route_backward_kernel(GateGra
 
 __global__ void split_bfloat16_kernel(const float* in, __nv_bfloat16* out, int64_t num_rows,
                                       int64_t num_cols) {
+    begin_kernel();
     const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
     if (i >= num_rows * num_cols) return;
     const __nv_bfloat16 high = __float2bfloat16_rn(in[i]);

@@ -11,6 +11,7 @@
 // 4. Shared memory: kLogitsStages x (x 8 KB + weight 16 KB), then the barriers.
 #pragma once
 
+#include "device/kernel_order.cuh"
 #include "device/tma.cuh"
 #include "device/wgmma.cuh"
 #include "gate_logits.h"
@@ -27,6 +28,7 @@ constexpr int kLogitsSmemBytes =
 
 __global__ void __launch_bounds__(kLogitsThreads, 1)
     gate_logits_kernel(const __grid_constant__ GateLogitsParams p) {
+    begin_kernel();
     extern __shared__ uint8_t smem_raw[];
     const uint32_t smem = (smem_address(smem_raw) + 1023) / 1024 * 1024;
     const uint32_t barriers = smem + kLogitsStages * kLogitsStageBytes;

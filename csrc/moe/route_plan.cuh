@@ -15,6 +15,7 @@
 //    order_arrival 12 S, with S segments.
 #pragma once
 
+#include "device/kernel_order.cuh"
 #include "route_plan.h"
 
 namespace comet_ds {
@@ -30,6 +31,7 @@ __device__ inline int segment_of(const RoutePlanParams& p, int64_t route) {
 }
 
 __global__ void __launch_bounds__(kRoutesPerBlock) count_routes_kernel(RoutePlanParams p) {
+    begin_kernel();
     extern __shared__ int smem_count[];
     const int num_bins = p.num_parts * p.num_experts + 1;
     for (int bin = threadIdx.x; bin < num_bins; bin += kRoutesPerBlock) smem_count[bin] = 0;
@@ -44,6 +46,7 @@ __global__ void __launch_bounds__(kRoutesPerBlock) count_routes_kernel(RoutePlan
 
 __global__ void __launch_bounds__(kScanThreads) scan_routes_kernel(RoutePlanParams p,
                                                                    int num_blocks) {
+    begin_kernel();
     extern __shared__ int smem_total[];
     const int num_bins = p.num_parts * p.num_experts + 1;
     for (int bin = threadIdx.x; bin < num_bins; bin += kScanThreads) {
@@ -70,6 +73,7 @@ __global__ void __launch_bounds__(kScanThreads) scan_routes_kernel(RoutePlanPara
 }
 
 __global__ void __launch_bounds__(kRoutesPerBlock) place_routes_kernel(RoutePlanParams p) {
+    begin_kernel();
     __shared__ int smem_segment[kRoutesPerBlock];
     const int num_bins = p.num_parts * p.num_experts + 1;
     const int64_t route = int64_t{blockIdx.x} * kRoutesPerBlock + threadIdx.x;
@@ -85,6 +89,7 @@ __global__ void __launch_bounds__(kRoutesPerBlock) place_routes_kernel(RoutePlan
 }
 
 __global__ void __launch_bounds__(kArrivalThreads) order_arrival_kernel(ArrivalParams p) {
+    begin_kernel();
     extern __shared__ int smem[];
     const int num_experts = p.num_experts, num_segments = p.num_ranks * num_experts;
     int* size = smem;                         // [rank, expert]
