@@ -173,6 +173,8 @@ class Exchange:
         self._epoch, self.late = state[:1], state[1:]
         self.division: Division | None = None
         self._last_stream: torch.cuda.Stream | None = None
+        self._side_stream: torch.cuda.Stream | None = None
+        self._ahead: Tensor | None = None  # being published on the side stream
         self._parts = functools.lru_cache(maxsize=64)(self._lay_out)
         self._divide = functools.lru_cache(maxsize=256)(self._look_up)
 
@@ -227,10 +229,27 @@ class Exchange:
         if last not in (None, stream):
             stream.wait_stream(last)
 
+    def publish_ahead(self, tokens: Tensor, call: CallShape) -> None:
+        """Begin to publish a call's tokens beside what comes next on the current stream."""
+        self.enter()
+        if self._side_stream is None:
+            self._side_stream = torch.cuda.Stream()
+        self._side_stream.wait_stream(torch.cuda.current_stream())
+        to = self.parts(call)["tokens"][self.memory.rank]
+        self._copy([(tokens, to)], self._side_stream.cuda_stream)
+        self._ahead = tokens
+
     def publish(self, copies: Sequence[tuple[Tensor, int]]) -> None:
         """Copy contiguous tensors to addresses in this rank's block."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            torch.cuda.current_stream().wait_stream(self._side_stream)
+            copies = [copy for copy in copies if copy[0].data_ptr() != ahead.data_ptr()]
+        self._copy(copies, current_stream(self._epoch))
+
+    def _copy(self, copies: Sequence[tuple[Tensor, int]], stream: int) -> None:
         sizes = [(t.data_ptr(), to, t.numel() * t.element_size()) for t, to in copies]
-        self.kernels.publish(sizes, current_stream(self._epoch))
+        self.kernels.publish(sizes, stream)
 
     def meet(self, flags: Sequence[int], what: Meeting) -> None:
         """Wait, on the GPU, until all ranks have come here."""

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from comet_ds.dispatcher import LocalDispatcher, PeerDispatcher
-from comet_ds.exchange import Exchange
+from comet_ds.exchange import CallShape, Exchange
 from comet_ds.expert_gemm import ALIGNMENT_BYTES, ExpertGemm, ExpertWeights, why_not_addressable
 from comet_ds.experts import ExpertMLP, RecognisedExperts
-from comet_ds.gate import Routing
+from comet_ds.gate import Routing, TopKGate
 from comet_ds.kernels import current_stream, load_kernels, why_no_kernels
 from comet_ds.overlap import Division, LayerShape
 
@@ -93,6 +93,27 @@ class FusedExperts:
         """Return a phrase for the log line."""
         return f"{self._weights.mlps[0].describe()} experts"
 
+    def begin(
+        self,
+        x: Tensor,
+        exchange: Exchange | None,
+        num_tokens: tuple[int, ...],
+        gate: TopKGate,
+    ) -> Tensor:
+        """Return the input as ``run`` reads it, on its way to the other ranks while the gate runs.
+
+        Args:
+            x: [T, H], what ``why_not`` has accepted.
+            exchange, num_tokens: as ``run`` will have them.
+            gate: the layer's.
+        """
+        x = _aligned(x)
+        if exchange is not None:
+            num_experts, hidden = gate.wg.weight.shape
+            call = CallShape(num_tokens, gate.k, num_experts, hidden * x.element_size())
+            exchange.publish_ahead(x, call)
+        return x
+
     def run(
         self,
         x: Tensor,
@@ -104,7 +125,7 @@ class FusedExperts:
         """Compute the layer's output for this rank's tokens.
 
         Args:
-            x: [T, H], what ``why_not`` has accepted.
+            x: [T, H], from ``begin``.
             routing: from the CUDA gate.
             exchange: of the expert parallel group, whose ranks all make this call; None where all
                 experts are local.
@@ -137,7 +158,7 @@ class FusedExperts:
             self.division = exchange.divide(self.shape)
             arguments = (num_tokens, capacities, self.division, weights.num_sms)
             dispatcher = PeerDispatcher(routing, exchange, *arguments)
-        inputs = (_aligned(x), routing.topk_weights, dispatcher, weights, has_backward)
+        inputs = (x, routing.topk_weights, dispatcher, weights, has_backward)
         return _FusedMLP.apply(*inputs, *weights.parameters)
 
 

@@ -254,15 +254,18 @@ class MOELayer(sharded_moe.MOELayer):
             self._raise_everywhere(fault, rules, group, exchange)
         with self._timed(sharded_moe.MOE_TIMER), _current(hidden_states.device):
             x = hidden_states.reshape(-1, hidden_states.shape[-1])
-            routing = self.gate.route(x, used_token)
-            self.l_aux, self.exp_counts = routing.l_aux, routing.exp_counts
-            self.routing = routing.detach()
             why_not = functools.partial(self._why_not_fused, x)
             decision = self.choice.choose(why_not, x.shape[0], exchange, rules)
             self.path, self._reason = decision.path, decision.why_not_fused
+            num_tokens = decision.num_tokens
             if self.path == "fused":
                 self._announce(self.fused.describe())
-                output = self._run_fused(x, routing, exchange, decision.num_tokens)
+                x = self.fused.begin(x, exchange, num_tokens, self.gate)
+            routing = self.gate.route(x, used_token)
+            self.l_aux, self.exp_counts = routing.l_aux, routing.exp_counts
+            self.routing = routing.detach()
+            if self.path == "fused":
+                output = self._run_fused(x, routing, exchange, num_tokens)
             else:
                 output = self._run_tensor_parallel(x, routing, group, rules)
         if self.wall_clock_breakdown:

@@ -81,13 +81,14 @@ class VirtualGroup:
             moe = self.layers[rank].deepspeed_moe
             with torch.cuda.stream(self.streams[rank]):
                 torch.manual_seed(7)
-                routing = moe.gate.route(inputs[rank])
+                exchange, gate = self.exchanges[rank], moe.gate
+                x = moe.fused.begin(inputs[rank], exchange, num_tokens, gate)
+                routing = gate.route(x)
                 moe.routing = routing.detach()
                 capacities = None
-                if moe.gate.drop_tokens:
-                    capacities = [moe.gate.capacity(count) for count in num_tokens]
-                exchange = self.exchanges[rank]
-                arguments = (inputs[rank], routing, exchange, num_tokens, capacities)
+                if gate.drop_tokens:
+                    capacities = [gate.capacity(count) for count in num_tokens]
+                arguments = (x, routing, exchange, num_tokens, capacities)
                 outputs.append((moe.fused.run(*arguments), routing.l_aux))
         return outputs
 
