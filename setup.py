@@ -52,7 +52,16 @@ setup(
     ],
     extras_require={
         "dashboard": ["wandb-workspaces"],
-        "test": ["build", "pytest>=8", "ruff", "setuptools>=77", "tensorboard", "wandb-workspaces"],
+        "timeline": ["matplotlib"],
+        "test": [
+            "build",
+            "matplotlib",
+            "pytest>=8",
+            "ruff",
+            "setuptools>=77",
+            "tensorboard",
+            "wandb-workspaces",
+        ],
         "examples": ["tqdm"],
     },
 )

@@ -29,6 +29,8 @@ class CometConfig(BaseModel):
             group's first layer serves all its layers.
         metrics: write metrics to DeepSpeed's monitor when one is enabled.
         metrics_interval: steps between two writes; None takes DeepSpeed's steps_per_print.
+        timeline_step: step of which the first layer's timeline is recorded (path "fused"); the
+            kernels are compiled once more for it. None records nothing.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -41,6 +43,7 @@ class CometConfig(BaseModel):
     tuning_table: str | None = None
     metrics: bool = True
     metrics_interval: int | None = Field(default=None, ge=1)
+    timeline_step: int | None = Field(default=None, ge=1)
 
     @classmethod
     def parse(cls, block: Mapping[str, Any] | CometConfig | None) -> CometConfig:

@@ -12,6 +12,7 @@ from deepspeed.utils import logger
 
 from comet_ds.agreement import agree_on_setup
 from comet_ds.config import CONFIG_KEY, CometConfig, read_block
+from comet_ds.kernels import use_timeline_kernels
 from comet_ds.layer import MoE
 from comet_ds.monitor import attach_metrics
 
@@ -24,7 +25,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
 
     Raises:
         ValueError: unknown key or bad value in the block, before the engine is built; ranks that
-            disagree about it.
+            disagree about it; a timeline without a monitor.
     """
     call = inspect.signature(deepspeed.initialize).bind(*args, **kwargs)
     given = call.arguments
@@ -42,11 +43,16 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
             logger.warning(f'"{CONFIG_KEY}" is set, but the model has no comet_ds.MoE layer')
         for layer in layers:
             layer.configure(options)
+    if options.timeline_step is not None:
+        use_timeline_kernels()
     result = deepspeed.initialize(*args, **kwargs)
     engine = result[0]
     agree_on_setup(options.model_dump(), range(dist.get_world_size()))
     if options.metrics and getattr(engine, "monitor", None) and engine.monitor.enabled:
-        attach_metrics(engine, interval=options.metrics_interval)
+        intervals = {"interval": options.metrics_interval, "timeline_step": options.timeline_step}
+        attach_metrics(engine, **intervals)
+    elif options.timeline_step is not None:
+        raise ValueError('"timeline_step" needs metrics and a monitor: enable one in the JSON')
     return result
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from comet_ds.experts import ExpertMLP
-from comet_ds.kernels import current_stream
+from comet_ds.kernels import current_stream, num_sms
 
 ACTIVATION_CODES = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}  # Activation in csrc
 TENSOR_MAP_BYTES = 128
@@ -91,7 +91,7 @@ class ExpertWeights:
         ]
         self.parameters = [parameters[name] for parameters, name in self._slots]
         self.dtype, self.device = first.up.weight.dtype, first.up.weight.device
-        self.num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.num_sms = num_sms(self.device)
         self._addresses = self._read_addresses()
         is_bfloat16 = self.dtype == torch.bfloat16
         maps = b"".join(

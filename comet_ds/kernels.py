@@ -26,6 +26,23 @@ def why_no_kernels() -> str | None:
     return _build()[1]
 
 
+def use_timeline_kernels() -> None:
+    """Have the kernels compiled so that they can record what their CTAs do (``timeline.py``).
+
+    Raises:
+        RuntimeError: others are loaded already.
+    """
+    global _with_timeline
+    if _build.cache_info().currsize and not _with_timeline:
+        raise RuntimeError("the kernels are loaded already, and cannot record a timeline")
+    _with_timeline = True
+
+
+def num_sms(device: torch.device) -> int:
+    """Return how many SMs a CUDA device has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def current_stream(tensor: Tensor) -> int:
     """Return the address of the current stream of a tensor's device, for a launch.
 
@@ -41,11 +58,14 @@ def current_stream(tensor: Tensor) -> int:
     return torch._C._cuda_getCurrentRawStream(device)
 
 
+_with_timeline = False
+
+
 @functools.cache
 def _build() -> tuple[ModuleType | None, str | None]:
-    from comet_ds.op_builder.comet_moe import CometMoEBuilder
+    from comet_ds.op_builder.comet_moe import CometMoEBuilder, TimelineBuilder
 
-    builder = CometMoEBuilder()
+    builder = TimelineBuilder() if _with_timeline else CometMoEBuilder()
     reason = builder.why_not()
     if reason is None:
         try:

@@ -16,17 +16,21 @@ A W&B run is also told which MoE layer it has (``comet_ds`` in its config), to g
 from __future__ import annotations
 
 import time
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
-from deepspeed.utils import groups
+from deepspeed.utils import groups, logger
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import Tensor, nn
 
 from comet_ds.agreement import agree_on_setup
 from comet_ds.layer import MOELayer
+from comet_ds.timeline import LayerRecorder, Timeline, describe, write
+from comet_ds.timing import LayerTimer
 
 RUN_METRICS = {
     "tokens_per_s": "tokens of all data parallel ranks per second",
@@ -60,11 +64,14 @@ DEVICE_FLOPS = {
     "A100": 312e12,
 }
 
+TIMELINE_FOLDER = Path("comet_ds_timeline")
 PATH_CODES = {"reference": 0, "pipelined": 1, "fused": 2}
 DEFAULT_INTERVAL = 10
 
 
-def attach_metrics(engine: Any, *, interval: int | None = None) -> MetricsWriter:
+def attach_metrics(
+    engine: Any, *, interval: int | None = None, timeline_step: int | None = None
+) -> MetricsWriter:
     """Write metrics of an engine's MoE layers to its monitor from now on.
 
     Call it on all ranks. ``comet_ds.initialize`` does where a monitor is enabled.
@@ -73,6 +80,8 @@ def attach_metrics(engine: Any, *, interval: int | None = None) -> MetricsWriter
         engine: a DeepSpeed engine whose configuration enables a monitor.
         interval: optimizer steps between two writes; None takes ``steps_per_print``, or 10 where
             that is not set either.
+        timeline_step: optimizer step of which rank 0 records its first MoE layer's timeline, into
+            ``TIMELINE_FOLDER`` and the W&B run; needs ``kernels.use_timeline_kernels``.
 
     Raises:
         ValueError: no monitor is enabled, the engine has metrics already, or the ranks disagree
@@ -84,7 +93,7 @@ def attach_metrics(engine: Any, *, interval: int | None = None) -> MetricsWriter
         raise ValueError("the engine has metrics already")
     interval = interval or engine.steps_per_print() or DEFAULT_INTERVAL
     agree_on_setup({"metrics_interval": interval}, range(dist.get_world_size()))
-    return MetricsWriter(engine, interval)
+    return MetricsWriter(engine, interval, timeline_step)
 
 
 class TokenCounter:
@@ -135,81 +144,6 @@ def device_flops(device: torch.device) -> float | None:
     return next((flops for key, flops in DEVICE_FLOPS.items() if key in name), None)
 
 
-class LayerTimer:
-    """Times the forward and backward of a layer, while it is asked to.
-
-    On a GPU by events, which wait for nothing. A layer whose input or, at first under reentrant
-    checkpointing, output needs no gradient has no backward time; a captured one has none at all.
-
-    Attributes:
-        is_armed: whether forwards are timed that begin now.
-    """
-
-    def __init__(self, layer: nn.Module) -> None:
-        self.is_armed = False
-        self._spans: dict[str, list[list[Any]]] = {"forward_ms": [], "backward_ms": []}
-        layer.register_forward_pre_hook(self._begin, with_kwargs=True)
-        layer.register_forward_hook(self._end, with_kwargs=True)
-
-    def read(self) -> dict[str, float]:
-        """Return mean times in ms of what has ended, and forget them; waits for the device."""
-        result = {}
-        for name, spans in self._spans.items():
-            times = [_milliseconds(*span) for span in spans if len(span) == 2]
-            if times:
-                result[name] = sum(times) / len(times)
-            spans.clear()
-        return result
-
-    def _is_timed(self, layer: nn.Module) -> bool:
-        if not self.is_armed or not layer.training:  # as in most steps
-            return False
-        is_run_again = torch._C._current_graph_task_id() != -1  # by activation checkpointing
-        # A captured event has no time.
-        is_captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        return not is_run_again and not is_captured
-
-    def _begin(
-        self, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
-    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]] | None:
-        if not self._is_timed(layer):
-            return None
-        x = args[0] if args else kwargs["hidden_states"]
-        self._spans["forward_ms"].append([_mark(x)])
-        if not x.requires_grad:
-            return None
-        span: list[Any] = []
-        self._spans["backward_ms"].append(span)
-        x = x.view_as(x)  # whose gradient is this layer's alone
-        x.register_hook(lambda grad: span.append(_mark(grad)) if span else None)
-        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
-
-    def _end(self, layer: nn.Module, args: Any, kwargs: Any, output: tuple[Tensor, ...]) -> None:
-        if not self._is_timed(layer):
-            return
-        self._spans["forward_ms"][-1].append(_mark(output[0]))
-        backwards = self._spans["backward_ms"]
-        if backwards and not backwards[-1] and output[0].requires_grad:
-            span = backwards[-1]
-            output[0].register_hook(lambda grad: span.append(_mark(grad)))
-
-
-def _mark(tensor: Tensor) -> Any:
-    """Return the time on the tensor's device, which may be to come."""
-    if tensor.device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _milliseconds(start: Any, end: Any) -> float:
-    if isinstance(start, float):
-        return 1e3 * (end - start)
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
 class MetricsWriter:
     """Writes an event per metric every ``interval`` optimizer steps.
 
@@ -217,16 +151,19 @@ class MetricsWriter:
     that writes does, and issues a small all-reduce a layer and one more.
     """
 
-    def __init__(self, engine: Any, interval: int) -> None:
-        self.engine, self.interval = engine, interval
+    def __init__(self, engine: Any, interval: int, timeline_step: int | None = None) -> None:
+        self.engine, self.interval, self.timeline_step = engine, interval, timeline_step
         modules = [m for m in engine.module.modules() if isinstance(m, DeepSpeedMoE)]
         self.layers = [m.deepspeed_moe for m in modules]
         self._counter = TokenCounter(modules[0]) if modules else None
         self._timers = [LayerTimer(m) for m in modules]
         self._flop_per_token = flop_per_token(engine.module)
         self._device_flops = device_flops(torch.device(engine.device))
+        self._recorder = None
         if modules and dist.get_rank() == 0:
             self._describe_run(modules[0])
+            if timeline_step is not None:
+                self._recorder = LayerRecorder(modules[0])
         self._num_steps = 0
         self._arm()
         self._since = time.perf_counter()
@@ -237,15 +174,19 @@ class MetricsWriter:
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         result = self._take_model_step(*args, **kwargs)
         self._num_steps += 1
+        if self._recorder is not None and self.engine.global_steps == self.timeline_step:
+            self._write_timeline(self._recorder.read_timeline())
         if self._num_steps == self.interval:
             self.write()
         self._arm()
         return result
 
     def _arm(self) -> None:
-        """Have the layers timed in the step before a write."""
+        """Have the layers timed in the step before a write, and the first recorded in its step."""
         for timer in self._timers:
             timer.is_armed = self._num_steps == self.interval - 1
+        if self._recorder is not None:
+            self._recorder.is_armed = self.engine.global_steps + 1 == self.timeline_step
 
     def write(self) -> None:
         """Collect and write now. Collective over all ranks; waits for the device."""
@@ -274,13 +215,44 @@ class MetricsWriter:
             self._counter.num_tokens = 0
         self.engine.monitor.write_events(events)
 
-    def _describe_run(self, moe: DeepSpeedMoE) -> None:
-        """Tell a W&B run what it runs."""
+    def _wandb(self) -> ModuleType | None:
+        """Return wandb where a run is under way."""
         monitor = self.engine.monitor.wandb_monitor
         if monitor is None or not monitor.enabled:
-            return
+            return None
         import wandb
 
+        return wandb
+
+    def _write_timeline(self, timeline: Timeline | None) -> None:
+        """Write what the first layer's CTAs did in a step."""
+        step = self.timeline_step
+        if timeline is None or not timeline.spans:
+            path = getattr(self.layers[0], "path", "DeepSpeed's own")
+            logger.warning(f"comet_ds: no timeline of step {step}: the layer's path is {path}")
+            return
+        title = f"first MoE layer, step {step}, rank 0"
+        written = write(timeline, TIMELINE_FOLDER / f"step_{step}", title)
+        files = ", ".join(map(str, written))
+        logger.warning(f"comet_ds: timeline of step {step} in {files}\n{describe(timeline)}")
+        if (wandb := self._wandb()) is None:
+            return
+        rows = [
+            [s.gemm, s.end_us - s.start_us, s.computing, s.communicating, s.hidden]
+            for s in timeline.summaries()
+        ]
+        columns = ["pass", "us", "computing", "communicating", "hidden share"]
+        logged = {"comet_ds/timeline_launches": wandb.Table(columns=columns, data=rows)}
+        if pictures := [path for path in written if path.suffix == ".png"]:
+            logged["comet_ds/timeline"] = wandb.Image(str(pictures[0]), caption=title)
+        if (hidden := timeline.hidden_share()) is not None:
+            logged["comet_ds/layer_0/hidden_share"] = hidden
+        wandb.log(logged, step=self.engine.global_samples)
+
+    def _describe_run(self, moe: DeepSpeedMoE) -> None:
+        """Tell a W&B run what it runs."""
+        if (wandb := self._wandb()) is None:
+            return
         facts = {
             "moe": "comet_ds" if isinstance(moe.deepspeed_moe, MOELayer) else "deepspeed",
             "num_moe_layers": len(self.layers),

@@ -306,6 +306,28 @@ py::bytes tensor_maps(const std::vector<uintptr_t>& addresses, int64_t rows, int
     return {reinterpret_cast<const char*>(maps.data()), maps.size() * sizeof(CUtensorMap)};
 }
 
+// Where launches to come write their records, one after the other, as long as there is room.
+struct Timeline {
+    uintptr_t next = 0, end = 0;
+
+    comet_ds::Record* take(int num_ctas) {
+        const size_t num_bytes = size_t(num_ctas) * kRecordBytesCta;
+        if (!comet_ds::kTimeline || end - next < num_bytes) return nullptr;
+        next += num_bytes;
+        return pointer<comet_ds::Record>(next - num_bytes);
+    }
+
+    static constexpr size_t kRecordBytesCta =
+        comet_ds::kRecordLists * comet_ds::kMaxRecords * sizeof(comet_ds::Record);
+} timeline;
+
+// Returns how many bytes were left of the room before.
+size_t record(uintptr_t records, size_t num_bytes) {
+    const size_t left = timeline.end - timeline.next;
+    timeline = {records, records + num_bytes};
+    return left;
+}
+
 void expert_gemm(int pass, bool is_bfloat16, bool is_gated, int activation, const Matrices& a,
                  const Matrices& b, const Matrices& out, std::array<uintptr_t, 2> weights,
                  std::array<uintptr_t, 2> bias, uintptr_t expert_offsets,
@@ -339,6 +361,7 @@ void expert_gemm(int pass, bool is_bfloat16, bool is_gated, int activation, cons
     params.n = n;
     params.k = k;
     params.save_pre = save_pre;
+    params.records = timeline.take(num_sms);
     expert_gemm(params, variant, communication, num_sms, pointer<CUstream_st>(stream));
 }
 
@@ -374,6 +397,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("sum_partials", &sum_partials);
     m.def("tensor_maps", &tensor_maps);
     m.def("expert_gemm", &expert_gemm);
+    m.def("record", &record);
+    m.attr("has_timeline") = comet_ds::kTimeline;
+    m.attr("record_lists") = comet_ds::kRecordLists;
+    m.attr("max_records") = comet_ds::kMaxRecords;
     m.attr("routes_per_block") = comet_ds::kRoutesPerBlock;
     m.attr("max_segments") = comet_ds::kMaxSegments;
     m.attr("row_block") = comet_ds::kRowBlock;

@@ -126,6 +126,7 @@ class CometMoEBuilder(CUDAOpBuilder):
             self.warning(f"{path} was compiled from other sources; compiling again")
         start = time.perf_counter()
         module = super().load(verbose)
+        module.fingerprint = self.fingerprint()
         if (seconds := time.perf_counter() - start) > 2:  # a cached module takes less
             self.warning(f"compiled the kernels of comet_ds in {seconds:.0f} s")
         return module
@@ -164,6 +165,24 @@ class CometMoEBuilder(CUDAOpBuilder):
             if verbose:
                 self.warning(f"{self.NAME}: {reason}")
         return reason is None
+
+
+class TimelineBuilder(CometMoEBuilder):
+    """Builds kernels that can record what their CTAs do when (``comet_ds.timeline``)."""
+
+    NAME = "comet_ds_moe_timeline"
+
+    def cxx_args(self) -> list[str]:
+        """As for the kernels without."""
+        return [*super().cxx_args(), "-DCOMET_TIMELINE=1"]
+
+    def nvcc_args(self) -> list[str]:
+        """As for the kernels without."""
+        return [*super().nvcc_args(), "-DCOMET_TIMELINE=1"]
+
+    def fingerprint(self) -> str:
+        """Return that of the kernels without: what was measured for them holds."""
+        return CometMoEBuilder().fingerprint()
 
 
 def find_nvcc() -> str | None:

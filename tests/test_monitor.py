@@ -17,14 +17,18 @@ import torch
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from parity import HIDDEN as MOE_HIDDEN
 from parity import build
+from test_timeline import make_records
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from training import NUM_EXPERTS, build_engine, config, train
 
 import comet_ds
-from comet_ds.monitor import RUN_METRICS, LayerTimer, TokenCounter, flop_per_token
+from comet_ds import monitor
+from comet_ds.monitor import RUN_METRICS, TokenCounter, flop_per_token
+from comet_ds.timeline import Timeline
+from comet_ds.timing import LayerTimer
 
-INTERVAL, STEPS = 2, 6
+INTERVAL, STEPS, TIMELINE_STEP = 2, 6, 3
 TIMES = ("forward_ms", "backward_ms")
 TOKENS_PER_STEP = 2 * 2 * 12  # ranks, batch, sequence
 
@@ -33,7 +37,10 @@ def logged_values(rank: int, size: int, settings: dict, folder: str) -> dict:
     """Train; return what the metrics of the last write must be, computed here from the routing."""
     os.chdir(folder)
     os.environ.update(WANDB_MODE="offline", WANDB_DIR=folder, WANDB_SILENT="true")
-    settings = config(size, comet_ds={"metrics_interval": INTERVAL}, **settings)
+    # There are no kernels here that could record one.
+    monitor.LayerRecorder.read_timeline = lambda self: Timeline.from_records(make_records())
+    options = {"metrics_interval": INTERVAL, "timeline_step": TIMELINE_STEP}
+    settings = config(size, comet_ds=options, **settings)
     engine = build_engine("comet_ds", settings, ep_size=size, k=2, capacity_factor=0.75)
     train(engine, rank, STEPS)
     expected = {}
@@ -136,6 +143,15 @@ def test_wandb(world, tmp_path: Path) -> None:
             if not label.startswith("_"):
                 history[label][items["_step"]] = value
     check_history(history, expected)
+    at = 2 * 2 * TIMELINE_STEP
+    picture = history["comet_ds/timeline/path"][at]
+    table = history["comet_ds/timeline_launches/path"][at]
+    folder = file.parent / "files"
+    assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    rows = json.loads((folder / table).read_text())["data"]
+    assert [row[0] for row in rows] == ["up", "weight_grad"]
+    assert history["comet_ds/layer_0/hidden_share"][at] == pytest.approx(rows[0][-1])
+    assert len(list(tmp_path.glob("comet_ds_timeline/step_3.*"))) == 2
     assert told["comet_ds"] == {
         "moe": "comet_ds",
         "num_moe_layers": 2,

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from deepspeed.ops.op_builder.builder import CUDAOpBuilder
 
 from comet_ds import report
-from comet_ds.op_builder.comet_moe import CSRC, CometMoEBuilder
+from comet_ds.op_builder.comet_moe import CSRC, CometMoEBuilder, TimelineBuilder
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,14 +83,23 @@ def test_compiled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(builder, "prebuilt", lambda: path)
     assert builder.load().row_block == 128
     monkeypatch.setattr(builder, "fingerprint", lambda: "of other sources")
-    monkeypatch.setattr(CUDAOpBuilder, "load", lambda self, verbose: "compiled again")
-    assert builder.load() == "compiled again"
+    compiled = SimpleNamespace()
+    monkeypatch.setattr(CUDAOpBuilder, "load", lambda self, verbose: compiled)
+    assert builder.load() is compiled and compiled.fingerprint == "of other sources"
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("source", sorted(CSRC.rglob("*.cu")), ids=lambda p: p.name)
-def test_kernels_compile_without_spills_or_losses(source: Path, tmp_path: Path) -> None:
-    builder = CometMoEBuilder()
+@pytest.mark.parametrize(
+    ("builder", "source"),
+    [
+        *((CometMoEBuilder(), path) for path in sorted(CSRC.rglob("*.cu"))),
+        (TimelineBuilder(), CSRC / "moe" / "expert_gemm_bfloat16.cu"),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_kernels_compile_without_spills_or_losses(
+    builder: CometMoEBuilder, source: Path, tmp_path: Path
+) -> None:
     command = ["nvcc", *builder.nvcc_args(), "-I", str(CSRC), "-Xptxas", "-v", "-Werror"]
     command += ["all-warnings", "-c", str(source), "-o", str(tmp_path / "kernel.o")]
     done = subprocess.run(command, capture_output=True, text=True)

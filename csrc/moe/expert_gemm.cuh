@@ -39,6 +39,7 @@
 #include "expert_epilogue.cuh"
 #include "expert_gemm.h"
 #include "overlap.cuh"
+#include "timeline.cuh"
 
 namespace comet_ds {
 
@@ -300,12 +301,15 @@ __device__ inline void find_tiles(const ExpertGemmParams& p, const typename C::C
     const Schedule<C> schedule(p, comm);
     Units<C> units(comm, schedule, smem);
     TileSlots<C> slots{smem};
+    Recorder<C::kPass> recorder(p.records, Recording::kTiles, 0, true);
     Tile tile;
     do {
         mbarrier_wait(slots.empty(), slots.parity() ^ 1);
         schedule.get(units.get(slots.index), tile);
         if constexpr (C::kAwaitsRows) {
+            recorder.start();
             if (tile.is_valid && tile.is_stored) wait_for_rows(comm, tile.row / C::kTileM);
+            recorder.stop(Activity::kAwaitRows);
         }
         slots.put(tile);
     } while (tile.is_valid);
@@ -577,7 +581,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     begin_kernel();
     if constexpr (C::kCommunicates && !C::kHasPanels) {
         if (is_set_apart(comm)) {
+            Recorder<C::kPass> recorder(p.records, Recording::kCommunication, 0, threadIdx.x == 0);
+            recorder.start();
             communicate_first<Element, C::kPass, C::kBarriersOffset>(comm, smem_rings);
+            recorder.stop(C::kAwaitsRows ? Activity::kPull : Activity::kPush);
             fence_proxy_async();  // the copy engine will write there, also the other CTA's
             sync_cluster();
         }
@@ -596,6 +603,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
             smem + C::kStages * C::kStageBytes + warp * C::kStagingBytesWarp, lane);
         TileSlots<C> slots{smem};
         [[maybe_unused]] StoredPieces pieces;
+        Recorder<C::kPass> recorder(p.records, Recording::kMath, warpgroup, threadIdx.x % 128 == 0);
         if (C::kPingPong && warpgroup == 1) named_barrier_arrive(kTurn, 2 * 128);
         Tile tile;
 #pragma unroll 1
@@ -610,18 +618,23 @@ __global__ void __launch_bounds__(C::kThreads, 1)
                 saved.template load<Element>(p, warp_row<C>(tile, warpgroup, 0), tile.col, staging);
             }
             if constexpr (C::kPingPong) named_barrier_sync(kTurn + warpgroup, 2 * 128);
+            recorder.start();
             multiply<C>(acc, tile.num_steps, ring, warpgroup);
+            recorder.stop(Activity::kMultiply);
             if constexpr (C::kHasPanels) pieces.flush(comm);
             if (!tile.is_stored) continue;
             finish_tile<C>(acc, tile, p, warpgroup, saved, staging);
+            recorder.stop(Activity::kFinish);
             if constexpr (C::kHasPanels) pieces.add(comm, tile.col);
         }
         if constexpr (C::kHasPanels) {
             pieces.flush(comm);
             static_assert(C::kMathWarps * sizeof(PushRing<Element>) <= C::kStages * C::kStageBytes);
             named_barrier_sync(kTurn, 2 * 128);  // the stages have been read
+            Recorder<C::kPass> pushes(p.records, Recording::kCommunication, 0, threadIdx.x == 128);
             push_panels(comm, reinterpret_cast<PushRing<Element>*>(smem_rings)[warp],
-                        p.expert_offsets[p.num_experts] / C::kTileM, C::kTileCols, C::kMathWarps);
+                        p.expert_offsets[p.num_experts] / C::kTileM, C::kTileCols, C::kMathWarps,
+                        pushes);
         }
         staging.begin();
     }

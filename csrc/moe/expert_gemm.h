@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "exchange.h"
+#include "timeline.h"
 
 namespace comet_ds {
 
@@ -46,7 +47,8 @@ struct ExpertGemmParams {
     int m;          // kWeightGrad: rows of one expert's result
     int n;          // columns of the result (one matrix's where gated)
     int k;          // length of the reduction (one matrix's where gated); not of kWeightGrad
-    bool save_pre;  // kUp: whether to write pre
+    bool save_pre;    // kUp: whether to write pre
+    Record* records;  // of this launch's CTAs (timeline.h), or null
 };
 
 // Which kernel; is_gated and activation matter to kUp, kDownGrad and kUpGrad.

@@ -30,6 +30,7 @@
 #include "device/tma.cuh"
 #include "exchange.h"
 #include "expert_gemm.h"
+#include "timeline.h"
 #include "token_stream.cuh"
 
 namespace comet_ds {
@@ -106,9 +107,10 @@ __device__ inline void communicate_first(const Communication& c, uint8_t* smem) 
 
 // What a math warp of any CTA does after kDown's tiles: pushes what is left of the panels, each of
 // num_row_blocks tiles of tile_cols columns, stored in pieces_per_tile pieces.
-template <typename Element>
+template <typename Element, typename Recorder>
 __device__ inline void push_panels(const Communication& c, PushRing<Element>& ring,
-                                   int num_row_blocks, int tile_cols, int pieces_per_tile) {
+                                   int num_row_blocks, int tile_cols, int pieces_per_tile,
+                                   Recorder& recorder) {
     const int hidden = c.exchange.hidden;
     int num_complete = 0;  // panels this warp has waited for
     const auto await = [&](int slice) {
@@ -118,11 +120,15 @@ __device__ inline void push_panels(const Communication& c, PushRing<Element>& ri
         const int cols = panel == 0 ? min(c.first_panel, hidden)
                                     : min(kPushCols, hidden - slice * kPushCols);
         const int tiles = num_row_blocks * ((cols + tile_cols - 1) / tile_cols);
+        recorder.stop(Activity::kPush);
         if (threadIdx.x % 32 == 0) wait_for_count(c, panel, tiles * pieces_per_tile);
         __syncwarp();
+        recorder.stop(Activity::kAwaitPanel);
     };
+    recorder.start();
     push_tokens<Element, true>(c.exchange, static_cast<const Element*>(c.rows),
                                &c.counters->groups, ring, await);
+    recorder.stop(Activity::kPush);
 }
 
 }  // namespace comet_ds
