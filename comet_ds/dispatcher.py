@@ -18,7 +18,7 @@ from comet_ds.exchange import CallShape, Exchange, Meeting
 from comet_ds.expert_gemm import ExpertRows
 from comet_ds.gate import Routing
 from comet_ds.kernels import current_stream
-from comet_ds.overlap import Division
+from comet_ds.refine import Trial
 from comet_ds.row_ops import DTYPE_CODES, sum_rows
 
 
@@ -137,9 +137,11 @@ class LocalDispatcher:
     Attributes:
         plan: where rows lie.
         has_peers: whether other ranks wait for this one's calls.
+        trial: of the division points; None where there are none.
     """
 
     has_peers = False
+    trial: Trial | None = None
 
     def __init__(self, routing: Routing, kernels: ModuleType) -> None:
         self.kernels = kernels
@@ -217,7 +219,7 @@ class PeerDispatcher:
         exchange: the group's.
         num_tokens: of every rank.
         capacities: most routes of a rank's tokens one expert keeps, by rank; None for no limit.
-        division: what goes on beside the layer's GEMMs.
+        trial: what goes on beside the layer's GEMMs.
         num_sms: of the GPU.
     """
 
@@ -229,7 +231,7 @@ class PeerDispatcher:
         exchange: Exchange,
         num_tokens: tuple[int, ...],
         capacities: Sequence[int] | None,
-        division: Division,
+        trial: Trial,
         num_sms: int,
     ) -> None:
         self.exchange, self.kernels, self.num_sms = exchange, exchange.kernels, num_sms
@@ -239,7 +241,8 @@ class PeerDispatcher:
         ids = routing.topk_ids.new_empty(sum(num_tokens), self.top_k)
         block = self.kernels.row_block
         rows = max_rows(num_tokens, capacities, self.top_k, num_local, block)
-        self.division = division
+        self.trial, self.division = trial, trial.division
+        division = self.division
         num_split = (0, division.pull.num_split, division.pull_grad.num_split)
         self.plan = RowPlan.empty(ids, num_local, rows, block, num_split)
         self._tables: dict[str, Tensor] | None = {

@@ -28,6 +28,7 @@ from comet_ds.agreement import RollCall
 from comet_ds.config import CometConfig
 from comet_ds.kernels import current_stream, load_kernels, why_no_kernels
 from comet_ds.overlap import Division, LayerShape, divide
+from comet_ds.refine import RunTuner, Trial
 from comet_ds.tuning import TuningTable, default_path, read
 
 # Blocks grow in steps of this, parts of a block start at multiples of ALIGNMENT.
@@ -146,6 +147,7 @@ class Exchange:
         roll_call: the group's; None where the caller knows the number of tokens of every rank.
         timeout_s: how long to wait for another rank on the GPU.
         table: division points that were measured.
+        tuner: measures them in this run.
 
     Attributes:
         timeout_s, timeout_ns: how long to wait on the GPU.
@@ -162,11 +164,11 @@ class Exchange:
         roll_call: RollCall | None = None,
         timeout_s: float = 600,
         table: TuningTable | None = None,
+        tuner: RunTuner | None = None,
     ) -> None:
-        self.memory, self.kernels, self.roll_call = memory, kernels, roll_call
+        self.memory, self.kernels, self.roll_call, self.tuner = memory, kernels, roll_call, tuner
         self.table = table or TuningTable()
-        device_name = torch.cuda.get_device_name(memory.block.device)
-        self.origin = (device_name, kernels.fingerprint)
+        self.origin = _origin(memory.block.device, kernels)
         self.timeout_s, self.timeout_ns = timeout_s, int(timeout_s * 1e9)
         # How often this rank has come to a meeting; what a GEMM's communication waited for in vain.
         state = torch.zeros(3, dtype=torch.int64, device=memory.block.device)
@@ -178,11 +180,11 @@ class Exchange:
         self._parts = functools.lru_cache(maxsize=64)(self._lay_out)
         self._divide = functools.lru_cache(maxsize=256)(self._look_up)
 
-    def divide(self, shape: LayerShape) -> Division:
-        """Return the division points of a layer: measured ones, else the cost model's."""
+    def divide(self, shape: LayerShape) -> Trial:
+        """Return the division points of a layer's forward: measured ones, else the cost model's."""
         if self.division is not None:
-            return self.division
-        return self._divide(shape)
+            return Trial(self.division)
+        return self.tuner.trial(shape) if self.tuner else Trial(self._divide(shape))
 
     def _look_up(self, shape: LayerShape) -> Division:
         found = self.table.find(shape, *self.origin)
@@ -308,8 +310,19 @@ def _connect(group: Any, device: torch.device, config: CometConfig) -> Exchange 
         roll_call = RollCall(group, config.timeout_s)
     except RuntimeError as error:  # the same on all ranks
         return str(error)
+    tuner = None
+    if config.refine:
+        tuner = RunTuner(group, _origin(device, kernels), _table_path(config))
     table = TuningTable(facts[0]["entries"])
-    return Exchange(memory, kernels, roll_call, config.timeout_s, table)
+    return Exchange(memory, kernels, roll_call, config.timeout_s, table, tuner)
+
+
+def _origin(device: torch.device, kernels: ModuleType) -> tuple[str, str]:
+    return torch.cuda.get_device_name(device), kernels.fingerprint
+
+
+def _table_path(config: CometConfig) -> Path:
+    return Path(config.tuning_table or default_path())
 
 
 def _own_facts(device: torch.device, config: CometConfig, is_first: bool) -> dict[str, Any]:
@@ -328,7 +341,7 @@ def _own_facts(device: torch.device, config: CometConfig, is_first: bool) -> dic
             if i != own and not torch.cuda.can_device_access_peer(own, i)
         ],
         "reason": why_no_kernels() and f"it has no kernels: {why_no_kernels()}",
-        "entries": read(Path(config.tuning_table or default_path())) if is_first else [],
+        "entries": read(_table_path(config)) if is_first else [],
     }
 
 

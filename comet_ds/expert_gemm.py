@@ -8,10 +8,13 @@ expert's are neither read nor written.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +57,13 @@ class ExpertRows:
     block_order: Tensor
     expert_order: Tensor
     max_rows: int
+
+
+class Observer(Protocol):
+    """Who times launches."""
+
+    def timed(self, gemm: Pass) -> AbstractContextManager[None]:
+        """Return what a launch happens in."""
 
 
 class ExpertWeights:
@@ -163,10 +173,13 @@ class ExpertGemm:
     Args:
         weights: the experts.
         rows: whose rows are whose.
+        observer: is told of every launch that something goes on beside, by a context manager.
     """
 
-    def __init__(self, weights: ExpertWeights, rows: ExpertRows) -> None:
-        self.weights, self.rows = weights, rows
+    def __init__(
+        self, weights: ExpertWeights, rows: ExpertRows, observer: Observer | None = None
+    ) -> None:
+        self.weights, self.rows, self.observer = weights, rows, observer
         self._down = 2 if weights.is_gated else 1
         self._ups = (0, 1) if weights.is_gated else (0,)
         self._nothing = weights.kernels.Communication()
@@ -281,11 +294,15 @@ class ExpertGemm:
         row_dots: Tensor | None = None,
         beside: object | None = None,
     ) -> None:
+        if beside is not None and self.observer is not None:
+            observed = self.observer.timed(which)
+        else:
+            observed = contextlib.nullcontext()
         w, rows = self.weights, self.rows
         order = _ORDERS.get(which, 0) if beside is not None else 0
         # A gradient of a linear function has no bias.
         has_bias = which in (Pass.UP, Pass.DOWN)
-        w.kernels.expert_gemm(
+        arguments = (
             int(which),
             w.dtype == torch.bfloat16,
             w.is_gated,
@@ -310,6 +327,8 @@ class ExpertGemm:
             beside or self._nothing,
             current_stream(rows.expert_offsets),
         )
+        with observed:
+            w.kernels.expert_gemm(*arguments)
 
 
 def _matrix(tensor: Tensor) -> tuple[int, int, int, int]:

@@ -155,8 +155,9 @@ class FusedExperts:
                 weights.num_sms,
                 -(-weights.hidden // weights.kernels.push_cols),
             )
-            self.division = exchange.divide(self.shape)
-            arguments = (num_tokens, capacities, self.division, weights.num_sms)
+            trial = exchange.divide(self.shape)
+            self.division = trial.division
+            arguments = (num_tokens, capacities, trial, weights.num_sms)
             dispatcher = PeerDispatcher(routing, exchange, *arguments)
         inputs = (x, routing.topk_weights, dispatcher, weights, has_backward)
         return _FusedMLP.apply(*inputs, *weights.parameters)
@@ -173,7 +174,7 @@ class _FusedMLP(torch.autograd.Function):
         has_backward: bool,
         *parameters: Tensor,
     ) -> Tensor:
-        gemm = ExpertGemm(weights, dispatcher.plan)
+        gemm = ExpertGemm(weights, dispatcher.plan, dispatcher.trial)
         rows, pull = dispatcher.dispatch(x)
         hidden = x.new_empty(dispatcher.plan.max_rows, weights.ffn)
         pre = None
@@ -194,7 +195,7 @@ class _FusedMLP(torch.autograd.Function):
         rows, *pre = ctx.saved_tensors
         dispatcher, weights = ctx.dispatcher, ctx.weights
         _check_unchanged(weights, ctx.versions)
-        gemm = ExpertGemm(weights, dispatcher.plan)
+        gemm = ExpertGemm(weights, dispatcher.plan, dispatcher.trial)
         needs_parameters = any(ctx.needs_input_grad[5:])
         dy, pull = dispatcher.dispatch(_aligned(grad))
         # Nobody reads the pre-activations again, unless the graph is kept: their gradients take

@@ -189,6 +189,7 @@ class MoE(deepspeed_layer.MoE):
             "num_chunks": config.num_chunks,
             "exact_gate": config.exact_gate,
             "timeout_s": config.timeout_s,
+            "refine": config.refine,
         }
 
     def _tag_experts(self) -> None:

@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from deepspeed import comm as dist
@@ -65,12 +66,22 @@ def time_divisions(
     return [(forward, both) for forward, both in slowest.tolist()]
 
 
-def tune(
-    layer: MoE, shape: LayerShape, x: Tensor, grad: Tensor, num_runs: int
-) -> tuple[Division, float, float]:
-    """Return the best points found, and the ms of forward and backward with them and the model's.
+class Tuned(NamedTuple):
+    """Points found, and the ms of forward and backward with them.
 
-    All ranks return the same.
+    Attributes:
+        division: the best.
+        ms, default_ms, worst_ms: with these, with the cost model's, with the worst that was tried.
+    """
+
+    division: Division
+    ms: float
+    default_ms: float
+    worst_ms: float
+
+
+def tune(layer: MoE, shape: LayerShape, x: Tensor, grad: Tensor, num_runs: int) -> Tuned:
+    """Find the best points; all ranks return the same.
 
     Args:
         layer: has run once.
@@ -78,7 +89,7 @@ def tune(
         x, grad: [T, H] input and gradient of the output.
         num_runs: medians are taken of these.
     """
-    best = default = divide(shape)
+    best, worst_ms = (default := divide(shape)), 0.0
     for field in Division._fields:
         choices = [best, *candidates(best, shape)[field]]
         times = time_divisions(layer, choices, x, grad, num_runs)
@@ -86,8 +97,11 @@ def tune(
         fastest = min(range(len(choices)), key=lambda i: times[i][part])
         if times[fastest][part] < (1 - GAIN) * times[0][part]:
             best = choices[fastest]
+        worst_ms = max(worst_ms, *(both for _, both in times))
     (_, before), (_, after) = time_divisions(layer, [default, best], x, grad, 2 * num_runs)
-    return (best, after, before) if after <= before else (default, before, before)
+    if after > before:
+        best, after = default, before
+    return Tuned(best, after, before, worst_ms)
 
 
 def tune_shape(
@@ -100,12 +114,14 @@ def tune_shape(
     step(layer, x, grad)
     exchange = exchange_of(layer.deepspeed_moe.ep_group)
     layer_shape = layer.deepspeed_moe.fused.shape
-    best, after, before = tune(layer, layer_shape, x, grad, num_runs)
+    found = tune(layer, layer_shape, x, grad, num_runs)
     if dist.get_rank() == 0:
         path = Path(config.tuning_table or default_path())
-        write(path, layer_shape, *exchange.origin, best, after)
-        points = ", ".join(f"{k} {'/'.join(map(str, v[:2]))}" for k, v in best._asdict().items())
-        print(f"{name:14s} {before:7.3f} -> {after:7.3f} ms  {points}  {path}", flush=True)
+        write(path, layer_shape, *exchange.origin, found.division, found.ms)
+        choices = found.division._asdict().items()
+        points = ", ".join(f"{field} {'/'.join(map(str, v[:2]))}" for field, v in choices)
+        times = f"{found.default_ms:7.3f} -> {found.ms:7.3f} ms, worst {found.worst_ms:7.3f}"
+        print(f"{name:14s} {times}  {points}  {path}", flush=True)
 
 
 def main() -> None:

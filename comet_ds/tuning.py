@@ -2,9 +2,9 @@
 """Division points that were measured: a table on disk, and the choices worth measuring.
 
 The table is a JSON file, by default ``~/.cache/comet_ds/tuning.json``. ``python -m comet_ds.tune``
-fills it; a run reads it once, on rank 0 of each expert parallel group, and then looks points up in
-memory. An entry belongs to a device, a layer on so many ranks, and the kernels' sources; entries of
-other sources stay in the file and are not used.
+fills it, as does a run with ``"refine": true``; a run reads it once, on rank 0 of each expert
+parallel group, and then looks points up in memory. An entry belongs to a device, a layer on so many
+ranks, and the kernels' sources; entries of other sources stay in the file and are not used.
 """
 
 from __future__ import annotations
@@ -149,7 +149,12 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def write(
-    path: Path, shape: LayerShape, device: str, fingerprint: str, division: Division, ms: float
+    path: Path,
+    shape: LayerShape,
+    device: str,
+    fingerprint: str,
+    division: Division,
+    ms: float | None = None,
 ) -> None:
     """Add what was measured, in place of what there was for the same key and tokens.
 
@@ -160,7 +165,7 @@ def write(
         path: of the table.
         shape, device, fingerprint: what it is for.
         division: the points.
-        ms: forward and backward with them.
+        ms: forward and backward with them, where that was timed.
     """
     key = TuningKey.of(shape, device, fingerprint)
     num_tokens = mean_tokens(shape)

@@ -35,6 +35,8 @@ from comet_ds.dispatcher import RowPlan, max_rows
 from comet_ds.exchange import CallShape, Exchange, _why_not_connected, exchange_of
 from comet_ds.kernels import current_stream, load_kernels
 from comet_ds.path import PathChoice
+from comet_ds.refine import SAMPLES, WARM_UP
+from comet_ds.tuning import read
 
 OK = (InputRules.OK, 0)
 # Experts, k, hidden, ffn: no multiples of a tile, no powers of two, few and many routes.
@@ -539,6 +541,33 @@ def check_graph(rank: int, size: int) -> None:
 @pytest.mark.gpu(2)
 def test_cuda_graph_between_ranks(world) -> None:
     world(2, "nccl").run(check_graph)
+
+
+def check_refining(rank: int, size: int, folder: str) -> None:
+    """A layer measures its division points while it runs; its results are the same throughout."""
+    path = Path(folder) / "table.json"
+    block = {"path": "fused", "refine": True, "tuning_table": str(path)}
+    layer = pinned(rank, size, (8, 2, 1024, 256), comet_ds=block)
+    fused = layer.deepspeed_moe.fused
+    xs, grads = case([1000] * size, 1024, BF16)
+    first, divisions = run(layer, xs[rank], grads[rank]), set()
+    for _ in range(WARM_UP + 20 * SAMPLES):
+        again = run(layer, xs[rank], grads[rank])
+        assert all(torch.equal(first[what], value) for what, value in again.items())
+        divisions.add(fused.division)
+    tuner = exchange_of(layer.deepspeed_moe.ep_group).tuner
+    assert len(divisions) > 5 and not tuner._trials
+    assert fused.division in tuner._best.values()
+    found: list = [None] * size
+    points = [tuple(choice[:2]) for choice in fused.division]
+    torch.distributed.all_gather_object(found, points)
+    assert found == [points] * size
+    assert len(read(path)) == 1
+
+
+@pytest.mark.gpu(2)
+def test_refining(world, tmp_path: Path) -> None:
+    world(2, "nccl").run(check_refining, str(tmp_path))
 
 
 def check_groups(rank: int, size: int) -> None:
