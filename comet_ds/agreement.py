@@ -89,6 +89,13 @@ def _compare(
     return ""
 
 
+def agree_on_largest(value: int, group: Any, device: torch.device) -> int:
+    """Return the largest of all ranks' values. Collective; waits for the device."""
+    message = torch.tensor([value], device=device)
+    dist.all_reduce(message, op=dist.ReduceOp.MAX, group=group)
+    return int(message)
+
+
 @dataclass(frozen=True)
 class InputRules:
     """What a layer's input must be.

@@ -24,21 +24,24 @@ from deepspeed.utils.bwc import (
 from torch import Tensor, nn
 
 from comet_ds import row_ops
-from comet_ds.agreement import Answer, CountExchange, InputRules, agree_on_setup
+from comet_ds.agreement import (
+    Answer,
+    CountExchange,
+    InputRules,
+    agree_on_largest,
+    agree_on_setup,
+)
 from comet_ds.config import CometConfig
 from comet_ds.exchange import Exchange
 from comet_ds.experts import tag_expert_parameters
 from comet_ds.fused import FusedExperts
 from comet_ds.gate import Routing, TopKGate
 from comet_ds.grouped_mlp import ExpertRunner
+from comet_ds.overlap import PIPELINED_FLOPS, ChunkedLayer
 from comet_ds.path import PathChoice
 from comet_ds.pipelined import pipelined_forward
 from comet_ds.reference import reference_forward
 from comet_ds.routing import ChunkSchedule, plan_routes
-
-# On a GPU more chunks hide more of the communication, until messages get too small for the link
-# and launches too many for the host. On a CPU the cores that would communicate are computing.
-DEFAULT_NUM_CHUNKS = {"cuda": 2, "cpu": 1}
 
 
 class MoE(deepspeed_layer.MoE):
@@ -315,8 +318,9 @@ class MOELayer(sharded_moe.MOELayer):
             return self._run_reference(x, topk_ids, topk_weights, group, rules)
         self.runner.experts = self.experts.deepspeed_experts  # whatever stands there now
         self.runner.refresh(x, expected_rows=topk_ids.numel() / self.num_local_experts)
-        self._announce(f"{self.runner.describe()}, {row_ops.describe(x)}")
-        schedule, segment_of_expert = self._chunk_schedule()
+        schedule, segment_of_expert = self._chunk_schedule(x.shape[0], group)
+        chunks = f", {len(schedule.chunks)} chunk(s)" if self.ep_size > 1 else ""
+        self._announce(f"{self.runner.describe()}, {row_ops.describe(x)}{chunks}")
         plan = plan_routes(topk_ids, segment_of_expert)
         exchange = None
         if self.ep_size > 1:
@@ -343,18 +347,32 @@ class MOELayer(sharded_moe.MOELayer):
             num_tokens=num_tokens,
         )
 
-    def _chunk_schedule(self) -> tuple[ChunkSchedule, Tensor]:
-        """Return the schedule, and its segment table on the layer's device."""
+    def _chunk_schedule(self, num_tokens: int, group: Any) -> tuple[ChunkSchedule, Tensor]:
+        """Return the schedule, and its segment table on the layer's device.
+
+        Collective in the first forward, whose largest number of tokens decides.
+        """
         device = self.gate.wg.weight.device
         if self._schedule is None or self._schedule[0] != device:
             num_chunks = self.config.num_chunks
-            if num_chunks == "auto":
-                num_chunks = DEFAULT_NUM_CHUNKS.get(device.type, 1)
-            if self.ep_size == 1:
+            # On a CPU the cores that would communicate are computing.
+            if self.ep_size == 1 or (num_chunks == "auto" and device.type != "cuda"):
                 num_chunks = 1
+            if num_chunks == "auto":
+                num_chunks = self._best_num_chunks(agree_on_largest(num_tokens, group, device))
             schedule = ChunkSchedule(self.ep_size, self.num_local_experts, num_chunks)
             self._schedule = device, schedule, schedule.segment_of_expert.to(device)
         return self._schedule[1:]
+
+    def _best_num_chunks(self, num_tokens: int) -> int:
+        """Return the chunks that are fastest with so many tokens a rank, by the cost model."""
+        weight, rows = self.gate.wg.weight, num_tokens * self.gate.k
+        expert = self.experts.deepspeed_experts[0]
+        seconds = 2 * rows * sum(p.numel() for p in expert.parameters()) / PIPELINED_FLOPS
+        token_bytes = weight.shape[1] * weight.element_size()
+        domain = torch.cuda.device_count()  # of a host
+        layer = ChunkedLayer(rows, token_bytes, (seconds, 2 * seconds), self.ep_size, domain)
+        return layer.best()
 
     def _group(self) -> Any:
         """Return the EP group, the world where DeepSpeed's inference engine set none."""
@@ -390,7 +408,9 @@ class MOELayer(sharded_moe.MOELayer):
             answers = exchange.roll_call.call(Answer(0, False, fault))
             rules.raise_first([answer.fault for answer in answers])
         elif self.ep_size > 1:
-            size = 1 if self.path == "reference" else self._chunk_schedule()[0].num_segments
+            size = 1
+            if self.path != "reference":
+                size = self._chunk_schedule(0, group)[0].num_segments
             counts = torch.zeros(size, dtype=torch.int64, device=rules.device)
             CountExchange(counts, group, rules, fault=fault).wait()
         raise ValueError(rules.message(*fault))
@@ -403,10 +423,7 @@ class MOELayer(sharded_moe.MOELayer):
         why = "" if self.config.path == "auto" else ", pinned by the configuration"
         if self._reason is not None:
             why = f" (not fused: {self._reason})"
-        chunks = ""
-        if self.ep_size > 1 and self.path == "pipelined":
-            chunks = f", {len(self._chunk_schedule()[0].chunks)} chunk(s)"
-        message = f"comet_ds: MoE path {self.path}{why}: {how}{chunks}"
+        message = f"comet_ds: MoE path {self.path}{why}: {how}"
         # DeepSpeed's logger hides everything below a warning.
         logger.log_dist_once(message, ranks=[0], level=logging.WARNING)
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many CTAs of a GEMM kernel communicate beside it: a cost model.
+"""Division points by a cost model: CTAs that communicate beside a GEMM, and chunks of a layer.
 
 A CTA set apart computes later or stops earlier. Too many and the link or HBM is no faster, too few
-and tiles wait for rows, or results for their way out. The rates are what an H200 gives.
+and tiles wait for rows, or results for their way out. More chunks (path "pipelined") hide more of
+what travels, until launches and messages cost more than that. The rates are what an H200 gives.
 """
 
 from __future__ import annotations
@@ -20,6 +21,15 @@ PULL_BYTES = 50e9  # read and written by one CTA that pulls, bytes/s
 PUSH_BYTES = 40e9  # read and written by one CTA that sums and pushes, bytes/s
 EXPOSED = 0.6  # share of the time it takes to read a GEMM's operand once more
 MARGIN = 1.2  # of the work there is to be until rows have come
+# Of the pipelined path: torch's grouped GEMM, NCCL over NVLink and a 400 Gbit/s network, the share
+# of a network's rate that is reached, and what every chunk costs beside its work.
+PIPELINED_FLOPS = 600e12
+NCCL_LINK_BYTES = 230e9
+NIC_BYTES = 50e9
+NIC_SHARE = 0.85
+CHUNK_SECONDS = 60e-6
+MESSAGE_SECONDS = 2e-6  # for every peer of an all-to-all
+MAX_CHUNKS = 8
 
 
 class Pull(NamedTuple):
@@ -97,6 +107,45 @@ def divide(shape: LayerShape) -> Division:
         traffic.pull(flop_per_row),
         traffic.push(flop_per_row),
     )
+
+
+@dataclass(frozen=True)
+class ChunkedLayer:
+    """What decides the chunks of a layer on the pipelined path.
+
+    Attributes:
+        rows: routes of a rank, which all travel.
+        token_bytes: of one.
+        gemm_seconds: forward, backward.
+        num_ranks: W.
+        domain: ranks that reach each other by NVLink.
+        nic_bytes: over the network, one direction and one GPU, bytes/s.
+    """
+
+    rows: int
+    token_bytes: int
+    gemm_seconds: tuple[float, float]
+    num_ranks: int
+    domain: int
+    nic_bytes: float = NIC_BYTES
+
+    def seconds(self, num_chunks: int) -> tuple[float, float]:
+        """Return the time of exchange and GEMMs, forward and backward."""
+        share = self.rows * self.token_bytes / self.num_ranks  # to one rank
+        inside = min(self.domain, self.num_ranks)
+        # All-to-alls of a domain and between them run at one time.
+        nic = NIC_SHARE * self.nic_bytes
+        wire = max(share * (inside - 1) / NCCL_LINK_BYTES, share * (self.num_ranks - inside) / nic)
+        travel = 2 * (wire + num_chunks * self.num_ranks * MESSAGE_SECONDS)
+        forward, backward = (
+            max(travel, gemm) + min(travel, gemm) / num_chunks + num_chunks * CHUNK_SECONDS
+            for gemm in self.gemm_seconds
+        )
+        return forward, backward
+
+    def best(self) -> int:
+        """Return the number of chunks that takes least."""
+        return min(range(1, MAX_CHUNKS + 1), key=lambda count: sum(self.seconds(count)))
 
 
 @dataclass(frozen=True)

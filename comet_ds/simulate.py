@@ -24,7 +24,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from comet_ds.bench_layers import PEAK_FLOPS, Shape, add_shape_arguments, parse_shapes
-from comet_ds.overlap import LINK_BYTES, MEMORY_BYTES, LayerShape, Traffic, divide
+from comet_ds.overlap import (
+    LINK_BYTES,
+    MEMORY_BYTES,
+    NIC_BYTES,
+    PIPELINED_FLOPS,
+    ChunkedLayer,
+    LayerShape,
+    Traffic,
+    divide,
+)
 
 NUM_SMS = 132
 SLICE_COLS = 512  # kPushCols in csrc/moe/exchange.h
@@ -36,14 +45,6 @@ LAUNCH_SECONDS = 1.5e-6  # between two kernels
 MEETING_SECONDS = 8e-6
 GATE_SECONDS_PER_ELEMENT = 1.3e-12  # of [T, H], logits and their part of backward alike
 GATE_SECONDS_PER_SCORE = 3.6e-11  # of [T, E]
-# Of the pipelined path: torch's grouped GEMM, NCCL over NVLink, the share of a NIC's rate that is
-# reached, and what every chunk costs beside its work.
-PIPELINED_FLOPS = 600e12
-NCCL_LINK_BYTES = 230e9
-NIC_SHARE = 0.85
-CHUNK_SECONDS = 60e-6
-MESSAGE_SECONDS = 2e-6  # for every peer of an all-to-all
-MAX_CHUNKS = 8
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Cluster:
 
     num_ranks: int
     domain: int = 8
-    nic_bytes: float = 50e9
+    nic_bytes: float = NIC_BYTES
 
     @property
     def is_one_domain(self) -> bool:
@@ -205,24 +206,14 @@ def _fused(layer: _Layer) -> tuple[str, tuple[int, ...], float, float, tuple[flo
 
 
 def _pipelined(layer: _Layer) -> tuple[str, tuple[int, ...], float, float, tuple[float, float]]:
-    cluster, num_ranks = layer.cluster, layer.cluster.num_ranks
-    # Every kept route travels; all-to-alls of a domain and between them run at one time.
-    inside = layer.row_bytes * (min(cluster.domain, num_ranks) - 1) / num_ranks
-    beyond = layer.row_bytes * (num_ranks - min(cluster.domain, num_ranks)) / num_ranks
-    wire = max(inside / NCCL_LINK_BYTES, beyond / (NIC_SHARE * cluster.nic_bytes))
-    gemms, gate = layer.gemms(PIPELINED_FLOPS), layer.gate()
+    cluster, gemms, gate = layer.cluster, layer.gemms(PIPELINED_FLOPS), layer.gate()
+    domain, nic_bytes = cluster.domain, cluster.nic_bytes
+    chunked = ChunkedLayer(
+        layer.rows, layer.token_bytes, gemms, cluster.num_ranks, domain, nic_bytes
+    )
+    num_chunks = chunked.best()
+    busy = chunked.seconds(num_chunks)
     moves = 6 * layer.row_bytes / MEMORY_BYTES  # rows in order of destination, and of expert
-
-    def both(num_chunks: int) -> tuple[float, float]:
-        times = []
-        for gemm in gemms:
-            travel = 2 * (wire + num_chunks * num_ranks * MESSAGE_SECONDS)
-            longer, shorter = max(travel, gemm), min(travel, gemm)
-            times.append(longer + shorter / num_chunks + num_chunks * CHUNK_SECONDS)
-        return times[0], times[1]
-
-    num_chunks = min(range(1, MAX_CHUNKS + 1), key=lambda count: sum(both(count)))
-    busy = both(num_chunks)
     forward, backward = (time + g + moves for time, g in zip(busy, gate, strict=True))
     exposed = busy[0] - gemms[0], busy[1] - gemms[1]
     return "pipelined", (num_chunks,), forward, backward, exposed

@@ -7,8 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from comet_ds.agreement import agree_on_largest
 from comet_ds.bench_layers import SHAPES, Shape
+from comet_ds.overlap import ChunkedLayer
 from comet_ds.simulate import Cluster, main, predict
 
 # Device ms of forward and forward + backward, H200s of one host, 8192 tokens a rank.
@@ -75,3 +78,23 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         main(["--ranks", "0"])
     assert "must be positive" in capsys.readouterr().err
+
+
+def test_chunks() -> None:
+    """One where little travels or is computed, more where both take long."""
+
+    def best(rows: int, seconds: float, num_ranks: int = 8, domain: int = 8) -> int:
+        return ChunkedLayer(rows, 4096, (seconds, 2 * seconds), num_ranks, domain).best()
+
+    assert best(0, 0.0) == best(64, 1e-5) == best(10**6, 0.0) == 1
+    assert 1 < best(65536, 1e-3) < best(524288, 10e-3)
+    assert best(65536, 1e-3, 64, 64) < best(65536, 1e-3)  # more messages a chunk
+
+
+def check_largest(rank: int, size: int) -> None:
+    device = torch.device("cpu")
+    assert agree_on_largest([5, 900][rank], torch.distributed.group.WORLD, device) == 900
+
+
+def test_ranks_agree_on_tokens(world) -> None:
+    world(2).run(check_largest)
