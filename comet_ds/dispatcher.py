@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from comet_ds.exchange import CallShape, Exchange, Meeting
+from comet_ds.exchange import CallShape, Exchange, ExposureMeter, Meeting
 from comet_ds.expert_gemm import ExpertRows
 from comet_ds.gate import Routing
 from comet_ds.kernels import current_stream
@@ -221,6 +221,7 @@ class PeerDispatcher:
         capacities: most routes of a rank's tokens one expert keeps, by rank; None for no limit.
         trial: what goes on beside the layer's GEMMs.
         num_sms: of the GPU.
+        meter: of what communication takes from computation, if anyone asks.
     """
 
     has_peers = True
@@ -233,6 +234,7 @@ class PeerDispatcher:
         capacities: Sequence[int] | None,
         trial: Trial,
         num_sms: int,
+        meter: ExposureMeter | None = None,
     ) -> None:
         self.exchange, self.kernels, self.num_sms = exchange, exchange.kernels, num_sms
         self.num_tokens, self.rank = num_tokens, exchange.memory.rank
@@ -241,7 +243,7 @@ class PeerDispatcher:
         ids = routing.topk_ids.new_empty(sum(num_tokens), self.top_k)
         block = self.kernels.row_block
         rows = max_rows(num_tokens, capacities, self.top_k, num_local, block)
-        self.trial, self.division = trial, trial.division
+        self.trial, self.division, self._meter = trial, trial.division, meter
         division = self.division
         num_split = (0, division.pull.num_split, division.pull_grad.num_split)
         self.plan = RowPlan.empty(ids, num_local, rows, block, num_split)
@@ -258,6 +260,8 @@ class PeerDispatcher:
         Other ranks' rows come beside the GEMM that reads them.
         """
         self.exchange.enter()
+        is_backward = int(self._tables is None)
+        self.exchange.exposure = self._meter.begin(is_backward) if self._meter else 0
         self._join(tokens)
         parts, rank = self._parts, self.rank
         tables, self._tables = self._tables or {}, None
@@ -339,6 +343,7 @@ class PeerDispatcher:
             counters.data_ptr(),
             self.exchange.timeout_ns,
             self.exchange.late.data_ptr(),
+            self.exchange.exposure,
         )
 
     def _call(self, rows: Tensor) -> tuple[object, ...]:

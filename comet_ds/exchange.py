@@ -138,6 +138,37 @@ class CallShape:
     token_bytes: int
 
 
+class ExposureMeter:
+    """What communication takes from computation in a layer's calls, measured by the kernels.
+
+    Counted are CTAs that communicate beside a GEMM and do not compute, and meetings; not tiles that
+    wait for rows, nor publishing and the last sum.
+
+    Args:
+        device: of the rank.
+    """
+
+    DIRECTIONS = ("forward", "backward")
+
+    def __init__(self, device: torch.device) -> None:
+        self._exposures = torch.zeros(2, 2, dtype=torch.int64, device=device)  # csrc's Exposure
+        self._num_calls = [0, 0]
+
+    def begin(self, direction: int) -> int:
+        """Count a call in a direction; return the address of its ``Exposure``."""
+        self._num_calls[direction] += 1
+        return self._exposures[direction].data_ptr()
+
+    def read(self, num_sms: int) -> dict[str, float]:
+        """Return the mean ms of a call by direction, of those that had any; waits."""
+        parts = zip(self.DIRECTIONS, self._exposures.tolist(), self._num_calls, strict=True)
+        return {
+            name: (communicating / num_sms + meeting) / calls / 1e6
+            for name, (communicating, meeting), calls in parts
+            if calls
+        }
+
+
 class Exchange:
     """The meetings of one group, and where in its memory things lie.
 
@@ -154,6 +185,7 @@ class Exchange:
         late: [2] int64; ``LateWait`` of csrc/moe/exchange.h.
         table: division points that were measured.
         division: points for all layers, in place of those and the cost model's.
+        exposure: address of the ``Exposure`` that this call's kernels add to, or 0.
         origin: the GPU's name and the kernels' fingerprint, which measured points belong to.
     """
 
@@ -174,6 +206,7 @@ class Exchange:
         state = torch.zeros(3, dtype=torch.int64, device=memory.block.device)
         self._epoch, self.late = state[:1], state[1:]
         self.division: Division | None = None
+        self.exposure = 0
         self._last_stream: torch.cuda.Stream | None = None
         self._side_stream: torch.cuda.Stream | None = None
         self._ahead: Tensor | None = None  # being published on the side stream
@@ -262,6 +295,7 @@ class Exchange:
             self.late.data_ptr(),
             self.timeout_ns,
             int(what),
+            self.exposure,
             current_stream(self._epoch),
         )
 

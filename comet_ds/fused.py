@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from comet_ds.dispatcher import LocalDispatcher, PeerDispatcher
-from comet_ds.exchange import CallShape, Exchange
+from comet_ds.exchange import CallShape, Exchange, ExposureMeter
 from comet_ds.expert_gemm import ALIGNMENT_BYTES, ExpertGemm, ExpertWeights, why_not_addressable
 from comet_ds.experts import ExpertMLP, RecognisedExperts
 from comet_ds.gate import Routing, TopKGate
@@ -40,6 +40,7 @@ class FusedExperts:
         experts: the layer's modules; looked at again on every call.
         shape, division: what the last forward's division points were chosen for, and they; None
             without other ranks.
+        meter: of what communication takes from computation, while anyone asks.
     """
 
     def __init__(self, experts: Sequence[nn.Module]) -> None:
@@ -48,6 +49,7 @@ class FusedExperts:
         self._weights: ExpertWeights | None = None
         self.shape: LayerShape | None = None
         self.division: Division | None = None
+        self.meter: ExposureMeter | None = None
 
     def __reduce__(self) -> tuple[type, tuple]:
         """Make tables anew in copies."""
@@ -157,7 +159,7 @@ class FusedExperts:
             )
             trial = exchange.divide(self.shape)
             self.division = trial.division
-            arguments = (num_tokens, capacities, trial, weights.num_sms)
+            arguments = (num_tokens, capacities, trial, weights.num_sms, self.meter)
             dispatcher = PeerDispatcher(routing, exchange, *arguments)
         inputs = (x, routing.topk_weights, dispatcher, weights, has_backward)
         return _FusedMLP.apply(*inputs, *weights.parameters)

@@ -28,7 +28,9 @@ from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import Tensor, nn
 
 from comet_ds.agreement import agree_on_setup
+from comet_ds.exchange import ExposureMeter
 from comet_ds.layer import MOELayer
+from comet_ds.overlap import Traffic
 from comet_ds.timeline import LayerRecorder, Timeline, describe, write
 from comet_ds.timing import LayerTimer
 
@@ -41,6 +43,10 @@ RUN_METRICS = {
 LAYER_METRICS = {
     "forward_ms": "time of the layer's forward, gate included, ms",
     "backward_ms": "time of its backward, ms",
+    "exposed_forward_ms": "fused between ranks: of forward, communication not hidden, ms",
+    "exposed_backward_ms": "of backward, ms",
+    "hidden_share_forward": "1 - exposed over the time the link takes alone, forward",
+    "hidden_share_backward": "the same, backward",
     "path": "0 reference, 1 pipelined, 2 fused",
     "l_aux": "auxiliary loss, mean over the ranks",
     "load_imbalance": "rows of the fullest expert over the mean",
@@ -183,8 +189,12 @@ class MetricsWriter:
 
     def _arm(self) -> None:
         """Have the layers timed in the step before a write, and the first recorded in its step."""
-        for timer in self._timers:
-            timer.is_armed = self._num_steps == self.interval - 1
+        is_armed = self._num_steps == self.interval - 1
+        for layer, timer in zip(self.layers, self._timers, strict=True):
+            timer.is_armed = is_armed
+            if isinstance(layer, MOELayer):
+                is_metered = is_armed and layer.path == "fused" and layer.fused.shape is not None
+                layer.fused.meter = ExposureMeter(self.engine.device) if is_metered else None
         if self._recorder is not None:
             self._recorder.is_armed = self.engine.global_steps + 1 == self.timeline_step
 
@@ -246,7 +256,7 @@ class MetricsWriter:
         if pictures := [path for path in written if path.suffix == ".png"]:
             logged["comet_ds/timeline"] = wandb.Image(str(pictures[0]), caption=title)
         if (hidden := timeline.hidden_share()) is not None:
-            logged["comet_ds/layer_0/hidden_share"] = hidden
+            logged["comet_ds/timeline_hidden_share"] = hidden
         wandb.log(logged, step=self.engine.global_samples)
 
     def _describe_run(self, moe: DeepSpeedMoE) -> None:
@@ -290,7 +300,22 @@ def _layer_metrics(layer: MOELayer) -> dict[str, float]:
         "dropped_share": 1 - total / wanted if wanted else 0.0,
         "rows_received": received,
         **_division(layer),
+        **_exposure(layer),
     }
+
+
+def _exposure(layer: MOELayer) -> dict[str, float]:
+    """Return what communication took from computation, where that was measured; waits."""
+    fused = layer.fused
+    if fused.meter is None or fused.shape is None:
+        return {}
+    wire_ms = 2e3 * Traffic.expected(fused.shape).wire_seconds()
+    result = {}
+    for direction, ms in fused.meter.read(fused.shape.num_sms).items():
+        result[f"exposed_{direction}_ms"] = ms
+        if wire_ms:
+            result[f"hidden_share_{direction}"] = 1 - ms / wire_ms
+    return result
 
 
 def _division(layer: MOELayer) -> dict[str, float]:

@@ -180,6 +180,10 @@ class Traffic:
         local = shape.num_experts // num_ranks
         return cls(shape.num_sms, num_ranks, local, *moved, total * share, 2 * shape.hidden)
 
+    def wire_seconds(self) -> float:
+        """Return how long the link takes for tokens there, or sums back."""
+        return self.tokens * self.token_bytes / LINK_BYTES
+
     def pull(self, flop_per_row: float) -> Pull:
         """Choose for pulling beside a GEMM of so many FLOP a row.
 
@@ -248,8 +252,7 @@ class Traffic:
 
     def _move(self, rate: float, n: int) -> float:
         moved = (self.tokens + self.rows) * self.token_bytes
-        on_link = self.tokens * self.token_bytes
-        return max(on_link / LINK_BYTES, moved / min(rate * n, MEMORY_BYTES))
+        return max(self.wire_seconds(), moved / min(rate * n, MEMORY_BYTES))
 
     def _best(self, cost: Callable[[int], float]) -> int:
         return min(range(2, max(self.num_sms // 2, 2) + 1, 2), key=cost)

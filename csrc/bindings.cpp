@@ -234,12 +234,13 @@ void publish(const std::vector<std::array<int64_t, 3>>& copies, uintptr_t stream
 }
 
 void meet(const std::vector<uintptr_t>& flags, int rank, uintptr_t epoch, uintptr_t late,
-          uint64_t timeout_ns, int what, uintptr_t stream) {
+          uint64_t timeout_ns, int what, uintptr_t exposure, uintptr_t stream) {
     if (flags.size() > comet_ds::kMaxRanks) throw std::invalid_argument("too many ranks");
     comet_ds::MeetParams params{.epoch = pointer<uint64_t>(epoch),
                                 .late = pointer<comet_ds::LateWait>(late),
                                 .timeout_ns = timeout_ns,
-                                .what = comet_ds::Meeting{what}};
+                                .what = comet_ds::Meeting{what},
+                                .exposure = pointer<comet_ds::Exposure>(exposure)};
     params.mailboxes.rank = rank;
     params.mailboxes.num_ranks = flags.size();
     for (size_t i = 0; i < flags.size(); ++i) {
@@ -257,7 +258,7 @@ comet_ds::Communication make_communication(const comet_ds::Sources& sources,
                                            const PlanFields& plan, int64_t hidden, int dtype,
                                            uintptr_t rows, int num_ctas, int first_panel,
                                            uintptr_t counters, uint64_t timeout_ns,
-                                           uintptr_t late) {
+                                           uintptr_t late, uintptr_t exposure) {
     if (plan[11] > comet_ds::kMaxTopK) throw std::invalid_argument("too many routes per token");
     return {.exchange = exchange_params(sources, plan, hidden, dtype),
             .rows = pointer<void>(rows),
@@ -265,7 +266,8 @@ comet_ds::Communication make_communication(const comet_ds::Sources& sources,
             .first_panel = first_panel,
             .counters = pointer<comet_ds::Counters>(counters),
             .timeout_ns = timeout_ns,
-            .late = pointer<comet_ds::LateWait>(late)};
+            .late = pointer<comet_ds::LateWait>(late),
+            .exposure = pointer<comet_ds::Exposure>(exposure)};
 }
 
 void push_sums(const comet_ds::Communication& communication, bool is_weighted, int num_sms,

@@ -26,13 +26,19 @@ from parity import build, oracle, run
 from test_fused import BF16, FORMS, FP16
 from tolerance import ERROR_RATIO, assert_close, relative_error
 from torch.utils.checkpoint import checkpoint
-from virtual_ranks import VirtualGroup
+from virtual_ranks import NUM_SMS, VirtualGroup
 
 from comet_ds import MoE, path
 from comet_ds.agreement import Answer, InputRules, RollCall
 from comet_ds.config import CometConfig
 from comet_ds.dispatcher import RowPlan, max_rows
-from comet_ds.exchange import CallShape, Exchange, _why_not_connected, exchange_of
+from comet_ds.exchange import (
+    CallShape,
+    Exchange,
+    ExposureMeter,
+    _why_not_connected,
+    exchange_of,
+)
 from comet_ds.kernels import current_stream, load_kernels
 from comet_ds.path import PathChoice
 from comet_ds.refine import SAMPLES, WARM_UP
@@ -214,6 +220,25 @@ def test_virtual_ranks_uneven_experts(variation: float) -> None:
 
 
 @pytest.mark.gpu(1)
+def test_exposure() -> None:
+    """What communication takes from computation is measured where someone asks, and nothing else
+    changes."""
+    group = VirtualGroup(2, **options_for((8, 2, 1024, 256), "swiglu", BF16))
+    xs, grads = case([700, 600], 1024, BF16)
+    expected = group.run(xs, grads)
+    fused = [layer.deepspeed_moe.fused for layer in group.layers]
+    for one in fused:
+        one.meter = ExposureMeter(torch.device("cuda"))
+    got = [group.run(xs, grads) for _ in range(2)][1]
+    for rank, one in enumerate(fused):
+        assert all(torch.equal(got[rank][what], value) for what, value in expected[rank].items())
+        assert one.meter._num_calls == [2, 2]
+        assert all(communicating > 0 for communicating, _ in one.meter._exposures.tolist())
+        found = one.meter.read(NUM_SMS)
+        assert list(found) == ["forward", "backward"] and all(0 < ms < 1e3 for ms in found.values())
+
+
+@pytest.mark.gpu(1)
 def test_absent_rank_is_named() -> None:
     """A rank that never comes is an error within the deadline; in a process of its own, since the
     GPU's context does not survive it."""
@@ -221,7 +246,7 @@ def test_absent_rank_is_named() -> None:
 import sys, torch
 sys.path.insert(0, "tests")
 from experts_zoo import GatedMLP
-from virtual_ranks import VirtualGroup
+from virtual_ranks import NUM_SMS, VirtualGroup
 group = VirtualGroup(3, timeout_s=2, expert=GatedMLP(64, 96), num_experts=6, dtype=torch.bfloat16)
 xs = [torch.randn(16, 64, device="cuda", dtype=torch.bfloat16)] * 3
 group.load(xs, xs)

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,9 @@ from training import NUM_EXPERTS, build_engine, config, train
 
 import comet_ds
 from comet_ds import monitor
+from comet_ds.exchange import ExposureMeter
 from comet_ds.monitor import RUN_METRICS, TokenCounter, flop_per_token
+from comet_ds.overlap import LayerShape
 from comet_ds.timeline import Timeline
 from comet_ds.timing import LayerTimer
 
@@ -150,7 +153,7 @@ def test_wandb(world, tmp_path: Path) -> None:
     assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     rows = json.loads((folder / table).read_text())["data"]
     assert [row[0] for row in rows] == ["up", "weight_grad"]
-    assert history["comet_ds/layer_0/hidden_share"][at] == pytest.approx(rows[0][-1])
+    assert history["comet_ds/timeline_hidden_share"][at] == pytest.approx(rows[0][-1])
     assert len(list(tmp_path.glob("comet_ds_timeline/step_3.*"))) == 2
     assert told["comet_ds"] == {
         "moe": "comet_ds",
@@ -160,6 +163,25 @@ def test_wandb(world, tmp_path: Path) -> None:
         "ep_size": 2,
         "world_size": 2,
     }
+
+
+def test_exposure() -> None:
+    """Means by direction, and what they are of the time the link takes alone."""
+    meter, shape = (
+        ExposureMeter(torch.device("cpu")),
+        LayerShape((8192, 8192), 0, 8, 128, 2, 2048, 768, "bfloat16", 132, 4),
+    )
+    for _ in range(2):
+        meter.begin(0)
+    meter._exposures[0] = torch.tensor([2 * 132 * 30_000, 2 * 20_000])
+    layer = SimpleNamespace(fused=SimpleNamespace(meter=meter, shape=shape))
+    wire_ms = 2 * 8192 * (1 - 2**-8) * 4096 / 340e9 * 1e3
+    assert monitor._exposure(layer) == {
+        "exposed_forward_ms": pytest.approx(0.05),
+        "hidden_share_forward": pytest.approx(1 - 0.05 / wire_ms),
+    }
+    layer.fused.meter = None
+    assert monitor._exposure(layer) == {}
 
 
 def test_flop_per_token() -> None:

@@ -52,6 +52,7 @@ __global__ void __launch_bounds__(kMaxRanks) meet_kernel(const __grid_constant__
     await_previous_kernel();
     const int peer = threadIdx.x, rank = p.mailboxes.rank;
     const uint64_t epoch = *p.epoch + 1;
+    const uint64_t come_ns = global_time_ns();
     const char* what = p.what == Meeting::kTokens ? "tokens" : "results";
     const bool is_in_step = epoch % 2 == (p.what == Meeting::kTokens);
     if (p.late->is_set || !is_in_step) {
@@ -83,7 +84,9 @@ __global__ void __launch_bounds__(kMaxRanks) meet_kernel(const __grid_constant__
         __threadfence_system();
     }
     __syncthreads();
-    if (threadIdx.x == 0) *p.epoch = epoch;
+    if (threadIdx.x > 0) return;
+    *p.epoch = epoch;
+    if (p.exposure != nullptr) p.exposure->meeting += global_time_ns() - come_ns;
 }
 
 constexpr int kPushWarps = 8;

@@ -37,12 +37,19 @@ struct Counters {
     uint32_t progress[];  // rows that have come, by block; or pieces stored, by panel
 };
 
+// What communication takes from computation, ns; added up over launches.
+struct Exposure {
+    uint64_t communicating;  // of a GEMM kernel's CTAs while they do not compute, their sum
+    uint64_t meeting;        // of the stream, from coming to a meeting to the last rank's coming
+};
+
 struct MeetParams {
     Mailboxes mailboxes;
     uint64_t* epoch;       // this rank's, counts its meetings
     const LateWait* late;  // of the launches before
     uint64_t timeout_ns;
     Meeting what;
+    Exposure* exposure;  // to add to, or null
 };
 
 constexpr int kMaxCopies = 5;
@@ -77,6 +84,7 @@ struct Communication {
     Counters* counters;  // zero before
     uint64_t timeout_ns;
     LateWait* late;
+    Exposure* exposure;  // to add to, or null
 };
 
 // All throw std::runtime_error when a launch fails.

@@ -88,6 +88,24 @@ private:
     int panel_ = -1;
 };
 
+// Adds up how long CTAs do not compute, if anyone asks: one thread of each does.
+class ExposureClock {
+public:
+    __device__ ExposureClock(const Communication& c, bool is_thread)
+        : exposure_(is_thread ? c.exposure : nullptr) {
+        if (exposure_ != nullptr) start_ns_ = global_time_ns();
+    }
+    __device__ void stop() {
+        if (exposure_ == nullptr) return;
+        auto* sum = reinterpret_cast<unsigned long long*>(&exposure_->communicating);
+        atomicAdd(sum, global_time_ns() - start_ns_);
+    }
+
+private:
+    Exposure* exposure_;
+    uint64_t start_ns_ = 0;
+};
+
 // What a CTA set apart does before its tiles, all warps that find room for a ring.
 template <typename Element, Pass kPass, int kSmemBytes>
 __device__ inline void communicate_first(const Communication& c, uint8_t* smem) {
@@ -96,6 +114,7 @@ __device__ inline void communicate_first(const Communication& c, uint8_t* smem) 
     const int warp = threadIdx.x / 32;
     if (warp >= int(kSmemBytes / sizeof(Ring))) return;
     Ring& ring = reinterpret_cast<Ring*>(smem)[warp];
+    ExposureClock clock(c, threadIdx.x == 0);
     if constexpr (kPulls) {
         pull_tokens(c.exchange, static_cast<uint4*>(c.rows), &c.counters->groups,
                     c.counters->progress, ring);
@@ -103,6 +122,7 @@ __device__ inline void communicate_first(const Communication& c, uint8_t* smem) 
         push_tokens<Element, false>(c.exchange, static_cast<const Element*>(c.rows),
                                     &c.counters->groups, ring, [](int) {});
     }
+    clock.stop();
 }
 
 // What a math warp of any CTA does after kDown's tiles: pushes what is left of the panels, each of
@@ -125,10 +145,13 @@ __device__ inline void push_panels(const Communication& c, PushRing<Element>& ri
         __syncwarp();
         recorder.stop(Activity::kAwaitPanel);
     };
+    constexpr int kFirstMathThread = 128;
+    ExposureClock clock(c, threadIdx.x == kFirstMathThread);
     recorder.start();
     push_tokens<Element, true>(c.exchange, static_cast<const Element*>(c.rows),
                                &c.counters->groups, ring, await);
     recorder.stop(Activity::kPush);
+    clock.stop();
 }
 
 }  // namespace comet_ds
