@@ -31,6 +31,7 @@ TRAINING = {
     "Train/Samples/train_loss": "training loss",
     "Train/Samples/lr": "learning rate",
 }
+TIMES = [n for n in LAYER_METRICS if n.endswith("_ms") or n.startswith("hidden_share")]
 DIVISION = [name for name in LAYER_METRICS if name.endswith("_ctas")]
 SAMPLES = "samples"
 
@@ -48,11 +49,13 @@ def workspace(entity: str, project: str, name: str = NAME) -> Any:
     """
     if workspaces is None:
         raise ImportError("wandb-workspaces is needed: pip install comet-ds[dashboard]")
-    routing = [metric for metric in LAYER_METRICS if metric not in DIVISION]
+    routing = [metric for metric in LAYER_METRICS if metric not in (*TIMES, *DIVISION)]
     throughput = {f"comet_ds/{metric}": title for metric, title in RUN_METRICS.items()}
     sections = [
         _section("Throughput", [_line(label, title) for label, title in throughput.items()]),
         _section("Training", [_line(label, title) for label, title in TRAINING.items()]),
+        _section("Time, by layer", [_by_layer(metric) for metric in TIMES]),
+        _section("Timeline", [reports.MediaBrowser(media_keys=["comet_ds/timeline"])]),
         _section("Routing, by layer", [_by_layer(metric) for metric in routing]),
         _section("Division points, by layer", [_by_layer(metric) for metric in DIVISION]),
     ]

@@ -33,6 +33,8 @@ def test_printed_specification(capsys: pytest.CaptureFixture) -> None:
     view = json.loads(capsys.readouterr().out)
     assert (view["entity"], view["project"], view["display_name"]) == ("team", "moe", "mine")
     found = panels(view["spec"])
+    assert [p["media_keys"] for p in found if "media_keys" in p] == [["comet_ds/timeline"]]
+    found = [panel for panel in found if "metrics" in panel]
     labels = {label for panel in found for label in panel["metrics"]}
     assert {f"comet_ds/{name}" for name in RUN_METRICS} <= labels
     assert "Train/Samples/train_loss" in labels
