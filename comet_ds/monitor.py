@@ -31,7 +31,7 @@ from comet_ds.agreement import agree_on_setup
 from comet_ds.exchange import ExposureMeter
 from comet_ds.layer import MOELayer
 from comet_ds.overlap import Traffic
-from comet_ds.timeline import LayerRecorder, Timeline, describe, write
+from comet_ds.recorder import LayerRecorder, Timeline, describe, write
 from comet_ds.timing import LayerTimer
 
 RUN_METRICS = {

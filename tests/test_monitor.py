@@ -28,7 +28,7 @@ from comet_ds import monitor
 from comet_ds.exchange import ExposureMeter
 from comet_ds.monitor import RUN_METRICS, TokenCounter, flop_per_token
 from comet_ds.overlap import LayerShape
-from comet_ds.timeline import Timeline
+from comet_ds.recorder import Timeline
 from comet_ds.timing import LayerTimer
 
 INTERVAL, STEPS, TIMELINE_STEP = 2, 6, 3

@@ -14,7 +14,7 @@ from parity import build
 from comet_ds import MoE
 from comet_ds.expert_gemm import Pass
 from comet_ds.kernels import load_kernels, use_timeline_kernels
-from comet_ds.timeline import (
+from comet_ds.recorder import (
     ACTIVITIES,
     MAX_LAUNCHES,
     RECORD,
@@ -83,7 +83,8 @@ record_layer()
 def record_layer() -> None:
     """Record a layer on one GPU, in a process that has loaded no other kernels."""
     use_timeline_kernels()
-    layer = build(MoE, 0, num_experts=4, k=2, device="cuda", dtype=torch.bfloat16)
+    options = {"num_experts": 4, "k": 2, "top2_2nd_expert_sampling": False}
+    layer = build(MoE, 0, device="cuda", dtype=torch.bfloat16, **options)
     x = torch.randn(512, layer.deepspeed_moe.gate.wg.in_features, device="cuda").bfloat16()
     kernels = load_kernels(x.device)
 
