@@ -22,12 +22,15 @@ PUSH_BYTES = 40e9  # read and written by one CTA that sums and pushes, bytes/s
 EXPOSED = 0.6  # share of the time it takes to read a GEMM's operand once more
 MARGIN = 1.2  # of the work there is to be until rows have come
 # Of the pipelined path: torch's grouped GEMM, NCCL over NVLink and a 400 Gbit/s network, the share
-# of a network's rate that is reached, and what every chunk costs beside its work.
-PIPELINED_FLOPS = 600e12
+# of a network's rate that is reached, what every chunk costs the device beside its work, and how
+# long the host is busy in each direction, at least and for every chunk.
+PIPELINED_FLOPS = 650e12
 NCCL_LINK_BYTES = 230e9
 NIC_BYTES = 50e9
 NIC_SHARE = 0.85
-CHUNK_SECONDS = 1e-3
+CHUNK_SECONDS = 60e-6
+HOST_SECONDS = 3e-3
+HOST_CHUNK_SECONDS = 1.1e-3
 MESSAGE_SECONDS = 2e-6  # for every peer of an all-to-all
 MAX_CHUNKS = 8
 
@@ -137,11 +140,14 @@ class ChunkedLayer:
         nic = NIC_SHARE * self.nic_bytes
         wire = max(share * (inside - 1) / NCCL_LINK_BYTES, share * (self.num_ranks - inside) / nic)
         travel = 2 * (wire + num_chunks * self.num_ranks * MESSAGE_SECONDS)
-        forward, backward = (
-            max(travel, gemm) + min(travel, gemm) / num_chunks + num_chunks * CHUNK_SECONDS
-            for gemm in self.gemm_seconds
-        )
-        return forward, backward
+        host = HOST_SECONDS + num_chunks * HOST_CHUNK_SECONDS
+
+        def seconds(gemm: float) -> float:
+            longer, shorter = max(travel, gemm), min(travel, gemm)
+            return max(longer + shorter / num_chunks + num_chunks * CHUNK_SECONDS, host)
+
+        forward, backward = self.gemm_seconds
+        return seconds(forward), seconds(backward)
 
     def best(self) -> int:
         """Return the number of chunks that takes least."""

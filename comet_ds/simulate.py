@@ -205,13 +205,15 @@ def _fused(layer: _Layer) -> tuple[str, tuple[int, ...], float, float, tuple[flo
     return "fused", num_ctas, forward, backward, exposed
 
 
-def _pipelined(layer: _Layer) -> tuple[str, tuple[int, ...], float, float, tuple[float, float]]:
+def _pipelined(
+    layer: _Layer, num_chunks: int | None = None
+) -> tuple[str, tuple[int, ...], float, float, tuple[float, float]]:
     cluster, gemms, gate = layer.cluster, layer.gemms(PIPELINED_FLOPS), layer.gate()
     domain, nic_bytes = cluster.domain, cluster.nic_bytes
     chunked = ChunkedLayer(
         layer.rows, layer.token_bytes, gemms, cluster.num_ranks, domain, nic_bytes
     )
-    num_chunks = chunked.best()
+    num_chunks = num_chunks or chunked.best()
     busy = chunked.seconds(num_chunks)
     moves = 6 * layer.row_bytes / MEMORY_BYTES  # rows in order of destination, and of expert
     forward, backward = (time + g + moves for time, g in zip(busy, gate, strict=True))

@@ -12,17 +12,26 @@ import torch
 from comet_ds.agreement import agree_on_largest
 from comet_ds.bench_layers import SHAPES, Shape
 from comet_ds.overlap import ChunkedLayer
-from comet_ds.simulate import Cluster, main, predict
+from comet_ds.simulate import Cluster, _Layer, _pipelined, main, predict
 
 # Device ms of forward and forward + backward, H200s of one host, 8192 tokens a rank.
 MEASURED = {
-    ("mixtral-8x7b", 2): (8.22, 24.40),
+    ("mixtral-8x7b", 2): (7.99, 24.20),
     ("phi-3.5-moe", 2): (3.91, 11.36),
-    ("qwen2-moe", 2): (1.13, 3.17),
+    ("qwen2-moe", 2): (1.12, 3.13),
     ("olmoe", 2): (1.57, 4.35),
-    ("qwen3-30b", 2): (1.33, 3.64),
+    ("qwen3-30b", 2): (1.32, 3.58),
     ("mixtral-8x7b", 4): (8.50, 24.82),
     ("qwen3-30b", 4): (1.56, 3.91),
+}
+# The same of the pipelined path on two, by the number of chunks.
+MEASURED_PIPELINED = {
+    ("qwen2-moe", 1): (4.27, 8.68),
+    ("qwen2-moe", 2): (5.41, 10.86),
+    ("qwen2-moe", 4): (7.76, 14.48),
+    ("mixtral-8x7b", 1): (10.86, 27.78),
+    ("mixtral-8x7b", 2): (11.29, 28.04),
+    ("mixtral-8x7b", 4): (11.36, 28.03),
 }
 
 
@@ -44,6 +53,15 @@ def test_no_prediction_is_below_its_limit(name: str) -> None:
             assert found.both_ms > found.limit_both_ms
             exposed = found.exposed_forward_ms, found.exposed_both_ms - found.exposed_forward_ms
             assert all((time > 0) == (num_ranks > 1) for time in exposed)
+
+
+@pytest.mark.parametrize(("name", "num_chunks"), list(MEASURED_PIPELINED))
+def test_measured_pipelined(name: str, num_chunks: int) -> None:
+    layer = _Layer(SHAPES[name], 8192, Cluster(2, domain=2))
+    forward, both = MEASURED_PIPELINED[name, num_chunks]
+    _, _, *found, _ = _pipelined(layer, num_chunks)
+    assert found[0] * 1e3 == pytest.approx(forward, rel=0.15)
+    assert sum(found) * 1e3 == pytest.approx(both, rel=0.15)
 
 
 def test_clusters() -> None:
@@ -87,8 +105,9 @@ def test_chunks() -> None:
         return ChunkedLayer(rows, 4096, (seconds, 2 * seconds), num_ranks, domain).best()
 
     assert best(0, 0.0) == best(64, 1e-5) == best(10**6, 0.0) == 1
-    assert 1 < best(65536, 1e-3) < best(524288, 10e-3)
-    assert best(65536, 1e-3, 64, 64) < best(65536, 1e-3)  # more messages a chunk
+    assert best(65536, 1e-3) == 1  # the host is no faster
+    assert 1 < best(262144, 4e-3) < best(10**6, 5e-3)
+    assert best(10**6, 16e-3, 1024) < best(10**6, 16e-3)  # more messages a chunk
 
 
 def check_largest(rank: int, size: int) -> None:
