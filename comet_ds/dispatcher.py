@@ -260,8 +260,10 @@ class PeerDispatcher:
         Other ranks' rows come beside the GEMM that reads them.
         """
         self.exchange.enter()
-        is_backward = int(self._tables is None)
-        self.exchange.exposure = self._meter.begin(is_backward) if self._meter else 0
+        direction = int(self._tables is None)
+        # A graph would add to the meter's memory long after its end.
+        is_metered = self._meter is not None and not torch.cuda.is_current_stream_capturing()
+        self.exchange.exposure = self._meter.begin(direction) if is_metered else 0
         self._join(tokens)
         parts, rank = self._parts, self.rank
         tables, self._tables = self._tables or {}, None

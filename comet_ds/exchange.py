@@ -142,7 +142,7 @@ class ExposureMeter:
     """What communication takes from computation in a layer's calls, measured by the kernels.
 
     Counted are CTAs that communicate beside a GEMM and do not compute, and meetings; not tiles that
-    wait for rows, nor publishing and the last sum.
+    wait for rows, publishing, the last sum, nor what frozen experts push without a GEMM beside it.
 
     Args:
         device: of the rank.
@@ -155,7 +155,7 @@ class ExposureMeter:
         self._num_calls = [0, 0]
 
     def begin(self, direction: int) -> int:
-        """Count a call in a direction; return the address of its ``Exposure``."""
+        """Count a call, 0 forward or 1 backward; return the address of its ``Exposure``."""
         self._num_calls[direction] += 1
         return self._exposures[direction].data_ptr()
 
@@ -213,8 +213,11 @@ class Exchange:
         self._parts = functools.lru_cache(maxsize=64)(self._lay_out)
         self._divide = functools.lru_cache(maxsize=256)(self._look_up)
 
-    def divide(self, shape: LayerShape) -> Trial:
-        """Return the division points of a layer's forward: measured ones, else the cost model's."""
+    def trial(self, shape: LayerShape) -> Trial:
+        """Return the division points of a layer's forward: measured ones, else the cost model's.
+
+        Collective at times, where a tuner measures.
+        """
         if self.division is not None:
             return Trial(self.division)
         return self.tuner.trial(shape) if self.tuner else Trial(self._divide(shape))
@@ -267,15 +270,18 @@ class Exchange:
     def publish_ahead(self, tokens: Tensor, call: CallShape) -> None:
         """Begin to publish a call's tokens beside what comes next on the current stream."""
         self.enter()
+        to = self.parts(call)["tokens"][self.memory.rank]
         if self._side_stream is None:
             self._side_stream = torch.cuda.Stream()
         self._side_stream.wait_stream(torch.cuda.current_stream())
-        to = self.parts(call)["tokens"][self.memory.rank]
         self._copy([(tokens, to)], self._side_stream.cuda_stream)
         self._ahead = tokens
 
     def publish(self, copies: Sequence[tuple[Tensor, int]]) -> None:
-        """Copy contiguous tensors to addresses in this rank's block."""
+        """Copy contiguous tensors to addresses in this rank's block.
+
+        Waits, on the GPU, for what ``publish_ahead`` has begun, and does not copy it again.
+        """
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             torch.cuda.current_stream().wait_stream(self._side_stream)

@@ -157,7 +157,7 @@ class FusedExperts:
                 weights.num_sms,
                 -(-weights.hidden // weights.kernels.push_cols),
             )
-            trial = exchange.divide(self.shape)
+            trial = exchange.trial(self.shape)
             self.division = trial.division
             arguments = (num_tokens, capacities, trial, weights.num_sms, self.meter)
             dispatcher = PeerDispatcher(routing, exchange, *arguments)

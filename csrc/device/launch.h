@@ -23,8 +23,8 @@ struct LaunchShape {
     unsigned cluster_size = 1;
 };
 
-// Launches a kernel that begins with begin_kernel (kernel_order.cuh): its CTAs take their places
-// while the last ones of the kernel before still run.
+// Launches a kernel that waits (kernel_order.cuh) before it touches global memory: its CTAs take
+// their places while the last ones of the kernel before still run.
 template <typename... Params>
 void launch(const char* op, void (*kernel)(Params...), const LaunchShape& shape,
             cudaStream_t stream, const std::type_identity_t<Params>&... arguments) {

@@ -4,8 +4,8 @@
 // 1. Math: dispatch.h. Rows are sorted by expert, then by the token's rank in ring order from this
 //    one, then by token; each expert's are padded to a multiple of kRowBlock.
 // 2. Grid: plan one thread a route or padding row; dispatch one warp kCopyVectors x 32 vectors of a
-//    token, behind these one block an expert for its padding; dots one warp a route; expert sums
-//    one block an expert and kSumCols columns.
+//    token, behind these one block an expert for its padding and the counters; dots one warp a
+//    route; expert sums one block an expert and kSumCols columns.
 // 3. Flags: none. No atomics; sums run in a fixed order.
 // 4. Shared memory: plan 4 (E (2 W + 2) + 1) bytes for E experts and W ranks, expert sums 2 KB.
 #pragma once

@@ -11,7 +11,8 @@
 //    (acquire, system scope): how many meetings s has come to. It only grows, and every rank counts
 //    its own meetings in memory, so nothing is reset and a captured graph can be replayed.
 //    Only meet waits for another rank, in one block that holds nothing a peer needs, whatever else
-//    runs beside it; every other kernel follows a meeting on its stream and finds what it reads.
+//    runs beside it; every other kernel comes behind a meeting and finds what it reads, publish
+//    behind the last one of the direction before, also where it runs on a stream of its own.
 //    Two meetings a direction: after publish (tokens and tables can be read) and after the last
 //    push (slots are complete). Memory is reused safely: who comes to the second has read what was
 //    published, and a slot is written again only after the first meeting of the next direction, to
@@ -49,6 +50,7 @@ __global__ void publish_kernel(const __grid_constant__ CopyParams p) {
 }
 
 __global__ void __launch_bounds__(kMaxRanks) meet_kernel(const __grid_constant__ MeetParams p) {
+    // The next kernel is not admitted: its CTAs would hold SMs that a peer may be waiting for.
     await_previous_kernel();
     const int peer = threadIdx.x, rank = p.mailboxes.rank;
     const uint64_t epoch = *p.epoch + 1;

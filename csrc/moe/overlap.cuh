@@ -23,7 +23,8 @@
 //    Pulling waits for nothing, so tiles get their rows, on however few SMs. In kDown the CTAs set
 //    apart wait for tiles of the others, so it needs more than num_ctas SMs that other kernels leave
 //    it at some time; with those, tiles wait for nothing and panels get complete.
-// 4. Shared memory: rings of slices (token_stream.cuh) in place of the GEMM's stages.
+// 4. Shared memory: rings of slices (token_stream.cuh) in place of the GEMM's stages and staging
+//    buffers, below its barriers.
 #pragma once
 
 #include "device/memory_order.cuh"
@@ -107,12 +108,12 @@ private:
 };
 
 // What a CTA set apart does before its tiles, all warps that find room for a ring.
-template <typename Element, Pass kPass, int kSmemBytes>
+template <typename Element, Pass kPass, int kRingBytes>
 __device__ inline void communicate_first(const Communication& c, uint8_t* smem) {
     constexpr bool kPulls = kPass == Pass::kUp || kPass == Pass::kDownGrad;
     using Ring = std::conditional_t<kPulls, PullRing, WidePushRing<Element>>;
     const int warp = threadIdx.x / 32;
-    if (warp >= int(kSmemBytes / sizeof(Ring))) return;
+    if (warp >= int(kRingBytes / sizeof(Ring))) return;
     Ring& ring = reinterpret_cast<Ring*>(smem)[warp];
     ExposureClock clock(c, threadIdx.x == 0);
     if constexpr (kPulls) {
