@@ -178,7 +178,7 @@ class Exchange:
         roll_call: the group's; None where the caller knows the number of tokens of every rank.
         timeout_s: how long to wait for another rank on the GPU.
         table: division points that were measured.
-        tuner: measures them in this run.
+        tuner: measures points that are not in the table in this run.
 
     Attributes:
         timeout_s, timeout_ns: how long to wait on the GPU.
@@ -213,18 +213,22 @@ class Exchange:
         self._parts = functools.lru_cache(maxsize=64)(self._lay_out)
         self._divide = functools.lru_cache(maxsize=256)(self._look_up)
 
-    def trial(self, shape: LayerShape) -> Trial:
+    def trial(self, shape: LayerShape, has_backward: bool) -> Trial:
         """Return the division points of a layer's forward: measured ones, else the cost model's.
 
         Collective at times, where a tuner measures.
         """
+        division, is_measured = self._divide(shape)
         if self.division is not None:
             return Trial(self.division)
-        return self.tuner.trial(shape) if self.tuner else Trial(self._divide(shape))
+        if self.tuner is not None and not is_measured:
+            return self.tuner.trial(shape, has_backward)
+        return Trial(division)
 
-    def _look_up(self, shape: LayerShape) -> Division:
+    def _look_up(self, shape: LayerShape) -> tuple[Division, bool]:
+        """Return a layer's points, and whether they are in the table."""
         found = self.table.find(shape, *self.origin)
-        return found or divide(shape)
+        return found or divide(shape), found is not None
 
     def parts(self, call: CallShape) -> dict[str, list[int]]:
         """Return the addresses of every part of the block, by rank.

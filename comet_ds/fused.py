@@ -157,7 +157,7 @@ class FusedExperts:
                 weights.num_sms,
                 -(-weights.hidden // weights.kernels.push_cols),
             )
-            trial = exchange.trial(self.shape)
+            trial = exchange.trial(self.shape, has_backward)
             self.division = trial.division
             arguments = (num_tokens, capacities, trial, weights.num_sms, self.meter)
             dispatcher = PeerDispatcher(routing, exchange, *arguments)

@@ -4,11 +4,19 @@
 from __future__ import annotations
 
 import functools
+import os
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from deepspeed.utils import logger
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from comet_ds.op_builder.comet_moe import CometMoEBuilder
+
+# Set to anything: kernels that can record a timeline.
+TIMELINE_VARIABLE = "COMET_DS_TIMELINE"
 
 
 def load_kernels(device: torch.device) -> ModuleType | None:
@@ -27,15 +35,16 @@ def why_no_kernels() -> str | None:
 
 
 def use_timeline_kernels() -> None:
-    """Have the kernels compiled so that they can record what their CTAs do (``timeline.py``).
+    """Have this process take kernels that can record what their CTAs do (``recorder.py``).
+
+    The same as setting ``TIMELINE_VARIABLE``. Where they cannot be built, the others are taken.
 
     Raises:
         RuntimeError: others are loaded already.
     """
-    global _with_timeline
-    if _build.cache_info().currsize and not _with_timeline:
+    if _build.cache_info().currsize and not os.environ.get(TIMELINE_VARIABLE):
         raise RuntimeError("the kernels are loaded already, and cannot record a timeline")
-    _with_timeline = True
+    os.environ[TIMELINE_VARIABLE] = "1"
 
 
 def num_sms(device: torch.device) -> int:
@@ -58,19 +67,27 @@ def current_stream(tensor: Tensor) -> int:
     return torch._C._cuda_getCurrentRawStream(device)
 
 
-_with_timeline = False
-
-
 @functools.cache
 def _build() -> tuple[ModuleType | None, str | None]:
     from comet_ds.op_builder.comet_moe import CometMoEBuilder, TimelineBuilder
 
-    builder = TimelineBuilder() if _with_timeline else CometMoEBuilder()
+    if os.environ.get(TIMELINE_VARIABLE):
+        module, reason = _load(TimelineBuilder())
+        if module is not None:
+            return module, None
+        logger.warning(f"comet_ds: no kernels that record a timeline: {reason}")
+    module, reason = _load(CometMoEBuilder())
+    if module is None:
+        logger.warning(f"comet_ds: PyTorch operations instead of CUDA kernels: {reason}")
+    return module, reason
+
+
+def _load(builder: CometMoEBuilder) -> tuple[ModuleType | None, str | None]:
+    """Return a builder's module, or why there is none."""
     reason = builder.why_not()
     if reason is None:
         try:
             return builder.load(verbose=False), None
         except (RuntimeError, OSError, ImportError) as error:
             reason = f"the build failed: {error}"
-    logger.warning(f"comet_ds: PyTorch operations instead of CUDA kernels: {reason}")
     return None, reason

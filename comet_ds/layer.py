@@ -202,6 +202,7 @@ class MoE(deepspeed_layer.MoE):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._tag_experts()  # copy.deepcopy of a parameter loses them
+        self.deepspeed_moe._schedule = None  # its ranks agree anew
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
@@ -359,7 +360,8 @@ class MOELayer(sharded_moe.MOELayer):
             if self.ep_size == 1 or (num_chunks == "auto" and device.type != "cuda"):
                 num_chunks = 1
             if num_chunks == "auto":
-                num_chunks = self._best_num_chunks(agree_on_largest(num_tokens, group, device))
+                best = self._best_num_chunks(agree_on_largest(num_tokens, group, device))
+                num_chunks = agree_on_largest(best, group, device)
             schedule = ChunkSchedule(self.ep_size, self.num_local_experts, num_chunks)
             self._schedule = device, schedule, schedule.segment_of_expert.to(device)
         return self._schedule[1:]

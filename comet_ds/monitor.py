@@ -45,8 +45,8 @@ LAYER_METRICS = {
     "backward_ms": "time of its backward, ms",
     "exposed_forward_ms": "fused between ranks: of forward, communication not hidden, ms",
     "exposed_backward_ms": "of backward, ms",
-    "hidden_share_forward": "1 - exposed over the time the link takes alone, forward",
-    "hidden_share_backward": "the same, backward",
+    "hidden_share_forward": "1 - exposed over the link's time alone; below 0 if a rank is late",
+    "hidden_share_backward": "the same of backward",
     "path": "0 reference, 1 pipelined, 2 fused",
     "l_aux": "auxiliary loss, mean over the ranks",
     "load_imbalance": "rows of the fullest expert over the mean",
@@ -87,7 +87,8 @@ def attach_metrics(
         interval: optimizer steps between two writes; None takes ``steps_per_print``, or 10 where
             that is not set either.
         timeline_step: optimizer step of which rank 0 records its first MoE layer's timeline, into
-            ``TIMELINE_FOLDER`` and the W&B run; needs ``kernels.use_timeline_kernels``.
+            ``TIMELINE_FOLDER`` and the W&B run; needs ``kernels.use_timeline_kernels`` before the
+            first forward.
 
     Raises:
         ValueError: no monitor is enabled, the engine has metrics already, or the ranks disagree
@@ -169,7 +170,7 @@ class MetricsWriter:
         if modules and dist.get_rank() == 0:
             self._describe_run(modules[0])
             if timeline_step is not None:
-                self._recorder = LayerRecorder(modules[0])
+                self._recorder = LayerRecorder(modules[0], self._is_timeline_step)
         self._num_steps = 0
         self._arm()
         self._since = time.perf_counter()
@@ -180,23 +181,25 @@ class MetricsWriter:
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         result = self._take_model_step(*args, **kwargs)
         self._num_steps += 1
-        if self._recorder is not None and self.engine.global_steps == self.timeline_step:
+        if self._recorder is not None and self.engine.global_steps >= self.timeline_step:
             self._write_timeline(self._recorder.read_timeline())
+            self._recorder = None
         if self._num_steps == self.interval:
             self.write()
         self._arm()
         return result
 
     def _arm(self) -> None:
-        """Have the layers timed in the step before a write, and the first recorded in its step."""
+        """Have the layers timed in the step before a write."""
         is_armed = self._num_steps == self.interval - 1
         for layer, timer in zip(self.layers, self._timers, strict=True):
             timer.is_armed = is_armed
             if isinstance(layer, MOELayer):
                 is_metered = is_armed and layer.path == "fused" and layer.fused.shape is not None
                 layer.fused.meter = ExposureMeter(self.engine.device) if is_metered else None
-        if self._recorder is not None:
-            self._recorder.is_armed = self.engine.global_steps + 1 == self.timeline_step
+
+    def _is_timeline_step(self) -> bool:
+        return self.engine.global_steps + 1 == self.timeline_step
 
     def write(self) -> None:
         """Collect and write now. Collective over all ranks; waits for the device."""
@@ -239,10 +242,15 @@ class MetricsWriter:
         step = self.timeline_step
         if timeline is None or not timeline.spans:
             path = getattr(self.layers[0], "path", "DeepSpeed's own")
-            logger.warning(f"comet_ds: no timeline of step {step}: the layer's path is {path}")
+            why = f"this is step {self.engine.global_steps}, the layer's path is {path}"
+            logger.warning(f"comet_ds: no timeline of step {step}: {why}")
             return
         title = f"first MoE layer, step {step}, rank 0"
-        written = write(timeline, TIMELINE_FOLDER / f"step_{step}", title)
+        try:
+            written = write(timeline, TIMELINE_FOLDER / f"step_{step}", title)
+        except OSError as error:
+            logger.warning(f"comet_ds: no timeline of step {step}: {error}")
+            return
         files = ", ".join(map(str, written))
         logger.warning(f"comet_ds: timeline of step {step} in {files}\n{describe(timeline)}")
         if (wandb := self._wandb()) is None:

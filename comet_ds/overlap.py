@@ -133,6 +133,12 @@ class ChunkedLayer:
     nic_bytes: float = NIC_BYTES
 
     def seconds(self, num_chunks: int) -> tuple[float, float]:
+        """Return the time of exchange and GEMMs, or the host's, forward and backward."""
+        host = HOST_SECONDS + num_chunks * HOST_CHUNK_SECONDS
+        forward, backward = self.device_seconds(num_chunks)
+        return max(forward, host), max(backward, host)
+
+    def device_seconds(self, num_chunks: int) -> tuple[float, float]:
         """Return the time of exchange and GEMMs, forward and backward."""
         share = self.rows * self.token_bytes / self.num_ranks  # to one rank
         inside = min(self.domain, self.num_ranks)
@@ -140,14 +146,11 @@ class ChunkedLayer:
         nic = NIC_SHARE * self.nic_bytes
         wire = max(share * (inside - 1) / NCCL_LINK_BYTES, share * (self.num_ranks - inside) / nic)
         travel = 2 * (wire + num_chunks * self.num_ranks * MESSAGE_SECONDS)
-        host = HOST_SECONDS + num_chunks * HOST_CHUNK_SECONDS
-
-        def seconds(gemm: float) -> float:
-            longer, shorter = max(travel, gemm), min(travel, gemm)
-            return max(longer + shorter / num_chunks + num_chunks * CHUNK_SECONDS, host)
-
-        forward, backward = self.gemm_seconds
-        return seconds(forward), seconds(backward)
+        forward, backward = (
+            max(travel, gemm) + min(travel, gemm) / num_chunks + num_chunks * CHUNK_SECONDS
+            for gemm in self.gemm_seconds
+        )
+        return forward, backward
 
     def best(self) -> int:
         """Return the number of chunks that takes least."""

@@ -14,7 +14,7 @@ rows and a tail with nothing left to compute lower it. What the exchange does in
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from deepspeed.utils import logger
 from torch import Tensor, nn
 
 from comet_ds.expert_gemm import Pass
@@ -42,7 +43,8 @@ RECORD = np.dtype(
         ("reserved", "<u2"),
     ]
 )
-MAX_LAUNCHES = 8  # of a layer's forward and backward
+MAX_LAUNCHES = 16  # of a layer's forward and backward, also where forward runs again
+MAX_PAUSE_US = 60.0  # between launches, in a picture
 RESOLUTION_US = 0.25  # of sums over time
 
 
@@ -207,15 +209,21 @@ class Timeline:
         figure = Figure(figsize=(18, 7), dpi=110, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        for activity, colour in colours.items():
-            boxes = [_box(span) for span in self.spans if span.activity == activity]
-            axes.add_collection(PolyCollection(boxes, facecolors=colour, linewidths=0))
-        for s in self.summaries():
+        launches = sorted({span.launch for span in self.spans})
+        shifts, shift, end = {}, 0.0, 0.0
+        for launch, s in zip(launches, self.summaries(), strict=True):
+            shift = min(shift, end + MAX_PAUSE_US - s.start_us)
+            shifts[launch], end = shift, s.end_us + shift
             hidden = "" if s.hidden is None else f"\nhidden {s.hidden:.0%}"
-            axes.text(s.start_us, self.num_ctas + 1, f"{s.gemm}{hidden}", va="bottom", fontsize=9)
-        axes.set_xlim(0, max((s.end_us for s in self.spans), default=1))
+            at = s.start_us + shift
+            axes.text(at, self.num_ctas + 1, f"{s.gemm}{hidden}", va="bottom", fontsize=9)
+        for activity, colour in colours.items():
+            found = [span for span in self.spans if span.activity == activity]
+            boxes = [_box(span, shifts[span.launch]) for span in found]
+            axes.add_collection(PolyCollection(boxes, facecolors=colour, linewidths=0))
+        axes.set_xlim(0, max(end, 1.0))
         axes.set_ylim(0, self.num_ctas + 12)
-        axes.set_xlabel("µs on the GPU")
+        axes.set_xlabel(f"µs on the GPU; pauses between launches are cut to {MAX_PAUSE_US:g}")
         axes.set_ylabel("CTA, one an SM")
         axes.set_title(title, loc="left")
         handles = [patches.Patch(color=c, label=a) for a, c in colours.items()]
@@ -226,11 +234,11 @@ class Timeline:
 _COLOURS = ("#e6820e", "#c2185b", "#9e9e9e", "#757575", "#1f6fb4", "#9cc8ea")
 
 
-def _box(span: Span) -> list[tuple[float, float]]:
+def _box(span: Span, shift_us: float) -> list[tuple[float, float]]:
     """Return the corners of a span: a CTA's two math warpgroups lie above each other."""
     low, high = {0: (0.0, 1.0), 1: (0.45, 0.55), 2: (0.0, 0.5), 3: (0.5, 1.0)}[span.row]
     bottom, top = span.cta + low, span.cta + high
-    left, right = span.start_us, span.end_us
+    left, right = span.start_us + shift_us, span.end_us + shift_us
     return [(left, bottom), (left, top), (right, top), (right, bottom)]
 
 
@@ -275,37 +283,51 @@ class TimelineRecorder:
         """Return what was recorded; waits for the device."""
         torch.cuda.synchronize(self._records.device)
         records = self._records.cpu().numpy().view(RECORD).reshape(self._size)
+        if (records["start_ns"][..., -1] > 0).any():
+            room = self._size[-1]
+            logger.warning(f"comet_ds: the timeline ends early: {room} records a thread")
         return Timeline.from_records(records)
 
 
 class LayerRecorder(LayerTimer):
-    """Records the kernels of a layer's forward and backward, in forwards it is asked to.
+    """Records the kernels of one forward of a layer and its backward.
 
-    Of as many launches as there is room for, ``MAX_LAUNCHES``.
+    Args:
+        layer: a comet_ds.MoE.
+        is_wanted: whether the forward to record begins now.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__(layer)
+    def __init__(self, layer: nn.Module, is_wanted: Callable[[], bool]) -> None:
+        self._is_wanted, self._num_marks = is_wanted, 0
         self._recorder: TimelineRecorder | None = None
-        self._is_recording = False
+        super().__init__(layer)
+
+    @property
+    def is_armed(self) -> bool:
+        """Whether the forward is recorded: the first that is wanted."""
+        return self._num_marks == 1 or (self._num_marks == 0 and self._is_wanted())
+
+    @is_armed.setter
+    def is_armed(self, value: bool) -> None:
+        assert not value, "is_wanted decides"
 
     def mark(self, tensor: Tensor) -> float:
         """Begin or end to record: forward and backward call it in turns."""
         kernels = load_kernels(tensor.device)
-        if kernels is not None:
+        if kernels is not None and kernels.has_timeline:
             if self._recorder is None:
                 self._recorder = TimelineRecorder(kernels, num_sms(tensor.device))
-            self._recorder.pause() if self._is_recording else self._recorder.resume()
-            self._is_recording = not self._is_recording
+            self._recorder.pause() if self._num_marks % 2 else self._recorder.resume()
+        self._num_marks += 1
         return 0.0
 
     def read_timeline(self) -> Timeline | None:
-        """Return what was recorded, None if no forward was; waits for the device."""
-        if self._recorder is None:
+        """Return what was recorded and forget it, None if nothing was; waits for the device."""
+        recorder, self._recorder = self._recorder, None
+        if recorder is None:
             return None
-        self._recorder.pause()
-        self._is_recording = False
-        return self._recorder.read()
+        recorder.pause()
+        return recorder.read()
 
 
 def describe(timeline: Timeline) -> str:

@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure division points while a model trains.
 
-In its first forwards a layer runs with one candidate after the other (``tuning.candidates``). Each
-division point has a GEMM of its own, whose kernel is timed by events, so all four are tried at once
-and nothing waits. Then the ranks of the group compare, the slowest counts, and all go on with the
-same points. Layers of one shape share their trials.
+In its first forwards that have a backward a layer runs with one candidate after the other
+(``tuning.candidates``). Each division point has a GEMM of its own, whose kernel is timed by events,
+so all four are tried at once and nothing waits. Then the ranks of the group compare, the slowest
+counts, and the fastest candidates run in turns with the cost model's points, once more compared.
+What is not clearly faster then is not taken. All ranks go on with the same points. Layers of one
+shape share their trials.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import statistics
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from deepspeed import comm as dist
 from deepspeed.utils import logger
 
 from comet_ds.expert_gemm import Pass
-from comet_ds.overlap import Division, LayerShape, divide
+from comet_ds.overlap import Division, LayerShape, Pull, Push, divide
 from comet_ds.tuning import TuningKey, candidates, mean_tokens, write
 
+Point = Pull | Push
 # The GEMM beside which what a field of ``Division`` divides goes on.
 GEMMS = {
     Pass.UP: "pull",
@@ -35,10 +37,24 @@ GEMMS = {
     Pass.WEIGHT_GRAD: "push_grad",
 }
 WARM_UP = 4  # forwards that do not count
-SAMPLES = 5  # of every candidate
-GAIN = 0.01  # a candidate must be this much faster to replace what was there
+SAMPLES = 4  # of every candidate
+FINAL_SAMPLES = 12  # of the fastest, and of the cost model's points beside them
+MIN_SAMPLES = 3
+GAIN = 0.02  # a candidate must be this much faster to replace the cost model's
 
-Events = tuple[torch.cuda.Event, torch.cuda.Event]
+
+@dataclass(frozen=True)
+class Sample:
+    """The time of a launch that is under way, for so many tokens of all ranks."""
+
+    start: torch.cuda.Event
+    end: torch.cuda.Event
+    num_tokens: int
+
+    def ms_per_token(self) -> float:
+        """Return it; waits."""
+        self.end.synchronize()
+        return self.start.elapsed_time(self.end) / max(self.num_tokens, 1)
 
 
 @dataclass(frozen=True)
@@ -48,10 +64,12 @@ class Trial:
     Attributes:
         division: the points.
         samples: by field of ``Division``, where to note its GEMM's time; empty to note nothing.
+        num_tokens: of all ranks.
     """
 
     division: Division
-    samples: dict[str, list[Events]] = field(default_factory=dict)
+    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    num_tokens: int = 0
 
     @contextlib.contextmanager
     def timed(self, gemm: Pass) -> Iterator[None]:
@@ -64,65 +82,100 @@ class Trial:
         start.record()
         yield
         end.record()
-        found.append((start, end))
+        found.append(Sample(start, end, self.num_tokens))
+
+
+Medians = dict[str, list[float]]
 
 
 class Trials:
-    """The trials of one shape.
+    """Choices for every field of a division, run in turns, all fields at once.
 
     Args:
-        shape: of the layer.
+        choices: by field, the first being what the others must beat.
+        num_samples: of each.
+        num_idle: forwards with the first choices that do not count.
     """
 
-    def __init__(self, shape: LayerShape) -> None:
-        # The same on all ranks, whatever tokens each has.
-        shape = replace(shape, num_tokens=(mean_tokens(shape),) * len(shape.num_tokens), rank=0)
-        self.default = divide(shape)
-        self.choices = {
-            name: [self.default, *others]
-            for name, others in candidates(self.default, shape).items()
+    def __init__(
+        self, choices: Mapping[str, Sequence[Point]], num_samples: int, num_idle: int = 0
+    ) -> None:
+        self.choices = choices
+        self._samples: dict[str, list[list[Sample]]] = {
+            name: [[] for _ in found] for name, found in choices.items()
         }
-        self._samples: dict[str, list[list[Events]]] = {
-            name: [[] for _ in choices] for name, choices in self.choices.items()
-        }
-        self._order = self._count()
+        longest = max(map(len, choices.values()))
+        turns = list(range(longest)) * num_samples
+        self._turns = iter([None] * num_idle + turns)
 
-    def _count(self) -> Iterator[int]:
-        longest = max(map(len, self.choices.values()))
-        return itertools.chain([-1] * WARM_UP, *(range(longest) for _ in range(SAMPLES)))
+    def next(self, num_tokens: int) -> Trial | None:
+        """Return the next forward's, for so many tokens of all ranks; None behind the last."""
+        for turn in self._turns:
+            at = {name: (turn or 0) % len(found) for name, found in self.choices.items()}
+            division = Division(**{name: self.choices[name][i] for name, i in at.items()})
+            if turn is None:
+                return Trial(division)
+            samples = {name: self._samples[name][i] for name, i in at.items()}
+            return Trial(division, samples, num_tokens)
+        return None
 
-    def next(self) -> Trial | None:
-        """Return the next forward's, None when there are enough."""
-        index = next(self._order, None)
-        if index is None or index < 0:
-            return None if index is None else Trial(self.default)
-        points, samples = {}, {}
-        for name, choices in self.choices.items():
-            at = index % len(choices)
-            points[name] = getattr(choices[at], name)
-            samples[name] = self._samples[name][at]
-        return Trial(Division(**points), samples)
+    def medians(self) -> Medians:
+        """Return every choice's time, infinite where there are too few samples; waits."""
 
-    def medians(self) -> dict[str, list[float]]:
-        """Return every candidate's time in ms, infinite where its GEMM did not run; waits."""
+        def median(samples: list[Sample]) -> float:
+            if len(samples) < MIN_SAMPLES:
+                return math.inf
+            return statistics.median(sample.ms_per_token() for sample in samples)
 
-        def median(events: list[Events]) -> float:
-            for _, end in events:
-                end.synchronize()
-            times = [start.elapsed_time(end) for start, end in events]
-            return statistics.median(times) if times else math.inf
+        return {name: [median(s) for s in found] for name, found in self._samples.items()}
 
-        return {name: [median(e) for e in found] for name, found in self._samples.items()}
+    def best(self, medians: Sequence[Medians], gain: float) -> dict[str, Point]:
+        """Return by field the choice that is fastest on the slowest rank, by all ranks' medians.
 
-    def best(self, medians: list[dict[str, list[float]]]) -> Division:
-        """Return the points that are fastest on the slowest rank, by all ranks' medians."""
-        points = {}
+        The first where it was not measured itself, or no other is faster by the gain.
+        """
+        result = {}
         for name, choices in self.choices.items():
             times = [max(ranks) for ranks in zip(*(m[name] for m in medians), strict=True)]
             fastest = min(range(len(choices)), key=times.__getitem__)
-            is_faster = times[fastest] < (1 - GAIN) * times[0]
-            points[name] = getattr(choices[fastest if is_faster else 0], name)
-        return Division(**points)
+            is_better = math.isfinite(times[0]) and times[fastest] < (1 - gain) * times[0]
+            result[name] = choices[fastest if is_better else 0]
+        return result
+
+
+class ShapeTuner:
+    """All trials of one shape: of every candidate, then of the fastest beside the default.
+
+    Args:
+        shape: of the layer.
+        gather: gives the values of all ranks, which call it at the same time.
+    """
+
+    def __init__(self, shape: LayerShape, gather: Callable[[Medians], list[Medians]]) -> None:
+        # The same on all ranks, whatever tokens each has.
+        shape = replace(shape, num_tokens=(mean_tokens(shape),) * len(shape.num_tokens), rank=0)
+        self.shape, self.default, self._gather = shape, divide(shape), gather
+        choices = {
+            name: [getattr(division, name) for division in (self.default, *others)]
+            for name, others in candidates(self.default, shape).items()
+        }
+        self._trials = Trials(choices, SAMPLES, WARM_UP)
+        self._is_final = False
+        self.best: Division | None = None
+
+    def next(self, num_tokens: int) -> Trial:
+        """Return the next forward's trial. Collective, and waits, where trials end."""
+        while self.best is None:
+            if (trial := self._trials.next(num_tokens)) is not None:
+                return trial
+            medians = self._gather(self._trials.medians())
+            found = self._trials.best(medians, GAIN if self._is_final else 0.0)
+            if self._is_final:
+                self.best = Division(**found)
+                break
+            pairs = {name: [getattr(self.default, name), point] for name, point in found.items()}
+            self._trials, self._is_final = Trials(pairs, FINAL_SAMPLES), True
+        return Trial(self.best)
 
 
 class RunTuner:
@@ -137,34 +190,36 @@ class RunTuner:
     def __init__(self, group: Any, origin: tuple[str, str], path: Path) -> None:
         self.origin, self.path = origin, path
         self._group = weakref.ref(group)
-        self._trials: dict[tuple[TuningKey, int], Trials] = {}
-        self._best: dict[tuple[TuningKey, int], Division] = {}
+        self._tuners: dict[tuple[TuningKey, int], ShapeTuner] = {}
 
-    def trial(self, shape: LayerShape) -> Trial:
-        """Return the next forward's trial. Collective, and waits, when a shape's last has run."""
+    def trial(self, shape: LayerShape, has_backward: bool) -> Trial:
+        """Return a forward's trial; nothing is tried in forwards without a backward."""
         scale = round(math.log2(max(mean_tokens(shape), 1)))
         key = TuningKey.of(shape, *self.origin), scale
-        if key in self._best:
-            return Trial(self._best[key])
-        if torch.cuda.is_current_stream_capturing():
-            return Trial(divide(shape))
-        trials = self._trials.get(key) or self._trials.setdefault(key, Trials(shape))
-        trial = trials.next()
-        if trial is None:
-            self._best[key] = self._finish(shape, self._trials.pop(key))
-            trial = Trial(self._best[key])
+        if key not in self._tuners:
+            self._tuners[key] = ShapeTuner(shape, self._gather)
+        tuner = self._tuners[key]
+        if tuner.best is not None:
+            return Trial(tuner.best)
+        if not has_backward or torch.cuda.is_current_stream_capturing():
+            return Trial(tuner.default)
+        trial = tuner.next(sum(shape.num_tokens))
+        if tuner.best is not None:
+            self._keep(tuner.shape, tuner.best)
         return trial
 
-    def _finish(self, shape: LayerShape, trials: Trials) -> Division:
+    def _gather(self, medians: Medians) -> list[Medians]:
         group = self._group()
-        medians: list[Any] = [None] * dist.get_world_size(group=group)
-        torch.distributed.all_gather_object(medians, trials.medians(), group=group)
-        best = trials.best(medians)
-        if dist.get_rank(group=group) == 0:
-            points = {name: choice[:2] for name, choice in best._asdict().items()}
-            logger.warning(f"comet_ds: division points measured in this run: {points}")
-            try:
-                write(self.path, shape, *self.origin, best)
-            except OSError as error:
-                logger.warning(f"comet_ds: they are not kept: {error}")
-        return best
+        found: list[Any] = [None] * dist.get_world_size(group=group)
+        torch.distributed.all_gather_object(found, medians, group=group)
+        return found
+
+    def _keep(self, shape: LayerShape, division: Division) -> None:
+        if dist.get_rank(group=self._group()) > 0:
+            return
+        points = {name: choice[:2] for name, choice in division._asdict().items()}
+        logger.warning(f"comet_ds: division points measured in this run: {points}")
+        try:
+            write(self.path, shape, *self.origin, division)
+        except OSError as error:
+            logger.warning(f"comet_ds: they are not kept: {error}")

@@ -217,7 +217,8 @@ def _pipelined(
     busy = chunked.seconds(num_chunks)
     moves = 6 * layer.row_bytes / MEMORY_BYTES  # rows in order of destination, and of expert
     forward, backward = (time + g + moves for time, g in zip(busy, gate, strict=True))
-    exposed = busy[0] - gemms[0], busy[1] - gemms[1]
+    on_device = chunked.device_seconds(num_chunks)
+    exposed = on_device[0] - gemms[0], on_device[1] - gemms[1]
     return "pipelined", (num_chunks,), forward, backward, exposed
 
 

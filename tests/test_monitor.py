@@ -28,7 +28,7 @@ from comet_ds import monitor
 from comet_ds.exchange import ExposureMeter
 from comet_ds.monitor import RUN_METRICS, TokenCounter, flop_per_token
 from comet_ds.overlap import LayerShape
-from comet_ds.recorder import Timeline
+from comet_ds.recorder import LayerRecorder, Timeline
 from comet_ds.timing import LayerTimer
 
 INTERVAL, STEPS, TIMELINE_STEP = 2, 6, 3
@@ -40,12 +40,27 @@ def logged_values(rank: int, size: int, settings: dict, folder: str) -> dict:
     """Train; return what the metrics of the last write must be, computed here from the routing."""
     os.chdir(folder)
     os.environ.update(WANDB_MODE="offline", WANDB_DIR=folder, WANDB_SILENT="true")
-    # There are no kernels here that could record one.
-    monitor.LayerRecorder.read_timeline = lambda self: Timeline.from_records(make_records())
     options = {"metrics_interval": INTERVAL, "timeline_step": TIMELINE_STEP}
     settings = config(size, comet_ds=options, **settings)
     engine = build_engine("comet_ds", settings, ep_size=size, k=2, capacity_factor=0.75)
+    marks = []
+
+    class Recorder(LayerRecorder):
+        """There are no kernels here that could record."""
+
+        def mark(self, tensor: torch.Tensor) -> float:
+            marks.append(engine.global_steps)
+            return super().mark(tensor)
+
+        def read_timeline(self) -> Timeline:
+            return Timeline.from_records(make_records())
+
+    writer = engine._take_model_step.__self__
+    if rank == 0:
+        writer._recorder = Recorder(engine.module.moe[0], writer._is_timeline_step)
     train(engine, rank, STEPS)
+    # The forward of the step and its backward: begin and end of each.
+    assert marks == ([TIMELINE_STEP - 1] * 4 if rank == 0 else [])
     expected = {}
     for index, moe in enumerate(engine.module.moe):
         routing = moe.deepspeed_moe.routing

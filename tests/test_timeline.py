@@ -5,19 +5,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from parity import build
 
-from comet_ds import MoE
+from comet_ds import MoE, recorder
 from comet_ds.expert_gemm import Pass
-from comet_ds.kernels import load_kernels, use_timeline_kernels
+from comet_ds.kernels import use_timeline_kernels
 from comet_ds.recorder import (
     ACTIVITIES,
     MAX_LAUNCHES,
     RECORD,
+    LayerRecorder,
     Timeline,
     TimelineRecorder,
     describe,
@@ -80,27 +82,76 @@ record_layer()
 """
 
 
+def test_recorded_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first wanted forward and its backward, whatever runs between and after them."""
+    calls: list[tuple[str, str]] = []
+    kernels = SimpleNamespace(has_timeline=True)
+    now = ["setup"]
+
+    class Recorder:
+        def __init__(self, found: object, num_sms: int) -> None:
+            assert (found, num_sms) == (kernels, 132)
+
+        def resume(self) -> None:
+            calls.append(("resume", now[0]))
+
+        def pause(self) -> None:
+            calls.append(("pause", now[0]))
+
+        def read(self) -> str:
+            return "what was recorded"
+
+    monkeypatch.setattr(recorder, "TimelineRecorder", Recorder)
+    monkeypatch.setattr(recorder, "load_kernels", lambda device: kernels)
+    monkeypatch.setattr(recorder, "num_sms", lambda device: 132)
+    layer, wanted = build(MoE, 0), [False]
+    layer_recorder = LayerRecorder(layer, lambda: wanted[0])
+    x = torch.randn(8, layer.deepspeed_moe.gate.wg.in_features)
+
+    def forward(name: str) -> torch.Tensor:
+        now[0] = name
+        return layer(x.clone().requires_grad_())[0]
+
+    forward("unwanted").sum().backward()
+    assert layer_recorder.read_timeline() is None
+    wanted[0] = True
+    output, later = forward("first"), forward("second")
+    now[0] = "backward of second"
+    later.sum().backward()
+    now[0] = "backward of first"
+    output.sum().backward()
+    forward("third").sum().backward()
+    when = ["first", "first", "backward of first", "backward of first"]
+    assert calls == list(zip(["resume", "pause"] * 2, when, strict=True))
+    assert layer_recorder.read_timeline() == "what was recorded"
+    kernels.has_timeline = False
+    other = LayerRecorder(layer, lambda: True)
+    forward("without").sum().backward()
+    assert len(calls) == 5 and other.read_timeline() is None  # the fifth pauses for reading
+
+
 def record_layer() -> None:
     """Record a layer on one GPU, in a process that has loaded no other kernels."""
     use_timeline_kernels()
     options = {"num_experts": 4, "k": 2, "top2_2nd_expert_sampling": False}
     layer = build(MoE, 0, device="cuda", dtype=torch.bfloat16, **options)
     x = torch.randn(512, layer.deepspeed_moe.gate.wg.in_features, device="cuda").bfloat16()
-    kernels = load_kernels(x.device)
 
     def run() -> torch.Tensor:
         leaf = x.clone().requires_grad_()
         layer(leaf)[0].sum().backward()
         return leaf.grad
 
-    expected = run()
-    recorder = TimelineRecorder(kernels, 132)
-    with recorder.recording():
-        got = run()
-    run()  # is not recorded
-    timeline = recorder.read()
+    expected, is_wanted = run(), False
+    recorder = LayerRecorder(layer, lambda: is_wanted)
+    run()  # is not wanted
+    is_wanted = True
+    got = run()
+    run()  # one is enough
+    timeline = recorder.read_timeline()
+    assert recorder.read_timeline() is None
     gemms = [s.gemm for s in timeline.summaries()]
-    assert gemms[:3] == ["up", "down", "down_grad"] and gemms.count("weight_grad") >= 2
+    assert gemms == ["up", "down", "down_grad", "weight_grad", "up_grad", "weight_grad"]
     assert len(gemms) <= MAX_LAUNCHES
     assert {s.activity for s in timeline.spans} == {"multiply", "finish"}
     assert all(0 < s.end_us - s.start_us < 1e5 for s in timeline.spans)
