@@ -24,24 +24,18 @@ from deepspeed.utils.bwc import (
 from torch import Tensor, nn
 
 from comet_ds import row_ops
-from comet_ds.agreement import (
-    Answer,
-    CountExchange,
-    InputRules,
-    agree_on_largest,
-    agree_on_setup,
-)
+from comet_ds.agreement import Answer, CountExchange, InputRules, agree_on_setup
+from comet_ds.chunks import ChunkChoice
 from comet_ds.config import CometConfig
 from comet_ds.exchange import Exchange
 from comet_ds.experts import tag_expert_parameters
 from comet_ds.fused import FusedExperts
 from comet_ds.gate import Routing, TopKGate
 from comet_ds.grouped_mlp import ExpertRunner
-from comet_ds.overlap import PIPELINED_FLOPS, ChunkedLayer
 from comet_ds.path import PathChoice
 from comet_ds.pipelined import pipelined_forward
 from comet_ds.reference import reference_forward
-from comet_ds.routing import ChunkSchedule, plan_routes
+from comet_ds.routing import plan_routes
 
 
 class MoE(deepspeed_layer.MoE):
@@ -202,7 +196,6 @@ class MoE(deepspeed_layer.MoE):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._tag_experts()  # copy.deepcopy of a parameter loses them
-        self.deepspeed_moe._schedule = None  # its ranks agree anew
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
@@ -226,13 +219,14 @@ class MOELayer(sharded_moe.MOELayer):
         self.config = config
         self.path = "pipelined" if config.path == "auto" else config.path
         self.gate.exact_logits = config.exact_gate
-        self.choice = PathChoice(config, self.ep_size, self.num_local_experts, self.gate)
+        sizes = (self.ep_size, self.num_local_experts)
+        self.choice = PathChoice(config, *sizes, self.gate)
+        self.chunks = ChunkChoice(config, *sizes, self.gate, self.experts)
         self.fused = FusedExperts(self.experts.deepspeed_experts)
         self.runner = ExpertRunner(self.experts.deepspeed_experts, grouped_gemm=config.grouped_gemm)
         self.routing: Routing | None = None
         self._announced: str | None = None
         self._reason: str | None = None  # why the path is not fused
-        self._schedule: tuple[torch.device, ChunkSchedule, Tensor] | None = None
 
     @torch.compiler.disable
     def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> Tensor:
@@ -319,7 +313,7 @@ class MOELayer(sharded_moe.MOELayer):
             return self._run_reference(x, topk_ids, topk_weights, group, rules)
         self.runner.experts = self.experts.deepspeed_experts  # whatever stands there now
         self.runner.refresh(x, expected_rows=topk_ids.numel() / self.num_local_experts)
-        schedule, segment_of_expert = self._chunk_schedule(x.shape[0], group)
+        schedule, segment_of_expert = self.chunks.schedule(x.shape[0], group)
         chunks = f", {len(schedule.chunks)} chunk(s)" if self.ep_size > 1 else ""
         self._announce(f"{self.runner.describe()}, {row_ops.describe(x)}{chunks}")
         plan = plan_routes(topk_ids, segment_of_expert)
@@ -347,34 +341,6 @@ class MOELayer(sharded_moe.MOELayer):
             ep_size=self.ep_size,
             num_tokens=num_tokens,
         )
-
-    def _chunk_schedule(self, num_tokens: int, group: Any) -> tuple[ChunkSchedule, Tensor]:
-        """Return the schedule, and its segment table on the layer's device.
-
-        Collective in the first forward, whose largest number of tokens decides.
-        """
-        device = self.gate.wg.weight.device
-        if self._schedule is None or self._schedule[0] != device:
-            num_chunks = self.config.num_chunks
-            # On a CPU the cores that would communicate are computing.
-            if self.ep_size == 1 or (num_chunks == "auto" and device.type != "cuda"):
-                num_chunks = 1
-            if num_chunks == "auto":
-                best = self._best_num_chunks(agree_on_largest(num_tokens, group, device))
-                num_chunks = agree_on_largest(best, group, device)
-            schedule = ChunkSchedule(self.ep_size, self.num_local_experts, num_chunks)
-            self._schedule = device, schedule, schedule.segment_of_expert.to(device)
-        return self._schedule[1:]
-
-    def _best_num_chunks(self, num_tokens: int) -> int:
-        """Return the chunks that are fastest with so many tokens a rank, by the cost model."""
-        weight, rows = self.gate.wg.weight, num_tokens * self.gate.k
-        expert = self.experts.deepspeed_experts[0]
-        seconds = 2 * rows * sum(p.numel() for p in expert.parameters()) / PIPELINED_FLOPS
-        token_bytes = weight.shape[1] * weight.element_size()
-        domain = torch.cuda.device_count()  # of a host
-        layer = ChunkedLayer(rows, token_bytes, (seconds, 2 * seconds), self.ep_size, domain)
-        return layer.best()
 
     def _group(self) -> Any:
         """Return the EP group, the world where DeepSpeed's inference engine set none."""
@@ -412,7 +378,7 @@ class MOELayer(sharded_moe.MOELayer):
         elif self.ep_size > 1:
             size = 1
             if self.path != "reference":
-                size = self._chunk_schedule(0, group)[0].num_segments
+                size = self.chunks.schedule(0, group)[0].num_segments
             counts = torch.zeros(size, dtype=torch.int64, device=rules.device)
             CountExchange(counts, group, rules, fault=fault).wait()
         raise ValueError(rules.message(*fault))

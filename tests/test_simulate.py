@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from comet_ds import chunks
 from comet_ds.agreement import agree_on_largest
 from comet_ds.bench_layers import SHAPES, Shape
-from comet_ds.overlap import ChunkedLayer
+from comet_ds.chunks import ChunkChoice
+from comet_ds.config import CometConfig
+from comet_ds.overlap import PIPELINED_FLOPS, ChunkedLayer
 from comet_ds.simulate import Cluster, _Layer, _pipelined, main, predict
 
 # Device ms of forward and forward + backward, H200s of one host, 8192 tokens a rank.
@@ -108,6 +112,33 @@ def test_chunks() -> None:
     assert best(65536, 1e-3) == 1  # the host is no faster
     assert 1 < best(262144, 4e-3) < best(10**6, 5e-3)
     assert best(10**6, 16e-3, 1024) < best(10**6, 16e-3)  # more messages a chunk
+
+
+def test_chunks_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configuration's, else those of the largest number of tokens that any rank has."""
+    expert = torch.nn.Linear(2048, 3 * 1024)
+    experts = SimpleNamespace(deepspeed_experts=[expert])
+
+    def num_chunks(device: str, ep_size: int = 8, **options: int) -> int:
+        weight = torch.empty(64, 2048, dtype=torch.bfloat16)
+        gate = SimpleNamespace(wg=SimpleNamespace(weight=weight), k=8)
+        choice = ChunkChoice(CometConfig(**options), ep_size, 64 // ep_size, gate, experts)
+        return choice._num_chunks(100, None, torch.device(device))
+
+    asked: list[int] = []
+
+    def largest(value: int, group: object, device: torch.device) -> int:
+        asked.append(value)
+        return {100: 65536}.get(value, value)
+
+    monkeypatch.setattr(chunks, "agree_on_largest", largest)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert num_chunks("cuda", num_chunks=3) == 3 and num_chunks("cuda", ep_size=1) == 1
+    assert num_chunks("cpu") == 1 and not asked
+    flop = 2 * 8 * 65536 * sum(p.numel() for p in expert.parameters())
+    seconds = flop / PIPELINED_FLOPS
+    best = ChunkedLayer(8 * 65536, 4096, (seconds, 2 * seconds), 8, 8).best()
+    assert num_chunks("cuda") == best > 1 and asked == [100, best]
 
 
 def check_largest(rank: int, size: int) -> None:
