@@ -159,7 +159,7 @@ class ShapeTuner:
             name: [getattr(division, name) for division in (self.default, *others)]
             for name, others in candidates(self.default, shape).items()
         }
-        self._trials = Trials(choices, SAMPLES, WARM_UP)
+        self._trials: Trials | None = Trials(choices, SAMPLES, WARM_UP)
         self._is_final = False
         self.best: Division | None = None
 
@@ -171,7 +171,7 @@ class ShapeTuner:
             medians = self._gather(self._trials.medians())
             found = self._trials.best(medians, GAIN if self._is_final else 0.0)
             if self._is_final:
-                self.best = Division(**found)
+                self.best, self._trials = Division(**found), None
                 break
             pairs = {name: [getattr(self.default, name), point] for name, point in found.items()}
             self._trials, self._is_final = Trials(pairs, FINAL_SAMPLES), True

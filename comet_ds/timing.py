@@ -80,7 +80,11 @@ class LayerTimer:
 
     def mark(self, tensor: Tensor) -> Any:
         """Return the time on a tensor's device, which may be to come."""
-        return _mark(tensor)
+        if tensor.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def _is_timed(self, layer: nn.Module) -> bool:
         if not self.is_armed or not layer.training:  # as in most steps
@@ -113,15 +117,6 @@ class LayerTimer:
         if backwards and not backwards[-1] and output[0].requires_grad:
             span = backwards[-1]
             output[0].register_hook(lambda grad: span.append(self.mark(grad)))
-
-
-def _mark(tensor: Tensor) -> Any:
-    """Return the time on the tensor's device, which may be to come."""
-    if tensor.device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
 
 
 def _milliseconds(start: Any, end: Any) -> float:
