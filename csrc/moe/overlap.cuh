@@ -10,8 +10,8 @@
 //    are pushed: by the CTAs set apart, which take no more tiles when the first panel's are all
 //    taken, and by every CTA that finds no more tiles.
 // 2. Grid: the CTAs set apart are the first num_ctas, which are scheduled first. All take tiles
-//    from one queue (Units in expert_gemm.cuh) and groups of routes from another, so that nobody has
-//    to be given the right share.
+//    from one queue (Units in expert_gemm.cuh) and groups of routes from another, so that nobody
+//    has to be given the right share.
 // 3. Flags, in this GPU's memory, zero before the launch:
 //        progress[block]  kUp, kDownGrad: += 1 for every row by the warp that wrote it (proxy
 //                         fence, release, GPU scope), awaited by the thread that finds tiles
@@ -21,8 +21,8 @@
 //                         group complete, proxy fence, release, GPU scope), awaited by warps that
 //                         push (acquire)
 //    Pulling waits for nothing, so tiles get their rows, on however few SMs. In kDown the CTAs set
-//    apart wait for tiles of the others, so it needs more than num_ctas SMs that other kernels leave
-//    it at some time; with those, tiles wait for nothing and panels get complete.
+//    apart wait for tiles of the others, so it needs more than num_ctas SMs that other kernels
+//    leave it at some time; with those, tiles wait for nothing and panels get complete.
 // 4. Shared memory: rings of slices (token_stream.cuh) in place of the GEMM's stages and staging
 //    buffers, below its barriers.
 #pragma once
