@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from parity import build
+from tolerance import relative_error
 
 from comet_ds import MoE, recorder
 from comet_ds.expert_gemm import Pass
@@ -80,6 +81,9 @@ import sys; sys.path.insert(0, {tests!r})
 from test_timeline import record_layer
 record_layer()
 """
+
+
+REFERENCE = {"path": "reference"}
 
 
 def test_recorded_forward(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +160,8 @@ def record_layer() -> None:
     assert {s.activity for s in timeline.spans} == {"multiply", "finish"}
     assert all(0 < s.end_us - s.start_us < 1e5 for s in timeline.spans)
     assert torch.equal(got, expected)
+    layer = build(MoE, 0, device="cuda", dtype=torch.bfloat16, comet_ds=REFERENCE, **options)
+    assert relative_error(got, run()) < 2e-2
     try:
         TimelineRecorder(type("Kernels", (), {"has_timeline": False}), 132)
     except ValueError:
