@@ -44,6 +44,7 @@ from comet_ds.bench_layers import (
     Shape,
     add_shape_arguments,
     build,
+    draw_tokens,
     launch_ranks,
     parse_shapes,
     step,
@@ -267,8 +268,7 @@ def bench(
         with_autoep: whether DeepSpeed's AutoEP is timed too.
         options: of our layer and, but for ``comet_ds``, of DeepSpeed's.
     """
-    torch.manual_seed(100 + dist.get_rank())
-    x, grad = torch.randn(2, num_tokens, shape.hidden, device="cuda", dtype=torch.bfloat16)
+    x, grad = draw_tokens(shape, num_tokens)
     ours = build(MoE, shape, **options)
     theirs = {key: value for key, value in options.items() if key != "comet_ds"}
     layers = {"comet_ds": ours, "deepspeed": build(DeepSpeedMoE, shape, **theirs)}

@@ -141,6 +141,13 @@ def build(
     return layer
 
 
+def draw_tokens(shape: Shape, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Return this rank's input and the gradient of its output, [T, H] bf16 each."""
+    torch.manual_seed(100 + dist.get_rank())
+    x, grad = torch.randn(2, num_tokens, shape.hidden, device="cuda", dtype=torch.bfloat16)
+    return x, grad
+
+
 def step(
     layer: DeepSpeedMoE, x: Tensor, grad: Tensor, middle: Callable[[], Any] = lambda: None
 ) -> list[Tensor]:

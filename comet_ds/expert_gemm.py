@@ -2,7 +2,7 @@
 """The grouped GEMMs of the experts' MLPs: launching csrc/moe/expert_gemm.cuh.
 
 Shapes: R allocated rows, H hidden, F ffn, E local experts. Rows are sorted by expert, each expert's
-padded with zero rows to a multiple of ``row_block`` (``fused.RowPlan``); rows behind the last
+padded with zero rows to a multiple of ``row_block`` (``dispatcher.RowPlan``); rows behind the last
 expert's are neither read nor written.
 """
 

@@ -45,6 +45,7 @@ RECORD = np.dtype(
 )
 MAX_LAUNCHES = 16  # of a layer's forward and backward, also where forward runs again
 MAX_PAUSE_US = 60.0  # between launches, in a picture
+THREADS = 4  # that record in a CTA
 RESOLUTION_US = 0.25  # of sums over time
 
 
@@ -134,7 +135,7 @@ class Timeline:
             name = {"name": f"{launch} {gemm}"}
             events.append({"name": "process_name", "ph": "M", "pid": launch, "args": name})
         for s in self.spans:
-            where = {"pid": s.launch, "tid": 4 * s.cta + s.row}
+            where = {"pid": s.launch, "tid": THREADS * s.cta + s.row}
             when = {"ts": round(s.start_us, 3), "dur": round(s.end_us - s.start_us, 3)}
             events.append({"name": s.activity, "cat": s.gemm, "ph": "X", **when, **where})
         return {"traceEvents": events, "otherData": {"num_ctas": self.num_ctas}}
@@ -146,8 +147,8 @@ class Timeline:
             Span(
                 event["pid"],
                 event["cat"],
-                event["tid"] // 4,
-                event["tid"] % 4,
+                event["tid"] // THREADS,
+                event["tid"] % THREADS,
                 event["name"],
                 event["ts"],
                 event["ts"] + event["dur"],
@@ -301,15 +302,11 @@ class LayerRecorder(LayerTimer):
         self._is_wanted, self._num_marks = is_wanted, 0
         self._recorder: TimelineRecorder | None = None
         super().__init__(layer)
+        self.is_armed = True
 
-    @property
-    def is_armed(self) -> bool:
-        """Whether the forward is recorded: the first that is wanted."""
-        return self._num_marks == 1 or (self._num_marks == 0 and self._is_wanted())
-
-    @is_armed.setter
-    def is_armed(self, value: bool) -> None:
-        assert not value, "is_wanted decides"
+    def _is_timed(self, layer: nn.Module) -> bool:
+        is_next = self._num_marks == 0 and self._is_wanted()
+        return (is_next or self._num_marks == 1) and super()._is_timed(layer)
 
     def mark(self, tensor: Tensor) -> float:
         """Begin or end to record: forward and backward call it in turns."""

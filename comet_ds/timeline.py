@@ -23,6 +23,7 @@ from comet_ds.bench_layers import (
     Shape,
     add_shape_arguments,
     build,
+    draw_tokens,
     launch_ranks,
     parse_shapes,
     step,
@@ -34,8 +35,7 @@ from comet_ds.recorder import Timeline, TimelineRecorder, describe, write
 
 def record_shape(name: str, shape: Shape, num_tokens: int, folder: Path) -> None:
     """Record one forward and backward of a shape, write it on rank 0."""
-    torch.manual_seed(100 + dist.get_rank())
-    x, grad = torch.randn(2, num_tokens, shape.hidden, device="cuda", dtype=torch.bfloat16)
+    x, grad = draw_tokens(shape, num_tokens)
     layer = build(MoE, shape, comet_ds={"path": "fused"})
     for _ in range(3):
         step(layer, x, grad)

@@ -26,6 +26,7 @@ from comet_ds.bench_layers import (
     Shape,
     add_shape_arguments,
     build,
+    draw_tokens,
     launch_ranks,
     parse_shapes,
     step,
@@ -108,8 +109,7 @@ def tune_shape(
     name: str, shape: Shape, num_tokens: int, num_runs: int, config: CometConfig
 ) -> None:
     """Tune one shape; write the result and print it, on rank 0."""
-    torch.manual_seed(100 + dist.get_rank())
-    x, grad = torch.randn(2, num_tokens, shape.hidden, device="cuda", dtype=torch.bfloat16)
+    x, grad = draw_tokens(shape, num_tokens)
     layer = build(MoE, shape, comet_ds=config.model_copy(update={"path": "fused"}))
     step(layer, x, grad)
     exchange = exchange_of(layer.deepspeed_moe.ep_group)
