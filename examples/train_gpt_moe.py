@@ -204,6 +204,7 @@ def main() -> None:
         if torch.cuda.is_available():
             summary += f", peak memory {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB a GPU"
         print(summary)
+    deepspeed.comm.destroy_process_group()  # its threads must not outlive the interpreter
 
 
 if __name__ == "__main__":
