@@ -2,6 +2,7 @@
 // Launchers of gate.cuh.
 #include "gate.cuh"
 
+#include <algorithm>
 #include <type_traits>
 
 #include "device/launch.h"
@@ -39,14 +40,19 @@ void route_tokens(GateParams p, void* scratch, cudaStream_t stream) {
     lay_out(p, scratch);
     const int queues = p.top_k == 2 ? 2 : 1;
     const unsigned num_blocks = (p.num_tokens + kTokensPerWord - 1) / kTokensPerWord;
-    const unsigned finish_blocks = (p.num_tokens + kFinishThreads - 1) / kFinishThreads;
+    const int tokens_per_block = std::max<int64_t>(kFinishThreads / p.top_k, 1);
+    const unsigned finish_blocks = (p.num_tokens + tokens_per_block - 1) / tokens_per_block;
     const size_t bitmap_bytes = queues * p.num_experts * sizeof(uint32_t);
-    const auto run = [&](auto kernel, const LaunchShape& shape) {
-        launch("route_tokens", kernel, shape, stream, p);
+    const auto run = [&](auto kernel, const LaunchShape& shape, auto... arguments) {
+        launch("route_tokens", kernel, shape, stream, p, arguments...);
     };
-    run(select_experts_kernel, {num_blocks, kSelectThreads, bitmap_bytes});
+    const auto select = p.num_experts <= 64    ? select_experts_kernel<2>
+                        : p.num_experts <= 128 ? select_experts_kernel<4>
+                        : p.num_experts <= 256 ? select_experts_kernel<8>
+                                               : select_experts_kernel<0>;
+    run(select, {num_blocks, kSelectThreads, bitmap_bytes});
     run(admit_routes_kernel, {unsigned(p.num_experts), kAdmitThreads});
-    run(finish_routes_kernel, {finish_blocks, kFinishThreads});
+    run(finish_routes_kernel, {finish_blocks, kFinishThreads}, tokens_per_block);
 }
 
 void route_tokens_backward(const GateGradParams& p, cudaStream_t stream) {

@@ -15,11 +15,11 @@
 //        admit     which routes an expert keeps, and how many before every 32 tokens
 //        finish    ids, ranks and weights of the kept routes; l_aux
 //    Backward is one: the quotient, the loss and the softmax.
-// 2. Grid: select one warp a token, admit one block an expert, finish one thread a token, backward
+// 2. Grid: select one warp a token, admit one block an expert, finish one thread a route, backward
 //    one warp a token.
 // 3. Flags: none; launches on one stream are ordered. Atomics set bits and count integers; sums of
 //    floats have a fixed order.
-// 4. Shared memory: select 4 bytes an expert and queue; admit 2 KB.
+// 4. Shared memory: select 4 bytes an expert and queue; admit 18 KB, finish 512 bytes.
 // 5. Sources: deepspeed/moe/sharded_moe.py (top1gating, top2gating, topkgating); torch.topk breaks
 //    ties by index and takes NaN for the largest value.
 #pragma once
@@ -35,6 +35,7 @@ namespace comet_ds {
 
 constexpr int kSelectThreads = kTokensPerWord * 32;
 constexpr int kAdmitThreads = 256;
+constexpr int kCachedKeys = 4096;
 constexpr int kFinishThreads = 128;
 constexpr int kGradWarps = 8;
 
@@ -55,23 +56,49 @@ __device__ inline uint32_t ordered(float x) {
 // What 0.0 maps to.
 constexpr uint32_t kOrderedZero = 0x80000000u;
 
-// Returns the index of the best value of a row after `limit` (value above, index below), excluding
-// `excluded`; `limit` becomes the one found. The whole warp gets it.
-__device__ inline int select_next(const float* row, int num_values, int excluded, uint64_t& limit) {
-    uint64_t best = 0;
-    for (int i = threadIdx.x % 32; i < num_values; i += 32) {
-        const uint64_t candidate = uint64_t{ordered(row[i])} << 32 | (0xffffffffu - i);
-        if (candidate < limit && candidate > best && i != excluded) best = candidate;
-    }
+// Takes the largest values of a row one after the other, equal ones by index. A warp does it, with
+// kLaneValues of a lane in registers; 0: with any number, read again each time.
+template <int kLaneValues>
+class Ranking {
+public:
+    // excluded: an index never taken, or -1.
+    __device__ Ranking(const float* row, int num_values, int excluded)
+        : row_(row), num_values_(num_values), excluded_(excluded) {
 #pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) {
-        const uint64_t other = __shfl_xor_sync(~0u, best, lanes);
-        best = other > best ? other : best;
+        for (int j = 0; j < kLaneValues; ++j) keys_[j] = read_key(j);
     }
-    limit = best;
-    return 0xffffffffu - static_cast<uint32_t>(best);
-}
 
+    // Returns the next index; the whole warp gets it.
+    __device__ int take() {
+        const int num_lane_values = kLaneValues > 0 ? kLaneValues : (num_values_ + 31) / 32;
+        uint32_t best_key = 0, best_index = ~0u;
+#pragma unroll
+        for (int j = 0; j < num_lane_values; ++j) {
+            const uint32_t key = kLaneValues > 0 ? keys_[j] : read_key(j), index = index_of(j);
+            const bool is_left = key < taken_key_ || (key == taken_key_ && index > taken_index_);
+            if (is_left && key > best_key) best_key = key, best_index = index;
+        }
+        taken_key_ = __reduce_max_sync(~0u, best_key);
+        taken_index_ = __reduce_min_sync(~0u, best_key == taken_key_ ? best_index : ~0u);
+        return taken_index_;
+    }
+
+private:
+    static __device__ int index_of(int j) { return j * 32 + threadIdx.x % 32; }
+
+    // Below all values' where there is none.
+    __device__ uint32_t read_key(int j) const {
+        const int index = index_of(j);
+        return index < num_values_ && index != excluded_ ? ordered(row_[index]) : 0;
+    }
+
+    const float* row_;
+    int num_values_, excluded_;
+    uint32_t keys_[kLaneValues > 0 ? kLaneValues : 1];
+    uint32_t taken_key_ = ~0u, taken_index_ = 0;  // the last one
+};
+
+template <int kLaneValues>
 __global__ void __launch_bounds__(kSelectThreads) select_experts_kernel(GateParams p) {
     begin_kernel();
     extern __shared__ uint32_t smem_routed[];  // [queues, num_experts]
@@ -80,18 +107,15 @@ __global__ void __launch_bounds__(kSelectThreads) select_experts_kernel(GatePara
     for (int i = threadIdx.x; i < queues * p.num_experts; i += kSelectThreads) smem_routed[i] = 0;
     __syncthreads();
     if (token < p.num_tokens) {
-        const float* probs = p.probs + token * p.num_experts;
         const bool is_used = p.used_token == nullptr || p.used_token[token] != 0;
-        uint64_t limit = ~uint64_t{0};
+        const int64_t row = token * p.num_experts;
+        Ranking<kLaneValues> ranking(p.probs + row, p.num_experts, -1);
         int expert = -1;
         for (int k = 0; k < p.top_k; ++k) {
             if (p.scores != nullptr && k == p.top_k - 1) {
-                limit = ~uint64_t{0};
-                const float* scores = p.scores + token * p.num_experts;
-                expert = select_next(scores, p.num_experts, expert, limit);
-            } else {
-                expert = select_next(probs, p.num_experts, -1, limit);
+                ranking = Ranking<kLaneValues>(p.scores + row, p.num_experts, expert);
             }
+            expert = ranking.take();
             if (threadIdx.x % 32 == 0) {
                 p.chosen[token * p.top_k + k] = is_used ? expert : -1;
                 const int queue = queues == 2 ? k : 0;
@@ -117,7 +141,7 @@ __global__ void __launch_bounds__(kSelectThreads) select_experts_kernel(GatePara
 // One expert's admission; all threads of the block call all methods together.
 class Admission {
 public:
-    using Scan = cub::BlockScan<int, kAdmitThreads>;
+    using Scan = cub::BlockScan<int, kAdmitThreads, cub::BLOCK_SCAN_WARP_SCANS>;
     using Reduce = cub::BlockReduce<float, kAdmitThreads>;
     struct Storage {
         union {
@@ -126,6 +150,7 @@ public:
         };
         int histogram[kAdmitThreads];  // one bin a thread
         int digit, rank;
+        uint32_t keys[kCachedKeys];  // of the first routes, in order
     };
 
     __device__ Admission(const GateParams& p, int expert, Storage& smem)
@@ -151,19 +176,40 @@ public:
         return total;
     }
 
-    // Priority of a token the expert was chosen for.
-    __device__ uint32_t key(int64_t token) const {
-        const int64_t entry = token * p_.num_experts + expert_;
-        if (p_.top_k > 1) return ordered(p_.probs[entry]);
-        return p_.priority == nullptr ? kOrderedZero + 1 : ordered(p_.priority[entry]);
+    // Returns the number of the expert's routes, and reads their priorities: `before` has where a
+    // word's begin, and the first kCachedKeys stay in shared memory.
+    __device__ int read_keys() {
+        return scan([&](int64_t word) { return __popc(routed(0, word)); },
+                    [&](int64_t word, int before) {
+                        p_.before[expert_ * words_ + word] = before;
+                        constexpr int kTogether = 4;
+                        for (uint32_t bits = routed(0, word); bits != 0 && before < kCachedKeys;) {
+                            uint32_t keys[kTogether];
+                            const int count = min(__popc(bits), kTogether);
+#pragma unroll
+                            for (int i = 0; i < kTogether; ++i) {
+                                const int64_t token = word * kTokensPerWord + __ffs(bits) - 1;
+                                if (i < count) keys[i] = read_key(token);
+                                bits &= bits - 1;
+                            }
+#pragma unroll
+                            for (int i = 0; i < kTogether; ++i) {
+                                if (i < count && before + i < kCachedKeys) {
+                                    smem_.keys[before + i] = keys[i];
+                                }
+                            }
+                            before += count;
+                        }
+                    });
     }
 
-    // Calls visit(token, key) for the bits of a word.
+    // Calls visit(token, key) for the routes of a word.
     template <typename Visit>
-    __device__ void for_each(int64_t word, uint32_t bits, Visit visit) const {
-        for (; bits != 0; bits &= bits - 1) {
+    __device__ void for_each(int64_t word, Visit visit) const {
+        int i = word < words_ ? p_.before[expert_ * words_ + word] : 0;
+        for (uint32_t bits = routed(0, word); bits != 0; bits &= bits - 1, ++i) {
             const int64_t token = word * kTokensPerWord + __ffs(bits) - 1;
-            visit(token, key(token));
+            visit(token, i < kCachedKeys ? smem_.keys[i] : read_key(token));
         }
     }
 
@@ -175,7 +221,7 @@ public:
             smem_.histogram[threadIdx.x] = 0;
             __syncthreads();
             for (int64_t word = threadIdx.x; word < words_; word += kAdmitThreads) {
-                for_each(word, routed(0, word), [&](int64_t, uint32_t key) {
+                for_each(word, [&](int64_t, uint32_t key) {
                     if ((key & mask) == prefix) {
                         atomicAdd(&smem_.histogram[key >> shift & 0xff], 1);
                     }
@@ -243,10 +289,17 @@ public:
     }
 
 private:
+    // Priority of a token the expert was chosen for.
+    __device__ uint32_t read_key(int64_t token) const {
+        const int64_t entry = token * p_.num_experts + expert_;
+        if (p_.top_k > 1) return ordered(p_.probs[entry]);
+        return p_.priority == nullptr ? kOrderedZero + 1 : ordered(p_.priority[entry]);
+    }
+
     template <typename Counted>
     __device__ int count(int64_t word, Counted is_counted) const {
         int sum = 0;
-        for_each(word, routed(0, word), [&](int64_t, uint32_t key) { sum += is_counted(key); });
+        for_each(word, [&](int64_t, uint32_t key) { sum += is_counted(key); });
         return sum;
     }
 
@@ -256,7 +309,7 @@ private:
         scan([&](int64_t word) { return count(word, is_counted); },
              [&](int64_t word, int before) {
                  uint32_t result = 0;
-                 for_each(word, routed(0, word), [&](int64_t token, uint32_t key) {
+                 for_each(word, [&](int64_t token, uint32_t key) {
                      if (is_kept(token, key, before)) result |= 1u << token % kTokensPerWord;
                      before += is_counted(key);
                  });
@@ -277,11 +330,16 @@ __global__ void __launch_bounds__(kAdmitThreads, 2) admit_routes_kernel(GatePara
     const int64_t words = num_words(p.num_tokens);
     Admission admission(p, expert, smem);
 
+    const bool has_limit = p.capacity >= 0, in_order = !has_limit || p.top_k == 2;
     int counts[2] = {0, 0};
-    for (int queue = 0; queue < num_queues(p.top_k); ++queue) {
-        counts[queue] = admission.scan(
-            [&](int64_t word) { return __popc(admission.routed(queue, word)); },
-            [](int64_t, int) {});
+    if (in_order) {
+        for (int queue = 0; queue < num_queues(p.top_k); ++queue) {
+            counts[queue] = admission.scan(
+                [&](int64_t word) { return __popc(admission.routed(queue, word)); },
+                [](int64_t, int) {});
+        }
+    } else {
+        counts[0] = admission.read_keys();
     }
     const int count = counts[0] + counts[1];
     float sum = 0.0f;
@@ -291,11 +349,8 @@ __global__ void __launch_bounds__(kAdmitThreads, 2) admit_routes_kernel(GatePara
     __syncthreads();
     sum = Admission::Reduce(smem.reduce).Sum(sum);
 
-    const bool has_limit = p.capacity >= 0;
-    if (!has_limit) {
-        admission.admit_in_order(count);
-    } else if (p.top_k == 2) {
-        admission.admit_in_order(min(p.capacity, int64_t{count}));
+    if (in_order) {
+        admission.admit_in_order(has_limit ? min(p.capacity, int64_t{count}) : count);
     } else {
         admission.admit_by_priority(min(p.capacity, p.num_tokens));
     }
@@ -312,32 +367,43 @@ __global__ void __launch_bounds__(kAdmitThreads, 2) admit_routes_kernel(GatePara
     }
 }
 
-__global__ void __launch_bounds__(kFinishThreads) finish_routes_kernel(GateParams p) {
+__global__ void __launch_bounds__(kFinishThreads)
+    finish_routes_kernel(GateParams p, int tokens_per_block) {
     begin_kernel();
-    const int64_t token = int64_t{blockIdx.x} * kFinishThreads + threadIdx.x;
+    __shared__ float smem_sum[kFinishThreads];
+    const int64_t first_token = int64_t{blockIdx.x} * tokens_per_block;
+    const int num_tokens = min(int64_t{tokens_per_block}, p.num_tokens - first_token);
+    const int64_t first_route = first_token * p.top_k, num_routes = num_tokens * p.top_k;
     const int64_t words = num_words(p.num_tokens);
-    if (token < p.num_tokens) {
-        float sum = 0.0f;
-        for (int k = 0; k < p.top_k; ++k) {
-            const int64_t route = token * p.top_k + k;
-            const int expert = p.chosen[route];
-            int rank = -1;
-            float weight = 0.0f;
-            if (expert >= 0) {
-                const int64_t word = expert * words + token / kTokensPerWord;
-                const uint32_t bits = p.kept[word], bit = 1u << token % kTokensPerWord;
-                // A dropped NaN stays a NaN, as in a product with 0.
-                weight = p.probs[token * p.num_experts + expert] * (bits & bit ? 1.0f : 0.0f);
-                if (bits & bit) rank = p.before[word] + __popc(bits & (bit - 1));
-            }
-            p.topk_ids[route] = rank < 0 ? -1 : expert;
-            p.ranks[route] = rank;
-            p.topk_weights[route] = weight;
-            sum += weight;
+    for (int64_t i = threadIdx.x; i < num_routes; i += kFinishThreads) {
+        const int64_t route = first_route + i, token = first_token + i / p.top_k;
+        const int expert = p.chosen[route];
+        int rank = -1;
+        float weight = 0.0f;
+        if (expert >= 0) {
+            const int64_t word = expert * words + token / kTokensPerWord;
+            const uint32_t bits = p.kept[word], bit = 1u << token % kTokensPerWord;
+            const int before = p.before[word];
+            // A dropped NaN stays a NaN, as in a product with 0.
+            weight = p.probs[token * p.num_experts + expert] * (bits & bit ? 1.0f : 0.0f);
+            if (bits & bit) rank = before + __popc(bits & (bit - 1));
         }
-        if (p.top_k > 1) {
-            sum = sum < kEpsilon ? kEpsilon : sum;
-            for (int k = 0; k < p.top_k; ++k) p.topk_weights[token * p.top_k + k] /= sum;
+        p.topk_ids[route] = rank < 0 ? -1 : expert;
+        p.ranks[route] = rank;
+        p.topk_weights[route] = weight;
+    }
+    if (p.top_k > 1) {
+        __syncthreads();
+        if (threadIdx.x < num_tokens) {
+            const float* weights = p.topk_weights + first_route + threadIdx.x * p.top_k;
+            float sum = 0.0f;
+#pragma unroll 8
+            for (int k = 0; k < p.top_k; ++k) sum += weights[k];
+            smem_sum[threadIdx.x] = sum < kEpsilon ? kEpsilon : sum;
+        }
+        __syncthreads();
+        for (int64_t i = threadIdx.x; i < num_routes; i += kFinishThreads) {
+            p.topk_weights[first_route + i] /= smem_sum[i / p.top_k];
         }
     }
     if (blockIdx.x == 0 && threadIdx.x < 32) {
