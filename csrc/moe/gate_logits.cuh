@@ -4,11 +4,12 @@
 // 1. Math: logits[t, e] = sum_h x[t, h] weight[e, h], x and weight bf16, logits fp32. Products of
 //    bf16 are exact in fp32. Tensor cores sum with truncation, which over a whole row costs a
 //    factor 17 in accuracy; so they sum 64 products at a time, added up with compensation (Kahan).
-// 2. Grid and roles: one CTA for 64 tokens and 128 experts; warp 4 loads (one thread), warps 0 to 3
-//    multiply.
+// 2. Grid and roles: one CTA for 64 tokens and 128 experts; warpgroups 0 and 1 multiply, each
+//    every other step: one adds up while the other's products run. In warpgroup 2 a thread loads.
 // 3. Barriers, in shared memory: full[s] (the loading thread and its bytes), empty[s] (one arrival
-//    of the math warps); parities as in expert_gemm.cuh.
-// 4. Shared memory: kLogitsStages x (x 8 KB + weight 16 KB), then the barriers.
+//    of the warpgroup that has read it); parities as in expert_gemm.cuh.
+// 4. Shared memory: kLogitsStages x (x 8 KB + weight 16 KB), at the end with warpgroup 1's sums;
+//    then the barriers.
 #pragma once
 
 #include "device/kernel_order.cuh"
@@ -21,7 +22,8 @@ namespace comet_ds {
 constexpr int kLogitsTokens = 64;
 constexpr int kLogitsExperts = 128;
 constexpr int kLogitsStages = 8;
-constexpr int kLogitsThreads = 128 + 32;
+constexpr int kLogitsMathThreads = 2 * 128;
+constexpr int kLogitsThreads = kLogitsMathThreads + 128;
 constexpr int kLogitsStageBytes = 3 * kBlockBytes;
 constexpr int kLogitsSmemBytes =
     1024 + kLogitsStages * (kLogitsStageBytes + 2 * sizeof(uint64_t));
@@ -45,8 +47,10 @@ __global__ void __launch_bounds__(kLogitsThreads, 1)
 
     const int num_steps = (p.hidden + kBlockElements - 1) / kBlockElements;
     const int first_token = blockIdx.x * kLogitsTokens, first_expert = blockIdx.y * kLogitsExperts;
-    if (threadIdx.x >= 128) {
-        if (threadIdx.x != 128) return;
+    constexpr int kLoadRegisters = 40, kMathRegisters = 232;
+    if (threadIdx.x >= kLogitsMathThreads) {
+        setmaxnreg_dec<kLoadRegisters>();
+        if (threadIdx.x != kLogitsMathThreads) return;
         for (int step = 0; step < num_steps; ++step) {
             const int stage = step % kLogitsStages;
             const uint32_t to = smem + stage * kLogitsStageBytes;
@@ -59,8 +63,10 @@ __global__ void __launch_bounds__(kLogitsThreads, 1)
         }
         return;
     }
+    setmaxnreg_inc<kMathRegisters>();
+    const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
     float sum[kLogitsExperts / 2] = {}, excess[kLogitsExperts / 2] = {};
-    for (int step = 0; step < num_steps; ++step) {
+    for (int step = warpgroup; step < num_steps; step += 2) {
         const int stage = step % kLogitsStages;
         const uint32_t from = smem + stage * kLogitsStageBytes;
         float part[kLogitsExperts / 2] = {};
@@ -74,7 +80,7 @@ __global__ void __launch_bounds__(kLogitsThreads, 1)
         }
         wgmma_commit();
         wgmma_wait<0>();
-        if (threadIdx.x == 0) mbarrier_arrive(empty(stage));
+        if (thread == 0) mbarrier_arrive(empty(stage));
 #pragma unroll
         for (int i = 0; i < kLogitsExperts / 2; ++i) {
             const float term = part[i] - excess[i], total = sum[i] + term;
@@ -82,13 +88,26 @@ __global__ void __launch_bounds__(kLogitsThreads, 1)
             sum[i] = total;
         }
     }
-    const int token = first_token + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+    constexpr int kStagesRead = 1;  // named barrier
+    auto* others = reinterpret_cast<float2*>(smem_raw + (smem - smem_address(smem_raw)));
+    named_barrier_sync(kStagesRead, kLogitsMathThreads);
+    if (warpgroup == 1) {
+#pragma unroll
+        for (int i = 0; i < kLogitsExperts / 2; ++i) {
+            others[i * 128 + thread] = {sum[i], excess[i]};
+        }
+    }
+    named_barrier_sync(kStagesRead, kLogitsMathThreads);
+    if (warpgroup == 1) return;
+    const int token = first_token + thread / 32 * 16 + thread % 32 / 4;
 #pragma unroll
     for (int i = 0; i < kLogitsExperts / 2; ++i) {
         const int row = token + i % 4 / 2 * 8;
-        const int expert = first_expert + i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
+        const int expert = first_expert + i / 4 * 8 + thread % 4 * 2 + i % 2;
         if (row < p.num_tokens && expert < p.num_experts) {
-            p.logits[int64_t{row} * p.num_experts + expert] = sum[i];
+            const float2 other = others[i * 128 + thread];
+            p.logits[int64_t{row} * p.num_experts + expert] =
+                sum[i] + (other.x - (excess[i] + other.y));
         }
     }
 }
