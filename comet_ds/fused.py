@@ -118,7 +118,6 @@ class FusedExperts:
 
     def run(
         self,
-        x: Tensor,
         routing: Routing,
         exchange: Exchange | None = None,
         num_tokens: tuple[int, ...] = (),
@@ -127,18 +126,17 @@ class FusedExperts:
         """Compute the layer's output for this rank's tokens.
 
         Args:
-            x: [T, H], from ``begin``.
-            routing: from the CUDA gate.
+            routing: from the CUDA gate, of what ``begin`` has returned.
             exchange: of the expert parallel group, whose ranks all make this call; None where all
                 experts are local.
             num_tokens: T of every rank of the group.
             capacities: most routes of a rank's tokens one expert keeps, by rank; None for no limit.
 
         Returns:
-            [T, H] in x's dtype. Gradients for x, the routing weights and every expert parameter;
-            the same input gives the same bits.
+            [T, H] in the tokens' dtype. Gradients for them, the routing weights and every expert
+            parameter; the same input gives the same bits.
         """
-        weights = self._weights
+        weights, x = self._weights, routing.tokens
         has_backward = torch.is_grad_enabled() and any(
             t.requires_grad for t in (x, routing.topk_weights, *weights.parameters)
         )

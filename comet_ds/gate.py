@@ -37,6 +37,8 @@ class Routing:
         ranks: [T, K] int32; position of each route among its expert's kept ones, by token, -1 where
             dropped; None where the CUDA kernels did not run.
         kept_counts: [E] int32; kept routes per expert; None likewise.
+        tokens: [T, H]; the gate's input as its one next reader is to take it: the gradients of both
+            then meet in the gate's (``FastLogits``).
     """
 
     topk_ids: Tensor
@@ -46,10 +48,12 @@ class Routing:
     capacity: int | None = None
     ranks: Tensor | None = None
     kept_counts: Tensor | None = None
+    tokens: Tensor | None = None
 
     def detach(self) -> Routing:
-        """Return the same without gradients."""
-        return replace(self, topk_weights=self.topk_weights.detach(), l_aux=self.l_aux.detach())
+        """Return the same without gradients and tokens."""
+        weights, l_aux = self.topk_weights.detach(), self.l_aux.detach()
+        return replace(self, topk_weights=weights, l_aux=l_aux, tokens=None)
 
 
 class TopKGate(sharded_moe.TopKGate):
@@ -88,7 +92,7 @@ class TopKGate(sharded_moe.TopKGate):
         """
         if self.wall_clock_breakdown:
             self.timers(GATE_TIMER).start()
-        logits = self._logits(x)
+        logits, passed = self._logits(x)
         capacity = self.capacity(x.shape[0]) if self.drop_tokens else None
         rsample = self.noisy_gate_policy == "RSample" and self.training
         kernels = load_kernels(logits.device) if logits.dtype == torch.float32 else None
@@ -106,6 +110,7 @@ class TopKGate(sharded_moe.TopKGate):
             routing = top2_routing(logits, capacity, sample_second=self.top2_2nd_expert_sampling)
         else:
             routing = topk_routing(logits, capacity, k=self.k)
+        routing = replace(routing, tokens=passed)
         if kernels is not None and routing.ranks is None:  # no tokens
             counts = torch.zeros_like(routing.exp_counts, dtype=torch.int32)
             routing = replace(routing, ranks=routing.topk_ids.int(), kept_counts=counts)
@@ -114,8 +119,8 @@ class TopKGate(sharded_moe.TopKGate):
             self.gate_time = self.timers(GATE_TIMER).elapsed(reset=True)
         return routing
 
-    def _logits(self, x: Tensor) -> Tensor:
-        """Return [T, E], fp32 but under autocast."""
+    def _logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return [T, E], fp32 but under autocast, and x as the experts are to read it."""
         weight = self.wg.weight
         jitter = self.noisy_gate_policy == "Jitter" and self.training
         fits = x.dtype == weight.dtype == torch.bfloat16 and x.shape[1] % 8 == 0
@@ -124,10 +129,10 @@ class TopKGate(sharded_moe.TopKGate):
             is_plain = weight.is_contiguous() and (x.data_ptr() | weight.data_ptr()) % 16 == 0
             if kernels and is_plain and not torch.is_autocast_enabled(x.device.type):
                 return FastLogits.apply(x, weight, kernels)
-        x = x.float()
+        passed, x = x, x.float()
         if jitter:
             x = sharded_moe.multiplicative_jitter(x, device=x.device)
-        return F.linear(x, weight.float())
+        return F.linear(x, weight.float()), passed
 
     def _choice(
         self, logits: Tensor, capacity: int | None, used_token: Tensor | None, rsample: bool

@@ -24,10 +24,17 @@ class FastLogits(torch.autograd.Function):
     H is a multiple of 8. At least as close to fp64 as DeepSpeed's fp32 operation on upcast
     operands; only the order of the sum differs. The gradient of the logits goes back as two bf16
     terms, exact to 16 bits.
+
+    Also returns x for who reads it next, once: that gradient is the accumulator of the product that
+    makes the gate's, so that no kernel adds the two.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, kernels: ModuleType) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, kernels: ModuleType) -> tuple[Tensor, Tensor]:
+        passed = x.view_as(x)
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(passed)
+        ctx.set_materialize_grads(False)
         x = x.contiguous()
         ctx.kernels = kernels
         ctx.save_for_backward(x, weight)
@@ -37,11 +44,15 @@ class FastLogits(torch.autograd.Function):
             kernels.gate_logits(
                 *(t.data_ptr() for t in tensors), *logits.shape, x.shape[1], current_stream(x)
             )
-        return logits
+        return logits, passed
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_passed: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        if grad is None:
+            return grad_passed, None, None
         x, weight = ctx.saved_tensors
         num_tokens, num_experts = grad.shape
         terms = x.new_empty(num_tokens, 2 * num_experts)
@@ -51,10 +62,13 @@ class FastLogits(torch.autograd.Function):
         )
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.mm(terms, torch.cat([weight, weight]))
+            factors = terms, torch.cat([weight, weight])
+            # The one reader's gradient is nobody else's: autograd hands it over.
+            grad_x = torch.mm(*factors) if grad_passed is None else grad_passed.addmm_(*factors)
         if ctx.needs_input_grad[1]:
             both = torch.mm(terms.t(), x, out_dtype=torch.float32)
-            grad_weight = (both[:num_experts] + both[num_experts:]).to(weight.dtype)
+            grad_weight = torch.empty_like(weight)
+            torch.add(both[:num_experts], both[num_experts:], out=grad_weight)
         return grad_x, grad_weight, None
 
 
@@ -112,14 +126,19 @@ class RouteTokens(torch.autograd.Function):
         ctx.kernels = kernels
         ctx.save_for_backward(probs, ids, loss_share)
         ctx.mark_non_differentiable(ids, ranks, kept_counts, exp_counts)
+        ctx.set_materialize_grads(False)
         return weights, l_aux, ids, ranks, kept_counts, exp_counts
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad_weights: Tensor, grad_l_aux: Tensor, *_: Any
+        ctx: Any, grad_weights: Tensor | None, grad_l_aux: Tensor | None, *_: Any
     ) -> tuple[Tensor, None, None]:
         probs, ids, loss_share = ctx.saved_tensors
+        if grad_weights is None:
+            grad_weights = probs.new_zeros(ids.shape)
+        if grad_l_aux is None:
+            grad_l_aux = probs.new_zeros(())
         grad_weights, grad_logits = grad_weights.contiguous(), torch.empty_like(probs)
         tensors = (probs, ids, grad_weights, grad_l_aux, loss_share, grad_logits)
         ctx.kernels.route_tokens_backward(

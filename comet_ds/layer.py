@@ -264,7 +264,7 @@ class MOELayer(sharded_moe.MOELayer):
             self.l_aux, self.exp_counts = routing.l_aux, routing.exp_counts
             self.routing = routing.detach()
             if self.path == "fused":
-                output = self._run_fused(x, routing, exchange, num_tokens)
+                output = self._run_fused(routing, exchange, num_tokens)
             else:
                 output = self._run_tensor_parallel(x, routing, group, rules)
         if self.wall_clock_breakdown:
@@ -276,14 +276,14 @@ class MOELayer(sharded_moe.MOELayer):
         return self.fused.why_not(x)
 
     def _run_fused(
-        self, x: Tensor, routing: Routing, exchange: Exchange | None, num_tokens: tuple[int, ...]
+        self, routing: Routing, exchange: Exchange | None, num_tokens: tuple[int, ...]
     ) -> Tensor:
         if exchange is None:
-            return self.fused.run(x, routing)
+            return self.fused.run(routing)
         capacities = None
         if self.gate.drop_tokens:
             capacities = [self.gate.capacity(count) for count in num_tokens]
-        return self.fused.run(x, routing, exchange, num_tokens, capacities)
+        return self.fused.run(routing, exchange, num_tokens, capacities)
 
     def _run_tensor_parallel(
         self, x: Tensor, routing: Routing, group: Any, rules: InputRules

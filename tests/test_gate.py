@@ -122,7 +122,9 @@ def test_routing_is_deepspeeds_on_gpu(num_tokens: int, factor: float) -> None:
 
 @pytest.mark.gpu(1)
 @pytest.mark.parametrize("k", [1, 2, 4, 8])
-@pytest.mark.parametrize(("num_tokens", "num_experts"), [(8192, 64), (5000, 128), (20000, 12)])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts"), [(8192, 64), (5000, 128), (20000, 12), (2000, 200), (2000, 320)]
+)
 @pytest.mark.parametrize("factor", [0.3, 1.0, 2.0])
 def test_large_routing_is_deepspeeds(
     num_tokens: int, num_experts: int, factor: float, k: int
@@ -146,11 +148,12 @@ def test_large_routing_is_deepspeeds(
 @pytest.mark.gpu(1)
 @pytest.mark.parametrize(("hidden", "num_experts"), [(2048, 64), (4096, 8), (2048, 128)])
 def test_fast_logits_are_as_close_as_deepspeeds(hidden: int, num_experts: int) -> None:
-    """Against fp64, logits and gradients."""
+    """Against fp64, logits and gradients, x's with that of a second reader."""
     x = torch.randn(4096, hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(num_experts, hidden, device="cuda") * 0.02
     weight = weight.bfloat16().requires_grad_()
     grad = torch.randn(4096, num_experts, device="cuda")
+    grad_read = torch.randn_like(x)
     kernels = load_kernels(x.device)
     kinds = {"fast": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
     results = {}
@@ -159,10 +162,12 @@ def test_fast_logits_are_as_close_as_deepspeeds(hidden: int, num_experts: int) -
         if name == "fp64":  # gradients unrounded
             leaves = [t.detach().double().requires_grad_() for t in leaves]
         if name == "fast":
-            logits = FastLogits.apply(*leaves, kernels)
+            logits, passed = FastLogits.apply(*leaves, kernels)
         else:
-            logits = torch.nn.functional.linear(*(t.to(dtype) for t in leaves))
-        results[name] = [logits, *torch.autograd.grad(logits, leaves, grad.to(logits.dtype))]
+            logits, passed = torch.nn.functional.linear(*(t.to(dtype) for t in leaves)), leaves[0]
+        read = passed * 1
+        grads = grad.to(logits.dtype), grad_read.to(read.dtype)
+        results[name] = [logits, *torch.autograd.grad((logits, read), leaves, grads)]
     for what, fast, fp32, fp64 in zip(("logits", "x", "weight"), *results.values(), strict=True):
         error, limit = relative_error(fast, fp64), relative_error(fp32, fp64)
         # Gradients are rounded to bf16 in both.
@@ -217,6 +222,22 @@ def test_not_a_number_goes_where_deepspeed_sends_it(k: int, value: float, device
     assert routing.l_aux.isnan() and expected[0].isnan()
     kept = routing.topk_ids >= 0
     assert routing.topk_weights[5][kept[5]].isnan().all()
+
+
+@pytest.mark.parametrize("result", ["weights", "l_aux"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradient_of_one_result_alone(result: str, device: str) -> None:
+    ours, theirs = (g.to(device) for g in gates(4, True, None, True, True, 1.0))
+    x = torch.randn(64, HIDDEN, device=device)
+    routing, (l_aux, _, _, _, _, weights, _) = ours.route(x), theirs(x, None, True, False)
+    factors = torch.linspace(1, 2, 4, device=device)
+    if result == "weights":
+        losses = [(w * factors).sum() for w in (routing.topk_weights, weights.t())]
+    else:
+        losses = [routing.l_aux, l_aux]
+    pairs = zip(losses, (ours, theirs), strict=True)
+    grads = [torch.autograd.grad(loss, gate.wg.weight)[0] for loss, gate in pairs]
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])

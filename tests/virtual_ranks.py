@@ -88,7 +88,7 @@ class VirtualGroup:
                 capacities = None
                 if gate.drop_tokens:
                     capacities = [gate.capacity(count) for count in num_tokens]
-                arguments = (x, routing, exchange, num_tokens, capacities)
+                arguments = (routing, exchange, num_tokens, capacities)
                 outputs.append((moe.fused.run(*arguments), routing.l_aux))
         return outputs
 
