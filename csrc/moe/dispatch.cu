@@ -21,9 +21,12 @@ template <typename T>
 void launch_row_dots(const Sources& sources, const RowPlan& plan, const float* row_dots,
                      int64_t num_tiles, const void* grad_rows, const void* const* bias,
                      int64_t hidden, cudaStream_t stream) {
-    const unsigned num_blocks = ceil_div(plan.num_tokens * plan.top_k, kRowWarps);
-    launch("sum_row_dots", sum_row_dots_kernel<T>, {num_blocks, kRowWarps * 32}, stream, sources,
-           plan, row_dots, num_tiles, static_cast<const T*>(grad_rows), bias, hidden);
+    const bool has_bias = bias != nullptr;
+    const auto kernel = has_bias ? sum_row_dots_kernel<T, 32> : sum_row_dots_kernel<T, kDotLanes>;
+    const unsigned num_threads = kRowWarps * 32, lanes = has_bias ? 32 : kDotLanes;
+    const unsigned num_blocks = ceil_div(plan.num_tokens * plan.top_k * lanes, num_threads);
+    launch("sum_row_dots", kernel, {num_blocks, num_threads}, stream, sources, plan, row_dots,
+           num_tiles, static_cast<const T*>(grad_rows), bias, hidden);
 }
 
 template <typename T>

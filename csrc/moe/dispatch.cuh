@@ -4,8 +4,8 @@
 // 1. Math: dispatch.h. Rows are sorted by expert, then by the token's rank in ring order from this
 //    one, then by token; each expert's are padded to a multiple of kRowBlock.
 // 2. Grid: plan one thread a route or padding row; dispatch one warp kCopyVectors x 32 vectors of a
-//    token, behind these one block an expert for its padding and the counters; dots one warp a
-//    route; expert sums one block an expert and kSumCols columns.
+//    token, behind these one block an expert for its padding and the counters; dots kDotLanes
+//    a route, with biases a warp; expert sums one block an expert and kSumCols columns.
 // 3. Flags: none. No atomics; sums run in a fixed order.
 // 4. Shared memory: plan 4 (E (2 W + 2) + 1) bytes for E experts and W ranks, expert sums 2 KB.
 #pragma once
@@ -19,6 +19,7 @@ namespace comet_ds {
 constexpr int kPlanThreads = 256;
 constexpr int kRowWarps = 8;
 constexpr int kCopyVectors = 4;  // 16-byte loads a lane has in flight
+constexpr int kDotLanes = 8;
 constexpr int kSumCols = 64;
 constexpr int kSumSlices = 8;
 
@@ -199,35 +200,40 @@ __global__ void __launch_bounds__(kRowWarps * 32)
     }
 }
 
-template <typename T>
+// kLanes of a warp share a route.
+template <typename T, int kLanes>
 __global__ void __launch_bounds__(kRowWarps * 32)
     sum_row_dots_kernel(const __grid_constant__ Sources sources,
                         const __grid_constant__ RowPlan plan, const float* row_dots,
                         int64_t num_tiles, const T* grad_rows, const void* const* bias,
                         int64_t hidden) {
     begin_kernel();
-    const int64_t route = int64_t{blockIdx.x} * kRowWarps + threadIdx.x / 32;
-    if (route >= plan.num_tokens * plan.top_k) return;
-    const int lane = threadIdx.x % 32, rank = source_of(sources, route / plan.top_k);
-    const Source& source = sources.source[rank];
-    const int64_t row = plan.row_of_route[route], id = plan.topk_ids[route];
-    if (row < 0 && (rank != sources.rank || id >= 0)) return;  // another rank's to write
+    const int64_t thread = int64_t{blockIdx.x} * kRowWarps * 32 + threadIdx.x;
+    const int64_t route = thread / kLanes;
+    const bool is_route = route < plan.num_tokens * plan.top_k;
+    const int lane = threadIdx.x % kLanes;
+    const int64_t row = is_route ? plan.row_of_route[route] : -1;
+    const int64_t id = is_route ? plan.topk_ids[route] : -1;
     float sum = 0.0f;
     if (row >= 0) {
-        for (int64_t tile = lane; tile < num_tiles; tile += 32) {
+        for (int64_t tile = lane; tile < num_tiles; tile += kLanes) {
             sum += row_dots[tile * plan.max_rows + row];
         }
         if (bias != nullptr) {
             const int64_t expert = id - int64_t{sources.rank} * plan.num_experts;
             const auto* expert_bias = static_cast<const T*>(bias[expert]);
-            for (int64_t i = lane; i < hidden; i += 32) {
+            for (int64_t i = lane; i < hidden; i += kLanes) {
                 sum += to_float(grad_rows[row * hidden + i]) * to_float(expert_bias[i]);
             }
         }
     }
 #pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
-    if (lane == 0) source.grad_weights[route - source.first_token * plan.top_k] = sum;
+    for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+    if (!is_route || lane > 0) return;
+    const int rank = source_of(sources, route / plan.top_k);
+    if (row < 0 && (rank != sources.rank || id >= 0)) return;  // another rank's to write
+    const Source& source = sources.source[rank];
+    source.grad_weights[route - source.first_token * plan.top_k] = sum;
 }
 
 template <typename T>
