@@ -152,7 +152,7 @@ def device_flops(device: torch.device) -> float | None:
 
 
 class MetricsWriter:
-    """Writes an event per metric every ``interval`` optimizer steps.
+    """Writes every metric every ``interval`` optimizer steps.
 
     Steps in between cost some integer arithmetic on the host and never wait for the device; a step
     that writes does, and issues a small all-reduce a layer and one more.
@@ -203,12 +203,12 @@ class MetricsWriter:
 
     def write(self) -> None:
         """Collect and write now. Collective over all ranks; waits for the device."""
-        step, events = self.engine.global_samples, []
+        metrics: dict[str, float] = {}
         for index, (layer, timer) in enumerate(zip(self.layers, self._timers, strict=True)):
             values = timer.read()
             if isinstance(layer, MOELayer) and layer.routing is not None:
                 values |= _layer_metrics(layer)
-            events += [(f"comet_ds/layer_{index}/{k}", v, step) for k, v in values.items()]
+            metrics |= {f"comet_ds/layer_{index}/{name}": v for name, v in values.items()}
         counted = self._counter.num_tokens if self._counter else 0
         num_tokens = torch.tensor([counted], device=self.engine.device)
         dist.all_reduce(num_tokens, group=groups._get_data_parallel_group())
@@ -222,11 +222,23 @@ class MetricsWriter:
             values |= {"tokens_per_s": total / seconds, "tflops_per_gpu": flops / 1e12}
             if self._device_flops:
                 values["model_flop_utilisation"] = flops / self._device_flops
-        events += [(f"comet_ds/{name}", value, step) for name, value in values.items()]
+        metrics |= {f"comet_ds/{name}": value for name, value in values.items()}
         self._since, self._num_steps = now, 0
         if self._counter:
             self._counter.num_tokens = 0
-        self.engine.monitor.write_events(events)
+        self._log(metrics)
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        """Hand the metrics to every monitor; to W&B in one record, its own monitor sends each."""
+        monitor, step = self.engine.monitor, self.engine.global_samples
+        events = [(name, value, step) for name, value in metrics.items()]
+        if self._wandb() is None:
+            monitor.write_events(events)
+            return
+        monitor.wandb_monitor.log(metrics, step=step)
+        for other in (monitor.tb_monitor, monitor.csv_monitor, monitor.comet_monitor):
+            if other is not None:
+                other.write_events(events)
 
     def _wandb(self) -> ModuleType | None:
         """Return wandb where a run is under way."""

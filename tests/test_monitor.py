@@ -107,18 +107,26 @@ def check_history(history: dict[str, dict[int, float]], expected: dict[str, floa
     assert list(history["Train/Samples/lr"])[-1] == steps[-1]  # DeepSpeed's own x-axis
 
 
-def test_csv(world, tmp_path: Path) -> None:
-    settings = {"csv_monitor": {"enabled": True, "output_path": str(tmp_path), "job_name": "run"}}
-    expected = world(2).run(logged_values, settings, str(tmp_path))[0]
+def check_csv(folder: Path, expected: dict[str, float]) -> None:
+    """Check the files of DeepSpeed's CSV monitor."""
     history = {}
     names = [name for name in RUN_METRICS if name != "model_flop_utilisation"]  # a GPU's
     labels = [label for label in expected if label != "flop_per_token"]
     labels += [f"comet_ds/layer_{i}/{name}" for i in (0, 1) for name in TIMES]
     for label in [*labels, *(f"comet_ds/{name}" for name in names), "Train/Samples/lr"]:
-        with open(tmp_path / "run" / (label.replace("/", "_") + ".csv")) as file:
+        with open(folder / (label.replace("/", "_") + ".csv")) as file:
             rows = list(csv.reader(file))[1:]
         history[label] = {int(step): float(value) for step, value in rows}
     check_history(history, expected)
+
+
+def csv_settings(folder: Path) -> dict[str, dict]:
+    return {"csv_monitor": {"enabled": True, "output_path": str(folder), "job_name": "run"}}
+
+
+def test_csv(world, tmp_path: Path) -> None:
+    expected = world(2).run(logged_values, csv_settings(tmp_path), str(tmp_path))[0]
+    check_csv(tmp_path / "run", expected)
 
 
 def read_records(log: bytes) -> Iterator[bytes]:
@@ -145,7 +153,7 @@ def test_wandb(world, tmp_path: Path) -> None:
     """Read an offline run's own file back: what a later ``wandb sync`` would upload."""
     from wandb.proto import wandb_internal_pb2
 
-    settings = {"wandb": {"enabled": True, "project": "comet_ds"}}
+    settings = {"wandb": {"enabled": True, "project": "comet_ds"}, **csv_settings(tmp_path)}
     expected = world(2).run(logged_values, settings, str(tmp_path))[0]
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     history, told = defaultdict(dict), {}
@@ -160,7 +168,8 @@ def test_wandb(world, tmp_path: Path) -> None:
         for label, value in items.items():
             if not label.startswith("_"):
                 history[label][items["_step"]] = value
-    check_history(history, expected)
+    check_history(history, dict(expected))
+    check_csv(tmp_path / "run", expected)
     at = 2 * 2 * TIMELINE_STEP
     picture = history["comet_ds/timeline/path"][at]
     table = history["comet_ds/timeline_launches/path"][at]
