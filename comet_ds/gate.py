@@ -37,8 +37,8 @@ class Routing:
         ranks: [T, K] int32; position of each route among its expert's kept ones, by token, -1 where
             dropped; None where the CUDA kernels did not run.
         kept_counts: [E] int32; kept routes per expert; None likewise.
-        tokens: [T, H]; the gate's input as its one next reader is to take it: the gradients of both
-            then meet in the gate's (``FastLogits``).
+        tokens: [T, H]; the gate's input for the fused path, which alone may read this and once, so
+            that the gradients of both meet in the gate's (``FastLogits``).
     """
 
     topk_ids: Tensor
@@ -120,7 +120,7 @@ class TopKGate(sharded_moe.TopKGate):
         return routing
 
     def _logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return [T, E], fp32 but under autocast, and x as the experts are to read it."""
+        """Return [T, E], fp32 but under autocast, and x for ``Routing.tokens``."""
         weight = self.wg.weight
         jitter = self.noisy_gate_policy == "Jitter" and self.training
         fits = x.dtype == weight.dtype == torch.bfloat16 and x.shape[1] % 8 == 0

@@ -22,11 +22,11 @@ class FastLogits(torch.autograd.Function):
     """x [T, H] bf16 times weight [E, H] bf16, transposed: [T, E] fp32.
 
     H is a multiple of 8. At least as close to fp64 as DeepSpeed's fp32 operation on upcast
-    operands; only the order of the sum differs. The gradient of the logits goes back as two bf16
-    terms, exact to 16 bits.
+    operands; only the order of the sum differs, and that a sum which becomes infinite is NaN. The
+    gradient of the logits goes back as two bf16 terms, exact to 16 bits.
 
-    Also returns x for who reads it next, once: that gradient is the accumulator of the product that
-    makes the gate's, so that no kernel adds the two.
+    Also returns x for one reader, whose backward must return a new contiguous tensor that nobody
+    else holds: the product that makes the gate's gradient adds to it in place.
     """
 
     @staticmethod
@@ -63,7 +63,7 @@ class FastLogits(torch.autograd.Function):
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             factors = terms, torch.cat([weight, weight])
-            # The one reader's gradient is nobody else's: autograd hands it over.
+            # The reader, _FusedMLP, has allocated it.
             grad_x = torch.mm(*factors) if grad_passed is None else grad_passed.addmm_(*factors)
         if ctx.needs_input_grad[1]:
             both = torch.mm(terms.t(), x, out_dtype=torch.float32)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
+from deepspeed.monitor.monitor import Monitor
 from deepspeed.utils import groups, logger
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import Tensor, nn
@@ -229,15 +230,18 @@ class MetricsWriter:
         self._log(metrics)
 
     def _log(self, metrics: dict[str, float]) -> None:
-        """Hand the metrics to every monitor; to W&B in one record, its own monitor sends each."""
+        """Hand the metrics to every monitor.
+
+        W&B gets all in one record; ``write_events`` would send it each by itself.
+        """
         monitor, step = self.engine.monitor, self.engine.global_samples
         events = [(name, value, step) for name, value in metrics.items()]
         if self._wandb() is None:
             monitor.write_events(events)
             return
         monitor.wandb_monitor.log(metrics, step=step)
-        for other in (monitor.tb_monitor, monitor.csv_monitor, monitor.comet_monitor):
-            if other is not None:
+        for other in vars(monitor).values():
+            if isinstance(other, Monitor) and other is not monitor.wandb_monitor:
                 other.write_events(events)
 
     def _wandb(self) -> ModuleType | None:

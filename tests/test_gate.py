@@ -146,14 +146,17 @@ def test_large_routing_is_deepspeeds(
 
 
 @pytest.mark.gpu(1)
+@pytest.mark.parametrize("has_reader", [False, True])
 @pytest.mark.parametrize(("hidden", "num_experts"), [(2048, 64), (4096, 8), (2048, 128)])
-def test_fast_logits_are_as_close_as_deepspeeds(hidden: int, num_experts: int) -> None:
-    """Against fp64, logits and gradients, x's with that of a second reader."""
+def test_fast_logits_are_as_close_as_deepspeeds(
+    hidden: int, num_experts: int, has_reader: bool
+) -> None:
+    """Against fp64, logits and gradients, x's also with that of another reader of x."""
     x = torch.randn(4096, hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(num_experts, hidden, device="cuda") * 0.02
     weight = weight.bfloat16().requires_grad_()
     grad = torch.randn(4096, num_experts, device="cuda")
-    grad_read = torch.randn_like(x)
+    grad_read = torch.randn_like(x) * 0.1  # as large as the gate's, so that neither hides the other
     kernels = load_kernels(x.device)
     kinds = {"fast": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
     results = {}
@@ -165,13 +168,29 @@ def test_fast_logits_are_as_close_as_deepspeeds(hidden: int, num_experts: int) -
             logits, passed = FastLogits.apply(*leaves, kernels)
         else:
             logits, passed = torch.nn.functional.linear(*(t.to(dtype) for t in leaves)), leaves[0]
-        read = passed * 1
-        grads = grad.to(logits.dtype), grad_read.to(read.dtype)
-        results[name] = [logits, *torch.autograd.grad((logits, read), leaves, grads)]
+        outputs, grads = [logits], [grad.to(logits.dtype)]
+        if has_reader:
+            outputs.append(passed * 1)
+            grads.append(grad_read.to(passed.dtype))
+        results[name] = [logits, *torch.autograd.grad(outputs, leaves, grads)]
     for what, fast, fp32, fp64 in zip(("logits", "x", "weight"), *results.values(), strict=True):
         error, limit = relative_error(fast, fp64), relative_error(fp32, fp64)
-        # Gradients are rounded to bf16 in both.
+        if what == "x":  # rounded once, to bf16
+            limit = relative_error(fp64.bfloat16(), fp64)
+        # Gradients are rounded to bf16.
         assert error <= limit * (1 if what == "logits" else 1.01), f"{what}: {error} > {limit}"
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize(
+    ("num_tokens", "hidden", "num_experts"), [(1, 64, 8), (100, 72, 200), (129, 1032, 12)]
+)
+def test_fast_logits_of_odd_sizes(num_tokens: int, hidden: int, num_experts: int) -> None:
+    """One step and seventeen, a step, tile of tokens and tile of experts in part."""
+    x = torch.randn(num_tokens, hidden, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(num_experts, hidden, device="cuda", dtype=torch.bfloat16)
+    logits, _ = FastLogits.apply(x, weight, load_kernels(x.device))
+    assert relative_error(logits, x.double() @ weight.double().t()) < 1e-6
 
 
 def test_capacity_is_rounded_in_fp32() -> None:

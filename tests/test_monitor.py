@@ -56,9 +56,17 @@ def logged_values(rank: int, size: int, settings: dict, folder: str) -> dict:
             return Timeline.from_records(make_records())
 
     writer = engine._take_model_step.__self__
+    records = []  # of metrics, handed to W&B
     if rank == 0:
         writer._recorder = Recorder(engine.module.moe[0], writer._is_timeline_step)
+    if rank == 0 and "wandb" in settings:
+        wandb_monitor = engine.monitor.wandb_monitor
+        log = wandb_monitor.log
+        wandb_monitor.log = lambda data, **kwargs: (records.append(data), log(data, **kwargs))
     train(engine, rank, STEPS)
+    if rank == 0 and "wandb" in settings:
+        ours = [data for data in records if any(k.startswith("comet_ds/") for k in data)]
+        assert len(ours) == STEPS // INTERVAL, "a record each write, whatever the number of values"
     # The forward of the step and its backward: begin and end of each.
     assert marks == ([TIMELINE_STEP - 1] * 4 if rank == 0 else [])
     expected = {}

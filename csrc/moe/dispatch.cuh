@@ -4,7 +4,7 @@
 // 1. Math: dispatch.h. Rows are sorted by expert, then by the token's rank in ring order from this
 //    one, then by token; each expert's are padded to a multiple of kRowBlock.
 // 2. Grid: plan one thread a route or padding row; dispatch one warp kCopyVectors x 32 vectors of a
-//    token, behind these one block an expert for its padding and the counters; dots kDotLanes
+//    token, behind these one block an expert for its padding and the counters; dots kDotLanes lanes
 //    a route, with biases a warp; expert sums one block an expert and kSumCols columns.
 // 3. Flags: none. No atomics; sums run in a fixed order.
 // 4. Shared memory: plan 4 (E (2 W + 2) + 1) bytes for E experts and W ranks, expert sums 2 KB.
@@ -19,7 +19,7 @@ namespace comet_ds {
 constexpr int kPlanThreads = 256;
 constexpr int kRowWarps = 8;
 constexpr int kCopyVectors = 4;  // 16-byte loads a lane has in flight
-constexpr int kDotLanes = 8;
+constexpr int kDotLanes = 8;  // 1 takes longer than a warp, 8 half as long
 constexpr int kSumCols = 64;
 constexpr int kSumSlices = 8;
 

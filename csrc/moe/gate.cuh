@@ -15,8 +15,8 @@
 //        admit     which routes an expert keeps, and how many before every 32 tokens
 //        finish    ids, ranks and weights of the kept routes; l_aux
 //    Backward is one: the quotient, the loss and the softmax.
-// 2. Grid: select one warp a token, admit one block an expert, finish one thread a route, backward
-//    one warp a token.
+// 2. Grid: select one warp a token, admit one block an expert, finish one thread a route (of a
+//    token of many routes several), backward one warp a token.
 // 3. Flags: none; launches on one stream are ordered. Atomics set bits and count integers; sums of
 //    floats have a fixed order.
 // 4. Shared memory: select 4 bytes an expert and queue; admit 18 KB, finish 512 bytes.
@@ -35,7 +35,7 @@ namespace comet_ds {
 
 constexpr int kSelectThreads = kTokensPerWord * 32;
 constexpr int kAdmitThreads = 256;
-constexpr int kCachedKeys = 4096;
+constexpr int kCachedKeys = 4096;  // an even share of 32k tokens, 64 experts, top_k = 8
 constexpr int kFinishThreads = 128;
 constexpr int kGradWarps = 8;
 
@@ -56,8 +56,9 @@ __device__ inline uint32_t ordered(float x) {
 // What 0.0 maps to.
 constexpr uint32_t kOrderedZero = 0x80000000u;
 
-// Takes the largest values of a row one after the other, equal ones by index. A warp does it, with
-// kLaneValues of a lane in registers; 0: with any number, read again each time.
+// Takes the largest values of a row one after the other, equal ones by index. A warp does it. Each
+// lane holds kLaneValues of the values in registers; with 0 they may be any number, and are read
+// again for every one that is taken.
 template <int kLaneValues>
 class Ranking {
 public:
@@ -160,8 +161,8 @@ public:
         return word < words_ ? p_.routed[(queue * p_.num_experts + expert_) * words_ + word] : 0;
     }
 
-    // Calls keep(word, bits, sum of count over earlier words) for every word of the expert, in
-    // order; returns the sum over all. count(word) is called first.
+    // Calls keep(word, sum of count over earlier words) for every word of the expert, in order;
+    // returns the sum over all. count(word) is called first.
     template <typename Count, typename Keep>
     __device__ int scan(Count count, Keep keep) {
         int total = 0;
@@ -182,7 +183,7 @@ public:
         return scan([&](int64_t word) { return __popc(routed(0, word)); },
                     [&](int64_t word, int before) {
                         p_.before[expert_ * words_ + word] = before;
-                        constexpr int kTogether = 4;
+                        constexpr int kTogether = 4;  // loads on their way
                         for (uint32_t bits = routed(0, word); bits != 0 && before < kCachedKeys;) {
                             uint32_t keys[kTogether];
                             const int count = min(__popc(bits), kTogether);
@@ -203,10 +204,10 @@ public:
                     });
     }
 
-    // Calls visit(token, key) for the routes of a word.
+    // Calls visit(token, key) for the routes of a word, once read_keys has run.
     template <typename Visit>
     __device__ void for_each(int64_t word, Visit visit) const {
-        int i = word < words_ ? p_.before[expert_ * words_ + word] : 0;
+        int i = p_.before[expert_ * words_ + word];
         for (uint32_t bits = routed(0, word); bits != 0; bits &= bits - 1, ++i) {
             const int64_t token = word * kTokensPerWord + __ffs(bits) - 1;
             visit(token, i < kCachedKeys ? smem_.keys[i] : read_key(token));

@@ -26,7 +26,8 @@ struct GateParams {
     int32_t* chosen;     // [num_tokens, top_k]; -1 = token not used
     uint32_t* routed;    // [queues, num_experts, words]
     uint32_t* kept;      // [num_experts, words]
-    int32_t* before;     // [num_experts, words]: kept routes of earlier words
+    int32_t* before;     // [num_experts, words]: kept routes of earlier words; routes of earlier
+                         // words while admission looks at priorities
     float* prob_sums;    // [words, num_experts]
     float* mean_probs;   // [num_experts]
 

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kLogitsThreads, 1)
             sum[i] = total;
         }
     }
-    constexpr int kStagesRead = 1;  // named barrier
+    enum Barrier : int { kStagesRead = 1, kSumsWritten = 2 };
     auto* others = reinterpret_cast<float2*>(smem_raw + (smem - smem_address(smem_raw)));
     named_barrier_sync(kStagesRead, kLogitsMathThreads);
     if (warpgroup == 1) {
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kLogitsThreads, 1)
             others[i * 128 + thread] = {sum[i], excess[i]};
         }
     }
-    named_barrier_sync(kStagesRead, kLogitsMathThreads);
+    named_barrier_sync(kSumsWritten, kLogitsMathThreads);
     if (warpgroup == 1) return;
     const int token = first_token + thread / 32 * 16 + thread % 32 / 4;
 #pragma unroll
