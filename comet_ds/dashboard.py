@@ -8,7 +8,7 @@ It shows all runs of the project, one colour for each kind of MoE layer (DeepSpe
 that runs compare at a glance: throughput and loss on top, then every layer's routing and division
 points. ``--print`` writes the specification as JSON instead and needs no login.
 
-Needs ``pip install comet-ds[dashboard]``, and ``wandb login`` to save.
+Needs ``pip install wandb-workspaces``, and ``wandb login`` to save.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ def workspace(entity: str, project: str, name: str = NAME) -> Any:
         ImportError: wandb-workspaces is not installed.
     """
     if workspaces is None:
-        raise ImportError("wandb-workspaces is needed: pip install comet-ds[dashboard]")
+        raise ImportError("wandb-workspaces is needed: pip install wandb-workspaces")
     routing = [metric for metric in LAYER_METRICS if metric not in (*TIMES, *DIVISION)]
     throughput = {f"comet_ds/{metric}": title for metric, title in RUN_METRICS.items()}
     sections = [
         _section("Throughput", [_line(label, title) for label, title in throughput.items()]),
         _section("Training", [_line(label, title) for label, title in TRAINING.items()]),
         _section("Time, by layer", [_by_layer(metric) for metric in TIMES]),
-        _section("Timeline", [reports.MediaBrowser(media_keys=["comet_ds/timeline"])]),
+        _section("Timeline", _timeline()),
         _section("Routing, by layer", [_by_layer(metric) for metric in routing]),
         _section("Division points, by layer", [_by_layer(metric) for metric in DIVISION]),
     ]
@@ -74,9 +74,17 @@ def _line(label: str, title: str) -> Any:
     return reports.LinePlot(title=title, y=[label], title_x=SAMPLES)
 
 
+def _timeline() -> list[Any]:
+    """Return panels of what a run with a ``timeline_step`` has written."""
+    return [
+        reports.MediaBrowser(media_keys=["comet_ds/timeline"]),
+        reports.WeavePanelSummaryTable(table_name="comet_ds/timeline_launches"),
+    ]
+
+
 def _by_layer(metric: str) -> Any:
     """Return a panel with a line for every layer, however many there are."""
-    pattern = rf"comet_ds/layer_\d+/{metric}"
+    pattern = rf"comet_ds_layer_\d+/{metric}"
     title = f"{metric}: {LAYER_METRICS[metric]}"
     return reports.LinePlot(title=title, metric_regex=pattern, title_x=SAMPLES)
 

@@ -26,9 +26,9 @@ from comet_ds.agreement import RollCall
 from comet_ds.config import CometConfig
 from comet_ds.kernels import current_stream, load_kernels, why_no_kernels
 from comet_ds.overlap import Division, LayerShape, divide
-from comet_ds.peer_memory import GROWTH_BYTES, PeerMemory, SymmetricMemory
+from comet_ds.peer_memory import GROWTH_BYTES, PeerMemory, SymmetricMemory, describe_link
 from comet_ds.refine import RunTuner, Trial
-from comet_ds.tuning import TuningTable, default_path, read
+from comet_ds.tuning import Origin, TuningTable, default_path, read
 
 # Parts of a block start at multiples of this.
 ALIGNMENT = 256
@@ -105,7 +105,7 @@ class Exchange:
         table: division points that were measured.
         division: points for all layers, in place of those and the cost model's.
         exposure: address of the ``Exposure`` that this call's kernels add to, or 0.
-        origin: the GPU's name and the kernels' fingerprint, which measured points belong to.
+        origin: what measured points belong to.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Exchange:
 
     def _look_up(self, shape: LayerShape) -> tuple[Division, bool]:
         """Return a layer's points, and whether they are in the table."""
-        found = self.table.find(shape, *self.origin)
+        found = self.table.find(shape, self.origin)
         return found or divide(shape), found is not None
 
     def parts(self, call: CallShape) -> dict[str, list[int]]:
@@ -280,8 +280,8 @@ def _connect(group: Any, device: torch.device, config: CometConfig) -> Exchange 
     return Exchange(memory, kernels, roll_call, config.timeout_s, table, tuner)
 
 
-def _origin(device: torch.device, kernels: ModuleType) -> tuple[str, str]:
-    return torch.cuda.get_device_name(device), kernels.fingerprint
+def _origin(device: torch.device, kernels: ModuleType) -> Origin:
+    return Origin(torch.cuda.get_device_name(device), describe_link(), kernels.fingerprint)
 
 
 def _table_path(config: CometConfig) -> Path:

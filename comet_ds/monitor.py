@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Throughput and per-layer metrics, written through DeepSpeed's own monitor.
 
-Labels are ``comet_ds/<name>`` for ``RUN_METRICS`` and ``comet_ds/layer_<i>/<name>`` for
+Labels are ``comet_ds/<name>`` for ``RUN_METRICS`` and ``comet_ds_layer_<i>/<name>`` for
 ``LAYER_METRICS``, at the x-axis value DeepSpeed uses (``engine.global_samples``). <i> counts the
 MoE layers of rank 0's pipeline stage.
 
@@ -152,6 +152,11 @@ def device_flops(device: torch.device) -> float | None:
     return next((flops for key, flops in DEVICE_FLOPS.items() if key in name), None)
 
 
+def layer_label(index: int) -> str:
+    """Return what a layer's labels begin with: W&B gives each such prefix a section, by name."""
+    return f"comet_ds_layer_{index:02d}"
+
+
 class MetricsWriter:
     """Writes every metric every ``interval`` optimizer steps.
 
@@ -209,7 +214,7 @@ class MetricsWriter:
             values = timer.read()
             if isinstance(layer, MOELayer) and layer.routing is not None:
                 values |= _layer_metrics(layer)
-            metrics |= {f"comet_ds/layer_{index}/{name}": v for name, v in values.items()}
+            metrics |= {f"{layer_label(index)}/{name}": v for name, v in values.items()}
         counted = self._counter.num_tokens if self._counter else 0
         num_tokens = torch.tensor([counted], device=self.engine.device)
         dist.all_reduce(num_tokens, group=groups._get_data_parallel_group())

@@ -6,7 +6,9 @@ It grows when a forward needs more, on all ranks in the same forward.
 
 from __future__ import annotations
 
+import functools
 import os
+import subprocess
 import weakref
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -16,6 +18,19 @@ from deepspeed import comm as dist
 from torch import Tensor
 
 GROWTH_BYTES = 2**25  # blocks grow in steps of this
+ASKING_S = 10  # for nvidia-smi to answer
+
+
+@functools.cache
+def describe_link() -> str:
+    """Return what joins this host's GPUs, as the first of them has it: "18 NVLinks"."""
+    command = ["nvidia-smi", "nvlink", "-s", "-i", "0"]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=ASKING_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return "links nvidia-smi does not tell"
+    links = done.stdout.decode().count("GB/s")
+    return f"{links} NVLinks" if links else "no NVLink"
 
 
 class PeerMemory(Protocol):

@@ -45,7 +45,9 @@ RECORD = np.dtype(
 )
 MAX_LAUNCHES = 16  # of a layer's forward and backward, also where forward runs again
 MAX_PAUSE_US = 60.0  # between launches, in a picture
-THREADS = 4  # that record in a CTA
+# Those that record in a CTA, as csrc/moe/timeline.h numbers them.
+THREAD_NAMES = ("communication", "tiles", "math 0", "math 1")
+THREADS = len(THREAD_NAMES)
 RESOLUTION_US = 0.25  # of sums over time
 
 
@@ -134,6 +136,10 @@ class Timeline:
         for launch, gemm in sorted(names.items()):
             name = {"name": f"{launch} {gemm}"}
             events.append({"name": "process_name", "ph": "M", "pid": launch, "args": name})
+        for launch, cta, row in sorted({(s.launch, s.cta, s.row) for s in self.spans}):
+            where = {"pid": launch, "tid": THREADS * cta + row}
+            name = {"name": f"CTA {cta} {THREAD_NAMES[row]}"}
+            events.append({"name": "thread_name", "ph": "M", **where, "args": name})
         for s in self.spans:
             where = {"pid": s.launch, "tid": THREADS * s.cta + s.row}
             when = {"ts": round(s.start_us, 3), "dur": round(s.end_us - s.start_us, 3)}
@@ -354,5 +360,5 @@ def write(timeline: Timeline, path: Path, title: str) -> list[Path]:
         timeline.draw(picture := path.with_name(path.name + ".png"), title)
         written.append(picture)
     except ImportError:
-        print("no picture: pip install comet-ds[timeline]")
+        print("no picture: pip install matplotlib")
     return written

@@ -26,7 +26,7 @@ from deepspeed.utils import logger
 
 from comet_ds.expert_gemm import Pass
 from comet_ds.overlap import Division, LayerShape, Pull, Push, divide
-from comet_ds.tuning import TuningKey, candidates, mean_tokens, write
+from comet_ds.tuning import Origin, TuningKey, candidates, mean_tokens, write
 
 Point = Pull | Push
 # The GEMM beside which what a field of ``Division`` divides goes on.
@@ -183,11 +183,11 @@ class RunTuner:
 
     Args:
         group: process group, all of whose ranks make the same calls.
-        origin: device and fingerprint of the kernels.
+        origin: of what it measures.
         path: of the table that rank 0 adds the results to.
     """
 
-    def __init__(self, group: Any, origin: tuple[str, str], path: Path) -> None:
+    def __init__(self, group: Any, origin: Origin, path: Path) -> None:
         self.origin, self.path = origin, path
         self._group = weakref.ref(group)
         self._tuners: dict[tuple[TuningKey, int], ShapeTuner] = {}
@@ -195,7 +195,7 @@ class RunTuner:
     def trial(self, shape: LayerShape, has_backward: bool) -> Trial:
         """Return a forward's trial; nothing is tried in forwards without a backward."""
         scale = round(math.log2(max(mean_tokens(shape), 1)))
-        key = TuningKey.of(shape, *self.origin), scale
+        key = TuningKey.of(shape, self.origin), scale
         if key not in self._tuners:
             self._tuners[key] = ShapeTuner(shape, self._gather)
         tuner = self._tuners[key]
@@ -220,6 +220,6 @@ class RunTuner:
         points = {name: choice[:2] for name, choice in division._asdict().items()}
         logger.warning(f"comet_ds: division points measured in this run: {points}")
         try:
-            write(self.path, shape, *self.origin, division)
+            write(self.path, shape, self.origin, division)
         except OSError as error:
             logger.warning(f"comet_ds: they are not kept: {error}")

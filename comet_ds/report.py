@@ -6,7 +6,6 @@ python -m comet_ds.report
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch.utils.cpp_extension import _get_build_directory
 
 from comet_ds import __version__
 from comet_ds.op_builder.comet_moe import CometMoEBuilder, cuda_version, find_nvcc
+from comet_ds.peer_memory import describe_link
 
 
 def describe_versions() -> Iterator[str]:
@@ -44,16 +44,8 @@ def describe_gpus() -> Iterator[str]:
     if count > 1:
         pairs = [(i, j) for i in range(count) for j in range(count) if i != j]
         direct = sum(torch.cuda.can_device_access_peer(i, j) for i, j in pairs)
-        yield f"links        {direct} of {len(pairs)} ordered pairs have peer access; {_nvlinks()}"
-
-
-def _nvlinks() -> str:
-    try:
-        done = subprocess.run(["nvidia-smi", "nvlink", "-s", "-i", "0"], capture_output=True)
-    except FileNotFoundError:
-        return "nvidia-smi not found"
-    links = done.stdout.decode().count("GB/s")
-    return f"GPU 0 has {links} NVLinks" if links else "no NVLink"
+        access = f"{direct} of {len(pairs)} ordered pairs have peer access"
+        yield f"links        {access}; GPU 0 has {describe_link()}"
 
 
 def describe_kernels() -> Iterator[str]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from comet_ds.bench_layers import PEAK_FLOPS, Shape, add_shape_arguments, parse_shapes
@@ -230,6 +230,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_shape_arguments(parser)
     parser.add_argument("--num-tokens", type=int, default=8192, help="tokens a rank")
     parser.add_argument("--ranks", default="1,2,4,8,16,32,64,128", help="comma-separated W")
+    parser.add_argument(
+        "--experts-per-rank", type=int, help="have so many on every rank, not the shape's in all"
+    )
     parser.add_argument("--domain", type=int, default=8, help="GPUs of an NVLink domain")
     parser.add_argument("--nic-gbit", type=float, default=400, help="network a GPU has, Gbit/s")
     parser.add_argument("--json", type=Path, help="write all figures there")
@@ -244,6 +247,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for num_ranks in ranks:
             if num_ranks < 1 or args.domain < 1 or args.num_tokens < 1 or args.nic_gbit <= 0:
                 parser.error("ranks, domain, tokens and the network's rate must be positive")
+            if args.experts_per_rank is not None:
+                num_experts = args.experts_per_rank * num_ranks
+                if num_experts < shape.top_k:
+                    print(f"{name:14s} {num_ranks:4d}  {num_experts} experts are fewer than top_k")
+                    continue
+                shape = replace(shape, num_experts=num_experts)
             if shape.num_experts % num_ranks:
                 print(f"{name:14s} {num_ranks:4d}  no even spread of {shape.num_experts} experts")
                 continue

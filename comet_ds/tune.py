@@ -117,7 +117,7 @@ def tune_shape(
     found = tune(layer, layer_shape, x, grad, num_runs)
     if dist.get_rank() == 0:
         path = Path(config.tuning_table or default_path())
-        write(path, layer_shape, *exchange.origin, found.division, found.ms)
+        write(path, layer_shape, exchange.origin, found.division, found.ms)
         choices = found.division._asdict().items()
         points = ", ".join(f"{field} {'/'.join(map(str, v[:2]))}" for field, v in choices)
         times = f"{found.default_ms:7.3f} -> {found.ms:7.3f} ms, worst {found.worst_ms:7.3f}"

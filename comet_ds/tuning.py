@@ -3,8 +3,9 @@
 
 The table is a JSON file, by default ``~/.cache/comet_ds/tuning.json``. ``python -m comet_ds.tune``
 fills it, as does a run with ``"refine": true``; a run reads it once, on rank 0 of each expert
-parallel group, and then looks points up in memory. An entry belongs to a device, a layer on so many
-ranks, and the kernels' sources; entries of other sources stay in the file and are not used.
+parallel group, and then looks points up in memory. An entry belongs to a device and its link, a
+layer on so many ranks, and the kernels' sources; entries of other sources stay in the file and are
+not used.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from deepspeed.utils import logger
 
 from comet_ds.overlap import Division, LayerShape, Pull, Push
 
-VERSION = 1
+VERSION = 2
 # Tokens a rank may have this many times more or fewer than where an entry was measured.
 MAX_DISTANCE = 2.0
 # Candidates have this many times the CTAs of the cost model.
@@ -36,19 +37,33 @@ def default_path() -> Path:
     return Path(cache) / "comet_ds" / "tuning.json"
 
 
+class Origin(NamedTuple):
+    """Where points were measured.
+
+    Attributes:
+        device: the GPU's name.
+        link: between the GPUs, as ``peer_memory.describe_link`` has it.
+        fingerprint: of the kernels' sources.
+    """
+
+    device: str
+    link: str
+    fingerprint: str
+
+
 @dataclass(frozen=True)
 class TuningKey:
     """What an entry is for.
 
     Attributes:
-        device: the GPU's name.
-        fingerprint: of the kernels' sources.
+        device, link, fingerprint: as in ``Origin``.
         num_ranks: W.
         dtype: "bfloat16" or "float16".
         hidden, ffn, num_ups, num_experts, top_k: as in ``LayerShape``.
     """
 
     device: str
+    link: str
     fingerprint: str
     num_ranks: int
     dtype: str
@@ -59,10 +74,10 @@ class TuningKey:
     top_k: int
 
     @classmethod
-    def of(cls, shape: LayerShape, device: str, fingerprint: str) -> TuningKey:
+    def of(cls, shape: LayerShape, origin: Origin) -> TuningKey:
         """Return the key of a layer."""
         sizes = (shape.hidden, shape.ffn, shape.num_ups, shape.num_experts, shape.top_k)
-        return cls(device, fingerprint, len(shape.num_tokens), shape.dtype, *sizes)
+        return cls(*origin, len(shape.num_tokens), shape.dtype, *sizes)
 
 
 class TuningTable:
@@ -81,9 +96,9 @@ class TuningTable:
             except (KeyError, TypeError, ValueError):
                 continue
 
-    def find(self, shape: LayerShape, device: str, fingerprint: str) -> Division | None:
+    def find(self, shape: LayerShape, origin: Origin) -> Division | None:
         """Return what was measured for a layer, with as many tokens or about as many, or None."""
-        measured = self._found.get(TuningKey.of(shape, device, fingerprint))
+        measured = self._found.get(TuningKey.of(shape, origin))
         if not measured:
             return None
         tokens = max(mean_tokens(shape), 1)
@@ -149,12 +164,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def write(
-    path: Path,
-    shape: LayerShape,
-    device: str,
-    fingerprint: str,
-    division: Division,
-    ms: float | None = None,
+    path: Path, shape: LayerShape, origin: Origin, division: Division, ms: float | None = None
 ) -> None:
     """Add what was measured, in place of what there was for the same key and tokens.
 
@@ -163,11 +173,11 @@ def write(
 
     Args:
         path: of the table.
-        shape, device, fingerprint: what it is for.
+        shape, origin: what it is for.
         division: the points.
         ms: forward and backward with them, where that was timed.
     """
-    key = TuningKey.of(shape, device, fingerprint)
+    key = TuningKey.of(shape, origin)
     num_tokens = mean_tokens(shape)
     points = {field: list(choice[:2]) for field, choice in division._asdict().items()}
     entry = {"key": vars(key), "num_tokens": num_tokens, "division": points, "both_ms": ms}

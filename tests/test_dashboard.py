@@ -10,7 +10,7 @@ import pytest
 import wandb_workspaces.workspaces as workspaces
 
 from comet_ds import dashboard
-from comet_ds.monitor import LAYER_METRICS, RUN_METRICS
+from comet_ds.monitor import LAYER_METRICS, RUN_METRICS, layer_label
 
 
 def panels(spec: dict) -> list[dict]:
@@ -34,13 +34,14 @@ def test_printed_specification(capsys: pytest.CaptureFixture) -> None:
     assert (view["entity"], view["project"], view["display_name"]) == ("team", "moe", "mine")
     found = panels(view["spec"])
     assert [p["media_keys"] for p in found if "media_keys" in p] == [["comet_ds/timeline"]]
+    assert "comet_ds/timeline_launches" in find(found, "key") + find(found, "val")
     found = [panel for panel in found if "metrics" in panel]
     labels = {label for panel in found for label in panel["metrics"]}
     assert {f"comet_ds/{name}" for name in RUN_METRICS} <= labels
     assert "Train/Samples/train_loss" in labels
     patterns = [panel["metric_regex"] for panel in found if panel["metric_regex"]]
     for name in LAYER_METRICS:
-        shown = [p for p in patterns if re.fullmatch(p, f"comet_ds/layer_11/{name}")]
+        shown = [p for p in patterns if re.fullmatch(p, f"{layer_label(11)}/{name}")]
         assert len(shown) == 1, name
     assert not any(re.fullmatch(p, "comet_ds/tokens_per_s") for p in patterns)
     # Runs are grouped by the kind of layer; W&B keeps a config's values under "value".
@@ -61,4 +62,4 @@ def test_missing_library_is_named(
     monkeypatch.setattr(dashboard, "workspaces", None)
     with pytest.raises(SystemExit):
         dashboard.main(["--entity", "team", "--project", "moe"])
-    assert "pip install comet-ds[dashboard]" in capsys.readouterr().err
+    assert "pip install wandb-workspaces" in capsys.readouterr().err

@@ -40,9 +40,10 @@ from comet_ds.exchange import (
     exchange_of,
 )
 from comet_ds.kernels import current_stream, load_kernels
+from comet_ds.overlap import divide
 from comet_ds.path import PathChoice
 from comet_ds.refine import FINAL_SAMPLES, SAMPLES, WARM_UP
-from comet_ds.tuning import read
+from comet_ds.tuning import candidates, read
 
 OK = (InputRules.OK, 0)
 # Experts, k, hidden, ffn: no multiples of a tile, no powers of two, few and many routes.
@@ -236,6 +237,27 @@ def test_exposure() -> None:
         assert all(communicating > 0 for communicating, _ in one.meter._exposures.tolist())
         found = one.meter.read(NUM_SMS)
         assert list(found) == ["forward", "backward"] and all(0 < ms < 1e3 for ms in found.values())
+
+
+@pytest.mark.gpu(1)
+def test_every_division_computes_the_same() -> None:
+    """Whatever a tuner may choose is compiled and runs, to the same bits."""
+    group = VirtualGroup(2, **options_for((16, 2, 1024, 256), "swiglu", BF16))
+    xs, grads = case([700, 600], 1024, BF16)
+    expected = group.run(xs, grads)
+    shape = group.layers[0].deepspeed_moe.fused.shape
+    divisions = [d for found in candidates(divide(shape), shape).values() for d in found]
+    assert len(divisions) >= 16
+    for division in divisions:
+        for exchange in group.exchanges:
+            exchange.division = division
+        got = group.run(xs, grads)
+        assert [layer.deepspeed_moe.fused.division for layer in group.layers] == [division] * 2
+        for ours, before in zip(got, expected, strict=True):
+            different = [
+                what for what, value in before.items() if not torch.equal(ours[what], value)
+            ]
+            assert not different, f"{division}: {different}"
 
 
 @pytest.mark.gpu(1)

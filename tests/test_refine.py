@@ -24,10 +24,10 @@ from comet_ds.refine import (
     ShapeTuner,
     Trials,
 )
-from comet_ds.tuning import TuningTable, candidates, is_legal, read
+from comet_ds.tuning import Origin, TuningTable, candidates, is_legal, read
 
 FINE = LayerShape((8192, 8192), 0, 8, 128, 2, 2048, 768, "bfloat16", 132, 4)
-ORIGIN = ("H200", "abc")
+ORIGIN = Origin("H200", "18 NVLinks", "abc")
 NUM_TOKENS = 16384
 
 
@@ -199,7 +199,7 @@ def agree(rank: int, size: int, folder: str) -> None:
     torch.distributed.barrier()
     table = TuningTable(read(path))
     assert len(read(path)) == 1
-    assert plain(table.find(shape, *ORIGIN)) == plain(likes_too)
+    assert plain(table.find(shape, ORIGIN)) == plain(likes_too)
 
 
 def test_ranks_agree(world, tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ from comet_ds.simulate import Cluster, _Layer, _pipelined, main, predict
 MEASURED = {
     ("mixtral-8x7b", 2): (7.99, 24.20),
     ("phi-3.5-moe", 2): (3.91, 11.36),
-    ("qwen2-moe", 2): (1.12, 3.13),
+    ("qwen2-moe", 2): (1.10, 3.09),
     ("olmoe", 2): (1.57, 4.35),
-    ("qwen3-30b", 2): (1.32, 3.58),
+    ("qwen3-30b", 2): (1.29, 3.54),
     ("mixtral-8x7b", 4): (8.50, 24.82),
     ("qwen3-30b", 4): (1.56, 3.91),
 }
@@ -97,6 +97,9 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     records = json.loads(output.read_text())
     assert [r["num_ranks"] for r in records] == [2, 8]
     assert records[0]["both_ms"] == predict(SHAPES["mixtral-8x7b"], 8192, Cluster(2, 4)).both_ms
+    main(["--shapes", "mixtral-8x7b", "--ranks", "1,3", "--experts-per-rank", "1"])
+    one, three = capsys.readouterr().out.splitlines()[1:]
+    assert "1 experts are fewer than top_k" in one and "fused" in three
     with pytest.raises(SystemExit):
         main(["--ranks", "0"])
     assert "must be positive" in capsys.readouterr().err

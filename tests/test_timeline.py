@@ -20,6 +20,7 @@ from comet_ds.recorder import (
     ACTIVITIES,
     MAX_LAUNCHES,
     RECORD,
+    THREAD_NAMES,
     LayerRecorder,
     Timeline,
     TimelineRecorder,
@@ -70,9 +71,12 @@ def test_trace_and_picture(tmp_path: Path) -> None:
     """A trace has all there is: the same picture comes of it."""
     timeline = Timeline.from_records(make_records())
     trace_path, picture = write(timeline, tmp_path / "new" / "layer", "a title")
-    again = Timeline.from_trace(json.loads(trace_path.read_text()))
+    trace = json.loads(trace_path.read_text())
+    again = Timeline.from_trace(trace)
     assert again.spans == sorted(again.spans, key=lambda s: s.launch) and len(again.spans) == 10
     assert again.summaries() == timeline.summaries()
+    names = {e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "thread_name"}
+    assert names == {f"CTA {s.cta} {THREAD_NAMES[s.row]}" for s in timeline.spans}
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
 
 

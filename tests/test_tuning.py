@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import statistics
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import pytest
 from comet_ds import tune
 from comet_ds.overlap import Division, LayerShape, Traffic, divide
 from comet_ds.tuning import (
+    VERSION,
+    Origin,
     TuningTable,
     candidates,
     default_path,
@@ -30,7 +34,7 @@ SHAPES = [
     replace(FINE, num_tokens=(64,) * 32),
     replace(FINE, num_sms=16, num_tokens=(300,) * 8),
 ]
-WHERE = ("H200", "abc")
+WHERE = Origin("H200", "18 NVLinks", "abc")
 
 
 def test_cost_model() -> None:
@@ -79,8 +83,8 @@ def tuned(shape: LayerShape) -> Division:
     return candidates(divide(shape), shape)["pull"][0]
 
 
-def find(path: Path, shape: LayerShape, where: tuple[str, str] = WHERE) -> Division | None:
-    found = TuningTable(read(path)).find(shape, *where)
+def find(path: Path, shape: LayerShape, where: Origin = WHERE) -> Division | None:
+    found = TuningTable(read(path)).find(shape, where)
     return found and Division(*(choice._replace(seconds=0.0) for choice in found))
 
 
@@ -88,21 +92,33 @@ def plain(division: Division) -> Division:
     return Division(*(choice._replace(seconds=0.0) for choice in division))
 
 
+def test_looked_up_in_microseconds(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    for count in range(100, 4100, 100):
+        write(path, replace(FINE, num_tokens=(count, count)), WHERE, tuned(FINE))
+    table, times = TuningTable(read(path)), []
+    for _ in range(99):
+        start = time.perf_counter()
+        assert table.find(replace(FINE, num_tokens=(2050, 2050)), WHERE) is not None
+        times.append(time.perf_counter() - start)
+    assert statistics.median(times) < 200e-6
+
+
 def test_written_is_found(tmp_path: Path) -> None:
     path = tmp_path / "new" / "table.json"
     assert read(path) == [] and find(path, FINE) is None
-    write(path, FINE, *WHERE, tuned(FINE), 3.5)
-    write(path, WIDE, *WHERE, tuned(WIDE), 24.0)
+    write(path, FINE, WHERE, tuned(FINE), 3.5)
+    write(path, WIDE, WHERE, tuned(WIDE), 24.0)
     assert find(path, FINE) == plain(tuned(FINE)) and find(path, WIDE) == plain(tuned(WIDE))
     other = candidates(divide(FINE), FINE)["push"][0]
-    write(path, FINE, *WHERE, other, 3.4)
+    write(path, FINE, WHERE, other, 3.4)
     assert find(path, FINE) == plain(other) and len(read(path)) == 2
 
 
 def test_only_the_same_layer_and_about_as_many_tokens(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
-    write(path, FINE, *WHERE, tuned(FINE), 3.5)
-    write(path, replace(FINE, num_tokens=(2048, 2048)), *WHERE, divide(FINE), 1.0)
+    write(path, FINE, WHERE, tuned(FINE), 3.5)
+    write(path, replace(FINE, num_tokens=(2048, 2048)), WHERE, divide(FINE), 1.0)
     for count, expected in ((8000, tuned(FINE)), (16384, tuned(FINE)), (2500, divide(FINE))):
         assert find(path, replace(FINE, num_tokens=(count, count))) == plain(expected)
     assert find(path, replace(FINE, num_tokens=(5000, 11384))) == plain(tuned(FINE))  # on average
@@ -116,26 +132,29 @@ def test_only_the_same_layer_and_about_as_many_tokens(tmp_path: Path) -> None:
         replace(FINE, dtype="float16"),
     ):
         assert find(path, other) is None
-    assert find(path, FINE, ("H100", "abc")) is None
-    assert find(path, FINE, ("H200", "other sources")) is None
+    assert find(path, FINE, WHERE._replace(device="H100")) is None
+    assert find(path, FINE, WHERE._replace(fingerprint="other")) is None
+    assert find(path, FINE, WHERE._replace(link="no NVLink")) is None
     assert find(path, replace(FINE, num_sms=16)) is None  # more CTAs than half of them
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '{"version": 0, "entries": []}', '{"version": 1}'], ids=repr
+    "text",
+    ["", "{", "[]", "null", '{"version": 0, "entries": []}', f'{{"version": {VERSION}}}'],
+    ids=repr,
 )
 def test_damaged_file_is_survived_and_kept(tmp_path: Path, text: str) -> None:
     path = tmp_path / "table.json"
     path.write_text(text)
     assert read(path) == []
-    write(path, FINE, *WHERE, tuned(FINE), 3.5)
+    write(path, FINE, WHERE, tuned(FINE), 3.5)
     assert find(path, FINE) == plain(tuned(FINE))
     assert (tmp_path / "table.json.bad").read_text() == text
 
 
 def test_damaged_entries_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
-    write(path, FINE, *WHERE, tuned(FINE), 3.5)
+    write(path, FINE, WHERE, tuned(FINE), 3.5)
     (good,) = read(path)
     division = good["division"]
     damaged = [
@@ -149,21 +168,21 @@ def test_damaged_entries_are_left_out(tmp_path: Path) -> None:
         {**good, "division": {**division, "push": [2.5, 1]}},
         {**good, "division": {"pull": [2, 1]}},
     ]
-    path.write_text(json.dumps({"version": 1, "entries": [*damaged, good]}))
+    path.write_text(json.dumps({"version": VERSION, "entries": [*damaged, good]}))
     assert find(path, FINE) == plain(tuned(FINE))
-    path.write_text(json.dumps({"version": 1, "entries": damaged}))
+    path.write_text(json.dumps({"version": VERSION, "entries": damaged}))
     assert find(path, FINE) is None
-    write(path, WIDE, *WHERE, tuned(WIDE), 24.0)
+    write(path, WIDE, WHERE, tuned(WIDE), 24.0)
     assert find(path, WIDE) == plain(tuned(WIDE))
     illegal = {**good, "division": {**division, "push": [131, 1]}}
-    path.write_text(json.dumps({"version": 1, "entries": [illegal]}))
+    path.write_text(json.dumps({"version": VERSION, "entries": [illegal]}))
     assert find(path, FINE) is None
 
 
 def write_many(path: Path, worker: int) -> None:
     for i in range(10):
         shape = replace(FINE, ffn=8 * (1 + 100 * worker + i))
-        write(path, shape, *WHERE, divide(shape), 1.0)
+        write(path, shape, WHERE, divide(shape), 1.0)
 
 
 def test_concurrent_writers_lose_nothing(tmp_path: Path) -> None:
