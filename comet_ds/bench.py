@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import statistics
 from collections.abc import Callable, Iterator
@@ -40,6 +41,7 @@ from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from torch import Tensor
 
 from comet_ds.bench_layers import (
+    PEAK_FLOPS,
     AutoEP,
     Shape,
     add_shape_arguments,
@@ -171,27 +173,35 @@ def time_hidden(
     return result
 
 
-def time_gate(layer: MoE, x: Tensor, num_runs: int) -> dict[str, float]:
-    """Return the gate's device times, logits included."""
-    gate = layer.deepspeed_moe.gate
+def time_gates(ours: MoE, theirs: DeepSpeedMoE, x: Tensor, num_runs: int) -> dict[str, float]:
+    """Return device times in ms of our gate and DeepSpeed's, logits included."""
     x = x.detach().requires_grad_()
 
-    def both() -> None:
-        routing = gate.route(x)
-        loss = [routing.topk_weights, routing.l_aux]
-        torch.autograd.backward(loss, [torch.ones_like(t) for t in loss])
+    def route() -> tuple[Tensor, Tensor]:
+        routing = ours.deepspeed_moe.gate.route(x)
+        return routing.topk_weights, routing.l_aux
 
+    def route_theirs() -> tuple[Tensor, Tensor]:
+        l_aux, combine_weights, *_ = theirs.deepspeed_moe.gate(x, None)
+        return combine_weights, l_aux
+
+    def both(gate: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        results = gate()
+        torch.autograd.backward(results, [torch.ones_like(t) for t in results])
+
+    gates = {"gate": route, "deepspeed_gate": route_theirs}
     with torch.no_grad():
-        forward = time_functions({"gate_forward_ms": lambda: gate.route(x)}, num_runs)
-    return forward | time_functions({"gate_both_ms": both}, num_runs)
+        forward = time_functions({f"{k}_forward_ms": g for k, g in gates.items()}, num_runs)
+    backward = {f"{k}_both_ms": functools.partial(both, g) for k, g in gates.items()}
+    return forward | time_functions(backward, num_runs)
 
 
 def time_kernels(layer: MoE, shape: Shape, num_tokens: int, num_runs: int) -> list[dict[str, Any]]:
     """Time every pass of the grouped GEMM beside torch's, on an even routing.
 
     Returns:
-        one record a pass: FLOP, ms and TFLOP/s of both. torch's has no activation in it, and of
-        gated experts' two equal matrices it is given one; its rate is compared.
+        one record a pass: FLOP, the limit, ms and TFLOP/s of both. torch's has no activation in
+        it, and of gated experts' two equal matrices it is given one; its rate is compared.
     """
     weights = layer.deepspeed_moe.fused._weights
     dispatcher = LocalDispatcher(_even_routing(shape, num_tokens), weights.kernels)
@@ -231,6 +241,7 @@ def time_kernels(layer: MoE, shape: Shape, num_tokens: int, num_runs: int) -> li
         {
             "pass": name,
             "flop": count * flop,
+            "limit_ms": 1e3 * count * flop / PEAK_FLOPS,
             "ms": times[f"{name} c"],
             "tflops": count * flop / times[f"{name} c"] / 1e9,
             "torch_tflops": flop / times[f"{name} t"] / 1e9,
@@ -286,11 +297,13 @@ def bench(
         "errors": errors,
         "layers": time_layers(layers, x, grad, num_runs),
     }
+    is_fused, has_peers = record["path"] == "fused", dist.get_world_size() > 1
+    if is_fused and not has_peers:
+        record["gate"] = time_gates(ours, layers["deepspeed"], x, num_runs)
     layers.clear()
-    if record["path"] == "fused" and dist.get_world_size() > 1:
+    if is_fused and has_peers:
         record["hidden_share"] = time_hidden(ours, shape, x, grad, num_runs, options)
-    elif record["path"] == "fused":
-        record["gate"] = time_gate(ours, x, num_runs)
+    elif is_fused:
         record["kernels"] = time_kernels(ours, shape, num_tokens, num_runs)
     if dist.get_rank() == 0:
         print("\n".join(_lines(record)), flush=True)
@@ -326,11 +339,13 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
             f"{r['exchange_ms']:.2f} ms, hidden {r['hidden']:.0%}"
         )
     if "gate" in record:
-        gate = record["gate"]
-        yield f"  gate {gate['gate_forward_ms']:.3f} ms, f+b {gate['gate_both_ms']:.3f} ms"
+        for name in ("gate", "deepspeed_gate"):
+            forward, both = (record["gate"][f"{name}_{part}_ms"] for part in ("forward", "both"))
+            yield f"  {name:17s} {forward:7.3f} ms, f+b {both:.3f} ms"
     for r in record.get("kernels", []):
         yield (
             f"  {r['pass']:17s} {r['ms']:7.3f} ms {r['tflops']:6.0f} TFLOP/s, "
+            f"{r['ms'] / r['limit_ms']:.2f} x limit; "
             f"torch {r['torch_tflops']:4.0f}, ratio {r['tflops'] / r['torch_tflops']:.2f}"
         )
 
