@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -150,6 +151,8 @@ def read_records(log: bytes) -> Iterator[bytes]:
             position += block - position % block
             continue
         _, length, kind = struct.unpack_from("<IHB", log, position)
+        if position + header + length > len(log):
+            return  # still being written
         record += log[position + header : position + header + length]
         position += header + length
         if kind in (1, 4):
@@ -157,17 +160,29 @@ def read_records(log: bytes) -> Iterator[bytes]:
             record = b""
 
 
-def test_wandb(world, tmp_path: Path) -> None:
-    """Read an offline run's own file back: what a later ``wandb sync`` would upload."""
+def read_run(file: Path) -> list[Any]:
+    """Return the records of a W&B run, once its service has written the last one."""
     from wandb.proto import wandb_internal_pb2
 
+    deadline = time.monotonic() + 60
+    while True:
+        found = []
+        for data in read_records(file.read_bytes()):
+            found.append(wandb_internal_pb2.Record())
+            found[-1].ParseFromString(data)
+        if found and found[-1].WhichOneof("record_type") == "exit":
+            return found
+        assert time.monotonic() < deadline, f"{file} has no end"
+        time.sleep(0.1)
+
+
+def test_wandb(world, tmp_path: Path) -> None:
+    """Read an offline run's own file back: what a later ``wandb sync`` would upload."""
     settings = {"wandb": {"enabled": True, "project": "comet_ds"}, **csv_settings(tmp_path)}
     expected = world(2).run(logged_values, settings, str(tmp_path))[0]
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     history, told = defaultdict(dict), {}
-    for data in read_records(file.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in read_run(file):
         items = {
             "/".join(i.nested_key) if i.nested_key else i.key: json.loads(i.value_json)
             for i in record.history.item
