@@ -38,7 +38,7 @@ class Routing:
             dropped; None where the CUDA kernels did not run.
         kept_counts: [E] int32; kept routes per expert; None likewise.
         tokens: [T, H]; the gate's input for the fused path, which alone may read this and once, so
-            that the gradients of both meet in the gate's (``FastLogits``).
+            that the gradients of both meet in the gate's (``FastLogits``); None likewise.
     """
 
     topk_ids: Tensor
@@ -101,7 +101,9 @@ class TopKGate(sharded_moe.TopKGate):
             weights, l_aux, ids, ranks, kept_counts, exp_counts = RouteTokens.apply(
                 logits, choice, kernels
             )
-            routing = Routing(ids, weights, l_aux, exp_counts, capacity, ranks, kept_counts)
+            routing = Routing(
+                ids, weights, l_aux, exp_counts, capacity, ranks, kept_counts, tokens=passed
+            )
         elif self.k == 1:
             routing = top1_routing(
                 logits, capacity, used_token=used_token, rsample=rsample, use_rts=self.use_rts
@@ -110,10 +112,10 @@ class TopKGate(sharded_moe.TopKGate):
             routing = top2_routing(logits, capacity, sample_second=self.top2_2nd_expert_sampling)
         else:
             routing = topk_routing(logits, capacity, k=self.k)
-        routing = replace(routing, tokens=passed)
         if kernels is not None and routing.ranks is None:  # no tokens
             counts = torch.zeros_like(routing.exp_counts, dtype=torch.int32)
-            routing = replace(routing, ranks=routing.topk_ids.int(), kept_counts=counts)
+            ranks = routing.topk_ids.int()
+            routing = replace(routing, ranks=ranks, kept_counts=counts, tokens=passed)
         if self.wall_clock_breakdown:
             self.timers(GATE_TIMER).stop()
             self.gate_time = self.timers(GATE_TIMER).elapsed(reset=True)
