@@ -212,21 +212,20 @@ class _FusedMLP(torch.autograd.Function):
             grads.add(dy, weighted_hidden, is_weighted=True)
         del dy, weighted_hidden, row_dots
         grad_x = push = None
-        if ctx.needs_input_grad[0] or dispatcher.has_peers:
+        has_dx = ctx.needs_input_grad[0] or dispatcher.has_peers
+        if has_dx:
             dx = torch.empty_like(rows)
             gemm.up_grad(dpre, dx)
             if needs_parameters:
                 push = dispatcher.push(dx, is_weighted=False)
-            if push is None:
-                grad_x = dispatcher.combine(dx, is_weighted=False)
-                del dx
+        num_hiding = int(push is not None)  # one weight gradient is long enough
         if needs_parameters:
-            for i, dpre_of_matrix in enumerate(dpre):
-                beside = push if i == 0 else None
-                grads.add(dpre_of_matrix, rows, is_weighted=False, beside=beside)
-                dpre_of_matrix.untyped_storage().resize_(0)  # autograd still has a reference
-        if push is not None:
-            grad_x = dispatcher.combine(dx, is_weighted=False, is_pushed=True)
+            grads.add_ups(dpre[:num_hiding], rows, beside=push)
+        if has_dx:
+            grad_x = dispatcher.combine(dx, is_weighted=False, is_pushed=push is not None)
+            del dx
+        if needs_parameters:
+            grads.add_ups(dpre[num_hiding:], rows)
         grad_weights = dispatcher.grad_weights()
         return grad_x, grad_weights, None, None, None, *grads.in_order(needs_parameters)
 
@@ -281,6 +280,19 @@ class _ParameterGrads:
             current_stream(a),
         )
         self._biases.append(sums.unbind())
+
+    def add_ups(self, dpre: Sequence[Tensor], x: Tensor, *, beside: object | None = None) -> None:
+        """Add those of some of the first matrices, in their order, and free what they are made of.
+
+        Args:
+            dpre: [R, F] each, freed.
+            x: [R, H].
+            beside: as in ``add``, of the first.
+        """
+        for of_matrix in dpre:
+            self.add(of_matrix, x, is_weighted=False, beside=beside)
+            of_matrix.untyped_storage().resize_(0)  # autograd still has a reference
+            beside = None
 
     def in_order(self, is_needed: bool) -> list[Tensor | None]:
         """Return them in the parameters' order, or as many times None."""
