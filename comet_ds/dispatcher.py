@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from comet_ds.exchange import CallShape, Exchange, ExposureMeter, Meeting
-from comet_ds.expert_gemm import ExpertRows
+from comet_ds.expert_gemm import ORDERS, ExpertRows, Pass
 from comet_ds.gate import Routing
 from comet_ds.kernels import current_stream
 from comet_ds.refine import Trial
@@ -34,6 +34,8 @@ class RowPlan(ExpertRows):
         row_of_route: [T_all, K] int64; -1 = dropped, or another rank's.
         token_of_row: [R] int32; among T_all, -1 = padding.
         row_weights: [R] fp32; routing weight, 0 in padding.
+        remote_begin: [N, W] int32; position of each ``block_order`` before which no block has rows
+            of ranks at this distance, in ring order, or farther.
         remote_rows: [R / row_block] int32; rows of other ranks' tokens in a block.
         topk_ids: [T_all, K] int64; expert of each route, of all ranks' experts.
         route_weights: [T_all, K] fp32; routing weight of routes that have a row.
@@ -49,6 +51,7 @@ class RowPlan(ExpertRows):
     row_of_route: Tensor
     token_of_row: Tensor
     row_weights: Tensor
+    remote_begin: Tensor
     remote_rows: Tensor
     topk_ids: Tensor
     route_weights: Tensor
@@ -62,6 +65,7 @@ class RowPlan(ExpertRows):
         num_experts: int,
         max_rows: int,
         row_block: int,
+        num_ranks: int = 1,
         num_split: tuple[int, ...] = (0,),
     ) -> RowPlan:
         """Allocate a plan."""
@@ -78,6 +82,7 @@ class RowPlan(ExpertRows):
             torch.empty_like(topk_ids),
             integers(max_rows),
             torch.empty(max_rows, dtype=torch.float32, device=device),
+            integers(len(num_split), num_ranks),
             integers(max_rows // row_block),
             topk_ids,
             torch.empty(topk_ids.shape, dtype=torch.float32, device=device),
@@ -94,6 +99,7 @@ class RowPlan(ExpertRows):
             self.expert_offsets,
             self.block_order,
             self.expert_order,
+            self.remote_begin,
             self.remote_rows,
             self.topk_ids,
             self.route_weights,
@@ -245,8 +251,9 @@ class PeerDispatcher:
         rows = max_rows(num_tokens, capacities, self.top_k, num_local, block)
         self.trial, self.division, self._meter = trial, trial.division, meter
         division = self.division
-        num_split = (0, division.pull.num_split, division.pull_grad.num_split)
-        self.plan = RowPlan.empty(ids, num_local, rows, block, num_split)
+        points = (division.pull, division.pull_grad, division.push)  # as ORDERS
+        num_split = (0, *(point.num_split for point in points))
+        self.plan = RowPlan.empty(ids, num_local, rows, block, len(num_tokens), num_split)
         self._tables: dict[str, Tensor] | None = {
             "topk_ids": routing.topk_ids,
             "topk_weights": routing.topk_weights.detach().contiguous(),
@@ -274,8 +281,7 @@ class PeerDispatcher:
         if tables:
             self.kernels.plan_rows(self._sources, self.plan.fields(), stream)
         num_blocks = self.plan.max_rows // self.kernels.row_block
-        num_panels = 1 + tokens.shape[1] // self.kernels.push_cols + 1  # at most
-        size = self.kernels.counter_bytes // 4 + max(num_blocks, num_panels)
+        size = self.kernels.counter_bytes // 4 + max(num_blocks, len(self.num_tokens))
         self._counters = self.plan.token_of_row.new_empty(2, size)  # for pulling, for pushing
         rows = dispatch_own(self._sources, tokens, self.plan, self.kernels, self._counters)
         pull = self.division.pull if tables else self.division.pull_grad
@@ -285,9 +291,8 @@ class PeerDispatcher:
         """As ``LocalDispatcher.push``."""
         if not is_weighted:
             return self._beside(rows, self.division.push_grad.num_ctas, self._counters[1])
-        push = self.division.push
-        first_panel = push.first_panel * self.kernels.push_cols
-        return self._beside(rows, push.num_ctas, self._counters[1], first_panel)
+        remote_begin = self.plan.remote_begin[ORDERS[Pass.DOWN]].data_ptr()
+        return self._beside(rows, self.division.push.num_ctas, self._counters[1], remote_begin)
 
     def combine(self, rows: Tensor, *, is_weighted: bool, is_pushed: bool = False) -> Tensor:
         """As ``LocalDispatcher.combine``, with the rows on all ranks."""
@@ -327,7 +332,7 @@ class PeerDispatcher:
         self._sources = self.kernels.Sources(rows, self.rank)
 
     def _beside(
-        self, rows: Tensor, num_ctas: int, counters: Tensor, first_panel: int = 0
+        self, rows: Tensor, num_ctas: int, counters: Tensor, remote_begin: int = 0
     ) -> object:
         """Return ``Communication`` of csrc/moe/exchange.h for one launch.
 
@@ -335,13 +340,13 @@ class PeerDispatcher:
             rows: [R, H]; pulled into, or pushed from.
             num_ctas: CTAs set apart.
             counters: ``Counters`` of csrc/moe/exchange.h.
-            first_panel: columns that are pushed first.
+            remote_begin: address of the plan's, of the order of the GEMM that writes the rows.
         """
         return self.kernels.Communication(
             *self._call(rows),
             rows.data_ptr(),
             num_ctas,
-            first_panel,
+            remote_begin,
             counters.data_ptr(),
             self.exchange.timeout_ns,
             self.exchange.late.data_ptr(),

@@ -38,7 +38,8 @@ class Pass(enum.IntEnum):
     WEIGHT_GRAD = 4
 
 
-_ORDERS = {Pass.UP: 1, Pass.DOWN_GRAD: 2}  # of ``ExpertRows``, where rows arrive
+# Of ``ExpertRows``, where rows or results travel meanwhile; DOWN's is computed backwards.
+ORDERS = {Pass.UP: 1, Pass.DOWN_GRAD: 2, Pass.DOWN: 3}
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class ExpertRows:
     Attributes:
         expert_offsets: [E + 1] int32; first row of each expert, multiples of ``row_block``.
         block_order: [N, R / row_block] int32; the order in which blocks are computed. Where rows
-            arrive meanwhile, N = 3: by expert, then as they arrive for ``up`` and ``down_grad``.
+            or results travel meanwhile, N = 4: by expert, then as ``ORDERS`` says.
         expert_order: [N, R / row_block] int32; these blocks' experts.
         max_rows: R.
     """
@@ -299,7 +300,7 @@ class ExpertGemm:
         else:
             observed = contextlib.nullcontext()
         w, rows = self.weights, self.rows
-        order = _ORDERS.get(which, 0) if beside is not None else 0
+        order = ORDERS.get(which, 0) if beside is not None else 0
         # A gradient of a linear function has no bias.
         has_bias = which in (Pass.UP, Pass.DOWN)
         arguments = (

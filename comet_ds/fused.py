@@ -153,7 +153,6 @@ class FusedExperts:
                 weights.ffn,
                 str(weights.dtype).removeprefix("torch."),
                 weights.num_sms,
-                -(-weights.hidden // weights.kernels.push_cols),
             )
             trial = exchange.trial(self.shape, has_backward)
             self.division = trial.division

@@ -8,9 +8,8 @@ what travels, until launches and messages cost more than that. The rates are wha
 
 from __future__ import annotations
 
-import functools
+import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,8 +18,10 @@ LINK_BYTES = 340e9  # over NVLink, one direction, bytes/s
 MEMORY_BYTES = 3.3e12  # read and written, bytes/s
 PULL_BYTES = 50e9  # read and written by one CTA that pulls, bytes/s
 PUSH_BYTES = 40e9  # read and written by one CTA that sums and pushes, bytes/s
-EXPOSED = 0.6  # share of the time it takes to read a GEMM's operand once more
+EXPOSED = 0.6  # share of the time it takes to read a GEMM's weights once more, while rows come
 MARGIN = 1.2  # of the work there is to be until rows have come
+TILE = 128 * 256  # elements of a result
+TILES_UNTIL_PUSH = 2.0  # times a tile takes, from when the last one is begun that a rank waits for
 # Of the pipelined path: torch's grouped GEMM, NCCL over NVLink and a 400 Gbit/s network, the share
 # of a network's rate that is reached, what every chunk costs the device beside its work, and how
 # long the host is busy in each direction, at least and for every chunk.
@@ -35,13 +36,13 @@ MESSAGE_SECONDS = 2e-6  # for every peer of an all-to-all
 MAX_CHUNKS = 8
 
 
-class Pull(NamedTuple):
-    """How tokens are pulled beside a GEMM.
+class DivisionPoint(NamedTuple):
+    """How a GEMM shares the GPU with what is pulled or pushed beside it.
 
     Attributes:
-        num_ctas: CTAs that begin with it.
-        num_split: experts whose rows of this rank's tokens are computed meanwhile; their weights
-            are read once more for the rest.
+        num_ctas: CTAs set apart.
+        num_split: experts whose rows of this rank's tokens are computed while others travel; their
+            weights are read once more for the rest. 0 where all rows are there before the GEMM.
         seconds: what the GEMM takes longer.
     """
 
@@ -50,28 +51,13 @@ class Pull(NamedTuple):
     seconds: float
 
 
-class Push(NamedTuple):
-    """How sums of rows are pushed beside a GEMM.
-
-    Attributes:
-        num_ctas: CTAs set apart.
-        first_panel: slices of columns that are pushed together, each slice behind them alone; 0
-            where the rows are there before the GEMM.
-        seconds: what the GEMM takes longer.
-    """
-
-    num_ctas: int
-    first_panel: int
-    seconds: float
-
-
 class Division(NamedTuple):
     """What goes on beside the GEMMs of a layer: up, down, and backward through them."""
 
-    pull: Pull
-    push: Push
-    pull_grad: Pull
-    push_grad: Push
+    pull: DivisionPoint
+    push: DivisionPoint
+    pull_grad: DivisionPoint
+    push_grad: DivisionPoint
 
 
 @dataclass(frozen=True)
@@ -86,7 +72,6 @@ class LayerShape:
         hidden, ffn: H, F.
         dtype: of activations and weights, both of 2 bytes.
         num_sms: of the GPU.
-        num_slices: slices of a row that are summed at a time.
     """
 
     num_tokens: tuple[int, ...]
@@ -98,7 +83,6 @@ class LayerShape:
     ffn: int
     dtype: str
     num_sms: int
-    num_slices: int
 
 
 def divide(shape: LayerShape) -> Division:
@@ -106,7 +90,7 @@ def divide(shape: LayerShape) -> Division:
     traffic, flop_per_row = Traffic.expected(shape), 2 * shape.hidden * shape.ffn
     return Division(
         traffic.pull(shape.num_ups * flop_per_row),
-        traffic.push_panels(flop_per_row, shape.num_slices),
+        traffic.push_results(flop_per_row),
         traffic.pull(flop_per_row),
         traffic.push(flop_per_row),
     )
@@ -193,7 +177,7 @@ class Traffic:
         """Return how long the link takes for tokens there, or sums back."""
         return self.tokens * self.token_bytes / LINK_BYTES
 
-    def pull(self, flop_per_row: float) -> Pull:
+    def pull(self, flop_per_row: float) -> DivisionPoint:
         """Choose for pulling beside a GEMM of so many FLOP a row.
 
         CTAs that have pulled compute.
@@ -211,10 +195,34 @@ class Traffic:
             computed = gemm + share(n) * reread + pull * n / self.num_sms
             return max(computed, pull + gemm * (1 - 1 / self.num_ranks))
 
-        best = self._best(cost)
-        return Pull(best, math.ceil(share(best) * self.num_experts), cost(best) - gemm)
+        best = min(self._counts(), key=cost)
+        num_split = math.ceil(share(best) * self.num_experts)
+        return DivisionPoint(best, num_split, cost(best) - gemm)
 
-    def push(self, flop_per_row: float) -> Push:
+    def push_results(self, flop_per_row: float) -> DivisionPoint:
+        """Choose for pushing sums of what a GEMM computes, of so many FLOP a row.
+
+        The CTAs set apart stop computing when the farthest rank's tiles are taken, and push. What
+        is left when there are no more tiles is pushed by all. Reading weights once more has not
+        been seen to cost anything here.
+        """
+        gemm = self._gemm(flop_per_row)
+        tile_flop = TILE * flop_per_row * 2 / self.token_bytes
+        until_push = TILES_UNTIL_PUSH * tile_flop * self.num_sms / GEMM_FLOPS
+
+        def cost(n: int, num_split: int) -> float:
+            push, share = self._move(PUSH_BYTES, n), num_split / self.num_experts
+            # Where all experts are split, results of one rank after the other are complete.
+            before = gemm * (1 / self.num_ranks if share == 1 else 1 - share / self.num_ranks)
+            behind = (gemm - before) * self.num_sms / (self.num_sms - n)
+            pushed = min(max(behind - until_push, 0.0) / push, 1.0) if push else 1.0
+            return before + behind + (1 - pushed) * self._move(PUSH_BYTES, self.num_sms)
+
+        choices = itertools.product(self._counts(), range(1, self.num_experts + 1))
+        best = min(choices, key=lambda choice: cost(*choice))
+        return DivisionPoint(*best, cost(*best) - gemm)
+
+    def push(self, flop_per_row: float) -> DivisionPoint:
         """Choose for pushing sums of rows that are there, beside a GEMM of so many FLOP a row.
 
         CTAs that have pushed compute.
@@ -225,36 +233,8 @@ class Traffic:
             push = self._move(PUSH_BYTES, n)
             return max(gemm + push * n / self.num_sms, push)
 
-        best = self._best(cost)
-        return Push(best, 0, cost(best) - gemm)
-
-    def push_panels(self, flop_per_row: float, num_slices: int) -> Push:
-        """Choose for pushing sums of what a GEMM computes, slice by slice of its columns.
-
-        The CTAs set apart stop computing with the first panel's tiles and push. What is left when
-        there are no more tiles is pushed by all.
-
-        Args:
-            flop_per_row: of the GEMM.
-            num_slices: slices of a row.
-        """
-        gemm = self._gemm(flop_per_row)
-        # Every panel reads the GEMM's operand, whose rows have flop_per_row / hidden bytes.
-        reread = self.all_rows * flop_per_row * 2 / self.token_bytes / MEMORY_BYTES * EXPOSED
-
-        def cost(n: int, first: int) -> float:
-            total = gemm + (num_slices - first) * reread
-            before = total * first / num_slices
-            behind = (total - before) * self.num_sms / (self.num_sms - n)
-            push = self._move(PUSH_BYTES, n)
-            pushed = min(behind / push if push else 1.0, 1 - 1 / num_slices)
-            return before + behind + (1 - pushed) * self._move(PUSH_BYTES, self.num_sms)
-
-        choices = []
-        for first in range(1, num_slices + 1):
-            best = self._best(functools.partial(cost, first=first))
-            choices.append(Push(best, first, cost(best, first) - gemm))
-        return min(choices, key=lambda choice: choice.seconds)
+        best = min(self._counts(), key=cost)
+        return DivisionPoint(best, 0, cost(best) - gemm)
 
     def _gemm(self, flop_per_row: float) -> float:
         return flop_per_row * self.all_rows / GEMM_FLOPS
@@ -263,5 +243,6 @@ class Traffic:
         moved = (self.tokens + self.rows) * self.token_bytes
         return max(self.wire_seconds(), moved / min(rate * n, MEMORY_BYTES))
 
-    def _best(self, cost: Callable[[int], float]) -> int:
-        return min(range(2, max(self.num_sms // 2, 2) + 1, 2), key=cost)
+    def _counts(self) -> range:
+        """Return how many CTAs may be set apart."""
+        return range(2, max(self.num_sms // 2, 2) + 1, 2)

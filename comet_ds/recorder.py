@@ -31,7 +31,7 @@ from comet_ds.kernels import load_kernels, num_sms
 from comet_ds.timing import LayerTimer
 
 # Activity in csrc/moe/timeline.h.
-ACTIVITIES = ("pull", "push", "await rows", "await panel", "multiply", "finish")
+ACTIVITIES = ("pull", "push", "await rows", "await tiles", "multiply", "finish")
 COMPUTATION = ("multiply", "finish")
 COMMUNICATION = ("pull", "push")
 RECORD = np.dtype(

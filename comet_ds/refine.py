@@ -25,10 +25,9 @@ from deepspeed import comm as dist
 from deepspeed.utils import logger
 
 from comet_ds.expert_gemm import Pass
-from comet_ds.overlap import Division, LayerShape, Pull, Push, divide
+from comet_ds.overlap import Division, DivisionPoint, LayerShape, divide
 from comet_ds.tuning import Origin, TuningKey, candidates, mean_tokens, write
 
-Point = Pull | Push
 # The GEMM beside which what a field of ``Division`` divides goes on.
 GEMMS = {
     Pass.UP: "pull",
@@ -98,7 +97,7 @@ class Trials:
     """
 
     def __init__(
-        self, choices: Mapping[str, Sequence[Point]], num_samples: int, num_idle: int = 0
+        self, choices: Mapping[str, Sequence[DivisionPoint]], num_samples: int, num_idle: int = 0
     ) -> None:
         self.choices = choices
         self._samples: dict[str, list[list[Sample]]] = {
@@ -129,7 +128,7 @@ class Trials:
 
         return {name: [median(s) for s in found] for name, found in self._samples.items()}
 
-    def best(self, medians: Sequence[Medians], gain: float) -> dict[str, Point]:
+    def best(self, medians: Sequence[Medians], gain: float) -> dict[str, DivisionPoint]:
         """Return by field the choice that is fastest on the slowest rank, by all ranks' medians.
 
         The first where it was not measured itself, or no other is faster by the gain.

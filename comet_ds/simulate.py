@@ -36,7 +36,6 @@ from comet_ds.overlap import (
 )
 
 NUM_SMS = 132
-SLICE_COLS = 512  # kPushCols in csrc/moe/exchange.h
 # What the grouped GEMM kernels reach on large shapes under their own load, FLOP/s.
 GEMM_FLOPS = 720e12
 # Share of the time it takes to move a pass's operands and results that its products do not hide.
@@ -133,7 +132,6 @@ class _Layer:
             shape.ffn,
             "bfloat16",
             NUM_SMS,
-            -(-shape.hidden // SLICE_COLS),
         )
         self.traffic = Traffic.expected(self.layer_shape)
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from deepspeed.utils import logger
 
-from comet_ds.overlap import Division, LayerShape, Pull, Push
+from comet_ds.overlap import Division, DivisionPoint, LayerShape
 
 VERSION = 2
 # Tokens a rank may have this many times more or fewer than where an entry was measured.
@@ -116,12 +116,10 @@ def mean_tokens(shape: LayerShape) -> int:
 def is_legal(division: Division, shape: LayerShape) -> bool:
     """Whether the kernels can run it: some CTAs, an even number, never most."""
     local = shape.num_experts // len(shape.num_tokens)
-    pulls, pushes = (division.pull, division.pull_grad), (division.push, division.push_grad)
     return (
         all(c.num_ctas % 2 == 0 and 2 <= c.num_ctas <= shape.num_sms // 2 for c in division)
-        and all(0 <= pull.num_split <= local for pull in pulls)
-        and 1 <= pushes[0].first_panel <= shape.num_slices
-        and pushes[1].first_panel == 0
+        and all(0 <= c.num_split <= local for c in division)
+        and division.push_grad.num_split == 0
     )
 
 
@@ -135,11 +133,7 @@ def candidates(division: Division, shape: LayerShape) -> dict[str, list[Division
     result: dict[str, list[Division]] = {}
     for field, choice in division._asdict().items():
         others = [choice._replace(num_ctas=count) for count in counts(choice.num_ctas)]
-        if field == "push":
-            panels = {1, shape.num_slices, choice.first_panel - 1, choice.first_panel + 1}
-            panels.discard(choice.first_panel)
-            others += [choice._replace(first_panel=count) for count in sorted(panels)]
-        if isinstance(choice, Pull):
+        if field != "push_grad":
             local = shape.num_experts // len(shape.num_tokens)
             splits = {local, choice.num_split // 2, min(2 * choice.num_split, local)}
             splits.discard(choice.num_split)
@@ -199,12 +193,11 @@ def write(
 
 def _parse(entry: Mapping[str, Any]) -> tuple[TuningKey, int, Division]:
     key, num_tokens = TuningKey(**entry["key"]), entry["num_tokens"]
-    kinds = {"pull": Pull, "push": Push, "pull_grad": Pull, "push_grad": Push}
-    points = {field: (*entry["division"][field], 0.0) for field in kinds}
-    numbers = [num_tokens, *(value for point in points.values() for value in point[:2])]
+    points = [DivisionPoint(*entry["division"][field], 0.0) for field in Division._fields]
+    numbers = [num_tokens, *(value for point in points for value in point[:2])]
     if not all(type(number) is int for number in numbers) or num_tokens < 1:
         raise ValueError("not numbers")
-    return key, num_tokens, Division(**{field: kinds[field](*points[field]) for field in kinds})
+    return key, num_tokens, Division(*points)
 
 
 @contextlib.contextmanager

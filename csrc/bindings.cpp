@@ -172,12 +172,12 @@ comet_ds::Sources make_sources(const std::vector<std::array<int64_t, 8>>& ranks,
 }
 
 // Addresses of row_of_route, token_of_row, row_weights, expert_offsets, block_order,
-// expert_order, remote_rows, topk_ids, route_weights, peers; then num_tokens, top_k, num_experts,
-// max_rows, and num_split of every order.
+// expert_order, remote_begin, remote_rows, topk_ids, route_weights, peers; then num_tokens, top_k,
+// num_experts, max_rows, and num_split of every order.
 using PlanFields = std::vector<int64_t>;
 
 comet_ds::RowPlan row_plan(const PlanFields& f) {
-    constexpr size_t kNumFixed = 14;
+    constexpr size_t kNumFixed = 15;
     const size_t num_orders = f.size() - kNumFixed;
     if (f.size() < kNumFixed || num_orders > comet_ds::kMaxOrders) {
         throw std::invalid_argument("not the fields of a plan");
@@ -188,14 +188,15 @@ comet_ds::RowPlan row_plan(const PlanFields& f) {
             .expert_offsets = pointer<int32_t>(f[3]),
             .block_order = pointer<int32_t>(f[4]),
             .expert_order = pointer<int32_t>(f[5]),
-            .remote_rows = pointer<int32_t>(f[6]),
-            .topk_ids = pointer<int64_t>(f[7]),
-            .route_weights = pointer<float>(f[8]),
-            .peers = pointer<uint32_t>(f[9]),
-            .num_tokens = f[10],
-            .top_k = f[11],
-            .num_experts = f[12],
-            .max_rows = f[13],
+            .remote_begin = pointer<int32_t>(f[6]),
+            .remote_rows = pointer<int32_t>(f[7]),
+            .topk_ids = pointer<int64_t>(f[8]),
+            .route_weights = pointer<float>(f[9]),
+            .peers = pointer<uint32_t>(f[10]),
+            .num_tokens = f[11],
+            .top_k = f[12],
+            .num_experts = f[13],
+            .max_rows = f[14],
             .num_orders = int(num_orders)};
     std::copy(f.begin() + kNumFixed, f.end(), plan.num_split);
     return plan;
@@ -256,14 +257,14 @@ comet_ds::ExchangeParams exchange_params(const comet_ds::Sources& sources, const
 
 comet_ds::Communication make_communication(const comet_ds::Sources& sources,
                                            const PlanFields& plan, int64_t hidden, int dtype,
-                                           uintptr_t rows, int num_ctas, int first_panel,
+                                           uintptr_t rows, int num_ctas, uintptr_t remote_begin,
                                            uintptr_t counters, uint64_t timeout_ns,
                                            uintptr_t late, uintptr_t exposure) {
-    if (plan[11] > comet_ds::kMaxTopK) throw std::invalid_argument("too many routes per token");
+    if (plan[12] > comet_ds::kMaxTopK) throw std::invalid_argument("too many routes per token");
     return {.exchange = exchange_params(sources, plan, hidden, dtype),
             .rows = pointer<void>(rows),
             .num_ctas = num_ctas,
-            .first_panel = first_panel,
+            .remote_begin = pointer<int32_t>(remote_begin),
             .counters = pointer<comet_ds::Counters>(counters),
             .timeout_ns = timeout_ns,
             .late = pointer<comet_ds::LateWait>(late),
@@ -409,6 +410,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.attr("max_ranks") = comet_ds::kMaxRanks;
     m.attr("max_top_k") = comet_ds::kMaxTopK;
     m.attr("counter_bytes") = sizeof(comet_ds::Counters);
-    m.attr("push_cols") = comet_ds::kPushCols;
     m.attr("down_grad_tile_cols") = comet_ds::kDownGradTileCols;
 }

@@ -240,19 +240,24 @@ def test_exposure() -> None:
 
 
 @pytest.mark.gpu(1)
-def test_every_division_computes_the_same() -> None:
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_every_division_computes_the_same(num_ranks: int) -> None:
     """Whatever a tuner may choose is compiled and runs, to the same bits."""
-    group = VirtualGroup(2, **options_for((16, 2, 1024, 256), "swiglu", BF16))
-    xs, grads = case([700, 600], 1024, BF16)
+    group = VirtualGroup(num_ranks, **options_for((16, 2, 1024, 256), "swiglu", BF16))
+    xs, grads = case([700, 600, 0, 500][:num_ranks], 1024, BF16)
     expected = group.run(xs, grads)
     shape = group.layers[0].deepspeed_moe.fused.shape
-    divisions = [d for found in candidates(divide(shape), shape).values() for d in found]
+    default = divide(shape)
+    divisions = [d for found in candidates(default, shape).values() for d in found]
+    splits = range(16 // num_ranks + 1)
+    divisions += [default._replace(push=default.push._replace(num_split=n)) for n in splits]
     assert len(divisions) >= 16
     for division in divisions:
         for exchange in group.exchanges:
             exchange.division = division
         got = group.run(xs, grads)
-        assert [layer.deepspeed_moe.fused.division for layer in group.layers] == [division] * 2
+        used = [layer.deepspeed_moe.fused.division for layer in group.layers]
+        assert used == [division] * num_ranks
         for ours, before in zip(got, expected, strict=True):
             different = [
                 what for what, value in before.items() if not torch.equal(ours[what], value)
@@ -693,19 +698,20 @@ def test_order_of_blocks(num_ranks: int, num_split: int) -> None:
     size = max_rows(num_tokens, None, top_k, num_local, block)
     ids = torch.empty(sum(num_tokens), top_k, dtype=torch.int64, device="cuda")
     ids = ids if num_ranks > 1 else tables[0][0]
-    plan = RowPlan.empty(ids, num_local, size, block, (num_split,))
+    plan = RowPlan.empty(ids, num_local, size, block, num_ranks, (num_split,))
     kernels.plan_rows(kernels.Sources(rows, 0), plan.fields(), current_stream(ids))
     offsets = plan.expert_offsets.tolist()
     num_blocks = offsets[-1] // block
     order, experts = (t[0, :num_blocks].tolist() for t in (plan.block_order, plan.expert_order))
     assert sorted(order) == list(range(num_blocks))
     held = torch.stack(counts)[:, :num_local].cumsum(0).cpu()
-    phases = []  # of each block, by its farthest rank
+    phases, distances = [], []  # of each block, by its farthest rank
     for b, e in zip(order, experts, strict=True):
         assert offsets[e] <= b * block < offsets[e + 1]
         last = min(b * block + block - offsets[e], int(held[-1, e]))
         distance = int((held[:, e] < last).sum())
         assert (int(plan.remote_rows[b]) > 0) == (distance > 0)
+        distances.append(distance)
         if num_split == num_local:
             phases.append(distance)
         else:
@@ -716,6 +722,13 @@ def test_order_of_blocks(num_ranks: int, num_split: int) -> None:
     segments = Counter(zip(phases, experts, strict=True))
     num_mixed = sum(a != b for a, b in pairs)
     assert num_mixed <= sum(size % 2 for size in segments.values()) / 2
+    own, *begins = plan.remote_begin[0].tolist()
+    assert own == 0
+    for distance, begin in enumerate(begins, 1):
+        # As late as it can be in pairs: behind it come those of unsplit experts too.
+        assert begin % 2 == 0 and all(d < distance for d in distances[:begin])
+        first = distance if num_split == num_local else 1
+        assert begin == sum(phase < first for phase in phases) // 2 * 2
 
 
 def test_auto_reserves_no_memory_for_the_worst_case(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,7 +216,7 @@ def test_exposure() -> None:
     """Means by direction, and what they are of the time the link takes alone."""
     meter, shape = (
         ExposureMeter(torch.device("cpu")),
-        LayerShape((8192, 8192), 0, 8, 128, 2, 2048, 768, "bfloat16", 132, 4),
+        LayerShape((8192, 8192), 0, 8, 128, 2, 2048, 768, "bfloat16", 132),
     )
     for _ in range(2):
         meter.begin(0)

@@ -14,7 +14,7 @@ import torch
 
 from comet_ds import refine
 from comet_ds.expert_gemm import Pass
-from comet_ds.overlap import Division, LayerShape, Push, divide
+from comet_ds.overlap import Division, DivisionPoint, LayerShape, divide
 from comet_ds.refine import (
     FINAL_SAMPLES,
     GEMMS,
@@ -26,7 +26,7 @@ from comet_ds.refine import (
 )
 from comet_ds.tuning import Origin, TuningTable, candidates, is_legal, read
 
-FINE = LayerShape((8192, 8192), 0, 8, 128, 2, 2048, 768, "bfloat16", 132, 4)
+FINE = LayerShape((8192, 8192), 0, 8, 128, 2, 2048, 768, "bfloat16", 132)
 ORIGIN = Origin("H200", "18 NVLinks", "abc")
 NUM_TOKENS = 16384
 
@@ -121,7 +121,7 @@ def test_trials_find_the_fastest() -> None:
 
 
 def test_slowest_rank_counts() -> None:
-    choices = {"push": [Push(8, 1, 0.0), Push(10, 1, 0.0), Push(12, 1, 0.0)]}
+    choices = {"push": [DivisionPoint(count, 1, 0.0) for count in (8, 10, 12)]}
     trials = Trials(choices, SAMPLES)
 
     def best(*medians: list[float], gain: float = 0.0) -> int:
@@ -148,7 +148,7 @@ def test_noise_and_tokens_change_nothing(spread: float) -> None:
             spend(trial, lambda field, point, noise=noise: noise.pop())
         default = tuner.default
         num_replaced += sum(a != b for a, b in zip(tuner.best, default, strict=True))
-    assert num_replaced <= (2 if spread < 0.05 else 20)  # of 80
+    assert num_replaced <= (6 if spread < 0.05 else 20)  # of 80, 2 to be expected of medians
 
 
 def test_forwards_alone_decide_nothing_of_backward() -> None:

@@ -25,8 +25,6 @@ MEASURED = {
     ("qwen2-moe", 2): (1.11, 3.10),
     ("olmoe", 2): (1.54, 4.26),
     ("qwen3-30b", 2): (1.30, 3.55),
-    ("mixtral-8x7b", 4): (8.50, 24.82),
-    ("qwen3-30b", 4): (1.56, 3.91),
 }
 # The same of the pipelined path on two, by the number of chunks.
 MEASURED_PIPELINED = {

@@ -25,12 +25,12 @@ from comet_ds.tuning import (
     write,
 )
 
-FINE = LayerShape((8192, 8192), 0, 8, 128, 2, 2048, 768, "bfloat16", 132, 4)
-WIDE = LayerShape((8192, 8192), 0, 2, 8, 2, 4096, 14336, "bfloat16", 132, 8)
+FINE = LayerShape((8192, 8192), 0, 8, 128, 2, 2048, 768, "bfloat16", 132)
+WIDE = LayerShape((8192, 8192), 0, 2, 8, 2, 4096, 14336, "bfloat16", 132)
 SHAPES = [
     FINE,
     WIDE,
-    replace(FINE, num_tokens=(1, 0), hidden=64, num_slices=1),
+    replace(FINE, num_tokens=(1, 0), hidden=64),
     replace(FINE, num_tokens=(64,) * 32),
     replace(FINE, num_sms=16, num_tokens=(300,) * 8),
 ]
@@ -47,6 +47,7 @@ def test_cost_model() -> None:
     assert fine.push_grad.num_ctas > wide.push_grad.num_ctas
     assert fine.pull.num_split / 64 > wide.pull.num_split / 4
     assert fine.pull_grad.num_split >= fine.pull.num_split
+    assert fine.push.num_split / 64 > wide.push.num_split / 4 > 0 == fine.push_grad.num_split
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.num_tokens[0]}x{len(s.num_tokens)}")
@@ -71,8 +72,8 @@ def test_illegal_choices() -> None:
         division._replace(push=push._replace(num_ctas=7)),
         division._replace(push=push._replace(num_ctas=0)),
         division._replace(push_grad=division.push_grad._replace(num_ctas=68)),
-        division._replace(push=push._replace(first_panel=0)),
-        division._replace(push=push._replace(first_panel=5)),
+        division._replace(push=push._replace(num_split=-1)),
+        division._replace(push_grad=division.push_grad._replace(num_split=1)),
         division._replace(pull=pull._replace(num_split=65)),
     ):
         assert not is_legal(wrong, FINE)

@@ -144,6 +144,13 @@ __global__ void __launch_bounds__(kPlanThreads)
             sizes[segment] = complete(other, is_rest ? num_ranks - 1 : round) - first;
         }
         __syncthreads();
+        if (blockIdx.x == 0 && threadIdx.x < num_ranks) {
+            const int distance = threadIdx.x;
+            const int before = by_distance || distance == 0 ? distance * num_experts : num_split;
+            int position = 0;
+            for (int segment = 0; segment < before; ++segment) position += sizes[segment];
+            plan.remote_begin[order * num_ranks + distance] = position / 2 * 2;
+        }
         if (expert >= num_experts) continue;
         const int num_blocks = complete(expert, num_ranks - 1);
         for (int j = i % kRowBlock; j < num_blocks; j += kRowBlock) {

@@ -36,8 +36,8 @@ struct Sources {
 // Orders in which blocks of rows are computed, to use an expert's weights while they are in L2 and
 // yet not wait for rows. An order splits so many experts: first come those blocks of theirs that
 // have own tokens only, then the other experts' blocks, then the rest, where all experts are split
-// by distance of the farthest rank.
-constexpr int kMaxOrders = 3;
+// by distance of the farthest rank. Backwards it is the order for results that travel.
+constexpr int kMaxOrders = 4;
 
 // Tokens are those of all ranks, by rank; experts are this rank's.
 struct RowPlan {
@@ -47,6 +47,8 @@ struct RowPlan {
     int32_t* expert_offsets;   // [num_experts + 1], multiples of kRowBlock
     int32_t* block_order;      // [orders, max_rows / kRowBlock]: an expert's in pairs, if possible
     int32_t* expert_order;     // [orders, max_rows / kRowBlock]: these blocks' experts
+    int32_t* remote_begin;     // [orders, ranks]: before this position, an even one, no block has
+                               // rows of ranks at this distance or farther
     int32_t* remote_rows;      // [max_rows / kRowBlock]: rows of other ranks' tokens in a block
     int64_t* topk_ids;         // [num_tokens, top_k]: the sources', together
     float* route_weights;      // [num_tokens, top_k]: of routes that have rows

@@ -37,7 +37,7 @@ void meet(const MeetParams& params, cudaStream_t stream) {
 void push_sums(const Communication& c, bool is_weighted, int num_sms, cudaStream_t stream) {
     specialise(c.exchange.dtype, is_weighted, [&](auto element, auto weighted) {
         using T = decltype(element);
-        constexpr size_t kSmemBytes = kPushWarps * sizeof(WidePushRing<T>);
+        constexpr size_t kSmemBytes = kPushWarps * sizeof(PushRing<T>);
         launch("push_sums", push_sums_kernel<T, weighted.value>,
                {unsigned(num_sms), kPushWarps * 32, kSmemBytes}, stream, c);
     });

@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kPushWarps * 32)
     push_sums_kernel(const __grid_constant__ Communication c) {
     begin_kernel();
     extern __shared__ __align__(16) uint8_t smem[];
-    auto& ring = reinterpret_cast<WidePushRing<T>*>(smem)[threadIdx.x / 32];
+    auto& ring = reinterpret_cast<PushRing<T>*>(smem)[threadIdx.x / 32];
     push_tokens<T, kIsWeighted>(c.exchange, static_cast<const T*>(c.rows), &c.counters->groups,
                                 ring, [](int) {});
 }

@@ -34,7 +34,7 @@ struct LateWait {
 struct Counters {
     uint32_t groups;      // of routes, taken by warps that communicate
     uint32_t units;       // of the GEMM, taken by clusters
-    uint32_t progress[];  // rows that have come, by block; or pieces stored, by panel
+    uint32_t progress[];  // rows that have come, by block; or pieces stored, by rank's distance
 };
 
 // What communication takes from computation, ns; added up over launches.
@@ -71,17 +71,13 @@ struct ExchangeParams {
 // Routes of a token; a warp holds them all.
 constexpr int kMaxTopK = 32;
 
-// Columns of a token that are summed at a time.
-constexpr int kPushCols = 512;
-
 // What goes on beside a GEMM in its kernel (overlap.cuh).
 struct Communication {
     ExchangeParams exchange;
     void* rows;          // written with pulled tokens, or summed and pushed
     int num_ctas;        // set apart for it; even, 0 for a kernel without communication
-    int first_panel;     // kDown: columns that are pushed when all are there, a multiple of
-                         // kPushCols; behind them every kPushCols are
-    Counters* counters;  // zero before
+    const int32_t* remote_begin;  // kDown: RowPlan's, of the order that it computes backwards
+    Counters* counters;           // zero before
     uint64_t timeout_ns;
     LateWait* late;
     Exposure* exposure;  // to add to, or null

@@ -54,7 +54,7 @@ struct ExpertGemmConfig {
     static constexpr bool kCommunicates = kCommunicatesValue;
     static constexpr bool kAwaitsRows =
         kCommunicates && (kPass == Pass::kUp || kPass == Pass::kDownGrad);
-    static constexpr bool kHasPanels = kCommunicates && kPass == Pass::kDown;
+    static constexpr bool kPushesResults = kCommunicates && kPass == Pass::kDown;
     using Comm = std::conditional_t<kCommunicates, Communication, NoCommunication>;
     using Communicating = ExpertGemmConfig<Element, kPass, kGated, kActivation, true>;
 
@@ -113,19 +113,20 @@ struct alignas(16) Tile {
     int col;        // first column
     int first_k;    // kWeightGrad: first row of the expert
     int num_steps;  // steps of kTileK
-    int is_valid;   // 0 behind the last one
-    int is_stored;
-    int shares_b;   // the cluster's CTAs have the same B tile
+    int distance;   // kDown with communication: of the farthest rank it may have rows of
+    bool is_valid;  // false behind the last one
+    bool is_stored;
+    bool shares_b;  // the cluster's CTAs have the same B tile
 };
 
 // Walks the tiles. Neighbouring clusters get tiles of neighbouring rows in groups of kGroupRows,
-// then the next columns of a panel, so that what runs at one time shares its operands in L2. One
-// panel has all columns, but where finished ones are awaited (overlap.cuh).
+// then the next columns, so that what runs at one time shares its operands in L2. Where results
+// travel (overlap.cuh), from the last row on, and those the farthest rank waits for by themselves.
 template <typename C>
 class Schedule {
 public:
-    __device__ Schedule(const ExpertGemmParams& p, const typename C::Comm& comm) : p_(p) {
-        if constexpr (C::kHasPanels) first_panel_units_ = comm.first_panel / C::kTileCols;
+    __device__ Schedule(const ExpertGemmParams& p, const typename C::Comm& comm)
+        : p_(p), comm_(comm) {
         units_n_ = ceil_div(p.n, C::kTileCols);
         if constexpr (C::kPass == Pass::kWeightGrad) {
             units_m_ = ceil_div(p.m, C::kTileM);
@@ -134,12 +135,15 @@ public:
             units_m_ = ceil_div(num_blocks_, C::kClusterSize);
             const int segments = C::kPass == Pass::kUpGrad && C::kGated ? 2 : 1;
             num_steps_ = segments * ceil_div(p.k, C::kTileK);
+            if constexpr (C::kPushesResults) {
+                const int begin = comm.remote_begin[comm.exchange.sources.num_ranks - 1];
+                farthest_units_m_ = units_m_ - begin / C::kClusterSize;
+            }
         }
     }
 
-    __device__ int first_panel_units() const {
-        return units_m_ * min(first_panel_units_, units_n_);
-    }
+    // The first so many units are those the farthest rank waits for.
+    __device__ int farthest_units() const { return farthest_units_m_ * units_n_; }
 
     // The tile of a unit that is this CTA's; no valid one where there is no such unit.
     __device__ void get(int unit, Tile& tile) const {
@@ -149,7 +153,7 @@ public:
             tile.expert = unit / (units_m_ * units_n_);
             tile.is_valid = tile.expert < p_.num_experts;
             if (!tile.is_valid) return;
-            place(unit - tile.expert * units_m_ * units_n_, unit_m, unit_n);
+            place(unit - tile.expert * units_m_ * units_n_, unit_m, unit_n, units_m_);
             tile.row = unit_m * C::kTileM;
             tile.is_stored = true;
             tile.shares_b = false;
@@ -158,8 +162,16 @@ public:
         } else {
             tile.is_valid = unit < units_m_ * units_n_;
             if (!tile.is_valid) return;
-            place(unit, unit_m, unit_n);
+            if constexpr (C::kPushesResults) {
+                const bool is_behind = unit >= farthest_units();
+                place(is_behind ? unit - farthest_units() : unit, unit_m, unit_n,
+                      is_behind ? units_m_ - farthest_units_m_ : farthest_units_m_);
+                unit_m = units_m_ - 1 - unit_m - (is_behind ? farthest_units_m_ : 0);
+            } else {
+                place(unit, unit_m, unit_n, units_m_);
+            }
             const int first = unit_m * C::kClusterSize, position = first + rank;
+            if constexpr (C::kPushesResults) tile.distance = farthest_distance(comm_, first);
             // Without a block of its own a CTA still loads its part of the other's operand.
             tile.is_stored = position < num_blocks_;
             tile.row = (tile.is_stored ? p_.block_order[position] : position) * C::kTileM;
@@ -177,25 +189,19 @@ private:
 
     static __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-    __device__ void place(int unit, int& m, int& n) const {
-        int first_n = 0, width = units_n_;
-        if constexpr (C::kHasPanels) {
-            const int behind = unit / units_m_ - first_panel_units_;  // the first panel's columns
-            constexpr int kUnits = kPushCols / C::kTileCols;
-            if (behind >= 0) first_n = first_panel_units_ + behind / kUnits * kUnits;
-            unit -= units_m_ * first_n;
-            width = min(behind < 0 ? first_panel_units_ : kUnits, units_n_ - first_n);
-        }
-        const int group = unit / (kGroupRows * width), first = group * kGroupRows;
-        const int size = min(kGroupRows, units_m_ - first);
-        const int rest = unit - first * width;
+    // The place of a unit among so many rows of units.
+    __device__ void place(int unit, int& m, int& n, int units_m) const {
+        const int group = unit / (kGroupRows * units_n_), first = group * kGroupRows;
+        const int size = min(kGroupRows, units_m - first);
+        const int rest = unit - first * units_n_;
         m = first + rest % size;
-        n = first_n + rest / size;
+        n = rest / size;
     }
 
     const ExpertGemmParams& p_;
+    const typename C::Comm& comm_;
     int num_blocks_, units_m_, units_n_, num_steps_;
-    int first_panel_units_ = 0;  // of columns
+    int farthest_units_m_ = 0;
 };
 
 // How a CTA's tiles get from the thread that finds them to all other roles: a ring of slots in
@@ -255,7 +261,9 @@ public:
         if constexpr (C::kCommunicates) {
             queue_ = &comm.counters->units;
             full_ = smem + C::kUnitOffset;
-            if (C::kHasPanels && is_set_apart(comm)) limit_ = schedule.first_panel_units();
+            if constexpr (C::kPushesResults) {
+                if (is_set_apart(comm)) limit_ = schedule.farthest_units();
+            }
         }
     }
 
@@ -579,7 +587,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     };
     sync_cluster();
     begin_kernel();
-    if constexpr (C::kCommunicates && !C::kHasPanels) {
+    if constexpr (C::kCommunicates && !C::kPushesResults) {
         if (is_set_apart(comm)) {
             Recorder<C::kPass> recorder(p.records, Recording::kCommunication, 0, threadIdx.x == 0);
             recorder.start();
@@ -621,20 +629,20 @@ __global__ void __launch_bounds__(C::kThreads, 1)
             recorder.start();
             multiply<C>(acc, tile.num_steps, ring, warpgroup);
             recorder.stop(Activity::kMultiply);
-            if constexpr (C::kHasPanels) pieces.flush(comm);
+            if constexpr (C::kPushesResults) pieces.flush(comm);
             if (!tile.is_stored) continue;
             finish_tile<C>(acc, tile, p, warpgroup, saved, staging);
             recorder.stop(Activity::kFinish);
-            if constexpr (C::kHasPanels) pieces.add(comm, tile.col);
+            if constexpr (C::kPushesResults) pieces.add(tile.distance);
         }
-        if constexpr (C::kHasPanels) {
+        if constexpr (C::kPushesResults) {
             pieces.flush(comm);
             static_assert(C::kMathWarps * sizeof(PushRing<Element>) <= C::kStages * C::kStageBytes);
             named_barrier_sync(kTurn, 2 * 128);  // the stages have been read
             Recorder<C::kPass> pushes(p.records, Recording::kCommunication, 0, threadIdx.x == 128);
-            push_panels(comm, reinterpret_cast<PushRing<Element>*>(smem_rings)[warp],
-                        p.expert_offsets[p.num_experts] / C::kTileM, C::kTileCols, C::kMathWarps,
-                        pushes);
+            const int pieces_per_block = (p.n + C::kTileCols - 1) / C::kTileCols * C::kMathWarps;
+            push_results(comm, reinterpret_cast<PushRing<Element>*>(smem_rings)[warp],
+                         p.expert_offsets[p.num_experts] / C::kTileM, pieces_per_block, pushes);
         }
         staging.begin();
     }

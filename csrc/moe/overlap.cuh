@@ -6,9 +6,10 @@
 //    when the rows of its block have come. Meanwhile there are tiles of this rank's own tokens
 //    (orders of blocks: dispatch.h).
 //    kWeightGrad: they first push rows that were complete before the launch.
-//    kDown: tiles run panel by panel of columns; when all pieces of a panel are stored, its sums
-//    are pushed: by the CTAs set apart, which take no more tiles when the first panel's are all
-//    taken, and by every CTA that finds no more tiles.
+//    kDown: tiles with rows of the farthest rank's tokens come first, those with this rank's own
+//    only last (the orders of kUp, backwards); when all pieces of a rank's tiles are stored, its
+//    sums are pushed: by the CTAs set apart, which take no more tiles when the farthest rank's are
+//    all taken, and by every CTA that finds no more tiles.
 // 2. Grid: the CTAs set apart are the first num_ctas, which are scheduled first. All take tiles
 //    from one queue (Units in expert_gemm.cuh) and groups of routes from another, so that nobody
 //    has to be given the right share.
@@ -17,12 +18,14 @@
 //                         fence, release, GPU scope), awaited by the thread that finds tiles
 //                         (acquire, proxy fence: the copy engine reads the rows), which hands the
 //                         tile to the loading thread by a barrier
-//        progress[panel]  kDown: += 1 by every math warp whose piece of a tile is in memory (bulk
+//        progress[distance]
+//                         kDown: += 1 by every math warp whose piece of a tile is in memory (bulk
 //                         group complete, proxy fence, release, GPU scope), awaited by warps that
-//                         push (acquire)
+//                         push (acquire). A tile counts for the farthest rank it may have rows of;
+//                         one with this rank's own only does not count.
 //    Pulling waits for nothing, so tiles get their rows, on however few SMs. In kDown the CTAs set
 //    apart wait for tiles of the others, so it needs more than num_ctas SMs that other kernels
-//    leave it at some time; with those, tiles wait for nothing and panels get complete.
+//    leave it at some time; with those, tiles wait for nothing and all ranks' get complete.
 // 4. Shared memory: rings of slices (token_stream.cuh) in place of the GEMM's stages and staging
 //    buffers, below its barriers.
 #pragma once
@@ -64,8 +67,12 @@ __device__ inline void wait_for_rows(const Communication& c, int block) {
     fence_proxy_async_global();
 }
 
-__device__ inline int panel_of(const Communication& c, int col) {
-    return col < c.first_panel ? 0 : 1 + (col - c.first_panel) / kPushCols;
+// The distance of the farthest rank whose tokens may have rows in kDown's block at a position of
+// its order; 0 is this one.
+__device__ inline int farthest_distance(const Communication& c, int position) {
+    int distance = c.exchange.sources.num_ranks - 1;
+    while (position < c.remote_begin[distance]) --distance;
+    return distance;
 }
 
 // A math warp's pieces of kDown's tiles: counted when they are in memory, which is known when the
@@ -73,20 +80,20 @@ __device__ inline int panel_of(const Communication& c, int col) {
 class StoredPieces {
 public:
     // After the piece's last store was committed.
-    __device__ void add(const Communication& c, int col) { panel_ = panel_of(c, col); }
-    // Waits for the piece before, if any, and counts it.
+    __device__ void add(int distance) { distance_ = distance; }
+    // Waits for the piece before, if it counts, and counts it.
     __device__ void flush(const Communication& c) {
-        if (panel_ < 0) return;
+        if (distance_ == 0) return;
         if (threadIdx.x % 32 == 0) {
             bulk_wait_group<0>();
             fence_proxy_async_global();
-            add_release_gpu(c.counters->progress + panel_, 1);
+            add_release_gpu(c.counters->progress + distance_, 1);
         }
-        panel_ = -1;
+        distance_ = 0;
     }
 
 private:
-    int panel_ = -1;
+    int distance_ = 0;
 };
 
 // Adds up how long CTAs do not compute, if anyone asks: one thread of each does.
@@ -111,7 +118,7 @@ private:
 template <typename Element, Pass kPass, int kRingBytes>
 __device__ inline void communicate_first(const Communication& c, uint8_t* smem) {
     constexpr bool kPulls = kPass == Pass::kUp || kPass == Pass::kDownGrad;
-    using Ring = std::conditional_t<kPulls, PullRing, WidePushRing<Element>>;
+    using Ring = std::conditional_t<kPulls, PullRing, PushRing<Element>>;
     const int warp = threadIdx.x / 32;
     if (warp >= int(kRingBytes / sizeof(Ring))) return;
     Ring& ring = reinterpret_cast<Ring*>(smem)[warp];
@@ -126,25 +133,25 @@ __device__ inline void communicate_first(const Communication& c, uint8_t* smem) 
     clock.stop();
 }
 
-// What a math warp of any CTA does after kDown's tiles: pushes what is left of the panels, each of
-// num_row_blocks tiles of tile_cols columns, stored in pieces_per_tile pieces.
+// What a math warp of any CTA does after kDown's tiles: pushes what is left of the sums of rows in
+// num_blocks blocks, each stored in pieces_per_block pieces.
 template <typename Element, typename Recorder>
-__device__ inline void push_panels(const Communication& c, PushRing<Element>& ring,
-                                   int num_row_blocks, int tile_cols, int pieces_per_tile,
-                                   Recorder& recorder) {
-    const int hidden = c.exchange.hidden;
-    int num_complete = 0;  // panels this warp has waited for
-    const auto await = [&](int slice) {
-        const int panel = panel_of(c, slice * kPushCols);
-        if (panel < num_complete) return;
-        num_complete = panel + 1;
-        const int cols = panel == 0 ? min(c.first_panel, hidden)
-                                    : min(kPushCols, hidden - slice * kPushCols);
-        const int tiles = num_row_blocks * ((cols + tile_cols - 1) / tile_cols);
+__device__ inline void push_results(const Communication& c, PushRing<Element>& ring,
+                                    int num_blocks, int pieces_per_block, Recorder& recorder) {
+    int complete = c.exchange.sources.num_ranks;  // for ranks at this distance the warp has waited
+    int end = num_blocks;                         // of their blocks
+    const auto await = [&](int distance) {
+        if (distance >= complete) return;
         recorder.stop(Activity::kPush);
-        if (threadIdx.x % 32 == 0) wait_for_count(c, panel, tiles * pieces_per_tile);
+        while (complete > distance) {
+            const int begin = c.remote_begin[--complete];
+            if (threadIdx.x % 32 == 0) {
+                wait_for_count(c, complete, (end - begin) * pieces_per_block);
+            }
+            end = begin;
+        }
         __syncwarp();
-        recorder.stop(Activity::kAwaitPanel);
+        recorder.stop(Activity::kAwaitTiles);
     };
     constexpr int kFirstMathThread = 128;
     ExposureClock clock(c, threadIdx.x == kFirstMathThread);

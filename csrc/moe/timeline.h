@@ -18,7 +18,7 @@ enum class Activity : uint8_t {
     kPull = 0,        // other ranks' tokens into rows
     kPush = 1,        // sums of rows into other ranks' memory
     kAwaitRows = 2,   // a tile's rows are still to come
-    kAwaitPanel = 3,  // sums wait for tiles
+    kAwaitTiles = 3,  // sums wait for tiles
     kMultiply = 4,    // products of a tile, and waiting for its operands
     kFinish = 5,      // its epilogue and stores
 };

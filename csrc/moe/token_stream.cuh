@@ -4,8 +4,9 @@
 // 1. Math: exchange.h. Pulled tokens are copied to all their rows; sums are added in fp32 in order
 //    of the routes and rounded once.
 // 2. Grid: any number of warps. They take groups of up to 32 routes, those of a few tokens, from
-//    one queue in ring order of the tokens' ranks, and slice by slice of columns where they push.
-//    A group is taken two groups before its turn, and its routes are read one before.
+//    one queue: rank by rank of the tokens, in ring order where they pull and from the farthest on
+//    where they push, a rank's slice by slice of columns. A group is taken two groups before its
+//    turn, and its routes are read one before.
 // 3. Flags: arrived[block] += 1 for every row, when it is written (release, GPU scope).
 // 4. Shared memory: a ring of slices for every warp; all but one are on their way while that is
 //    used. A lane copies and reads the same 16-byte vectors, so it waits for its own copies only.
@@ -59,14 +60,15 @@ __device__ inline void stream_slices(const Start& start, const Use& use) {
     }
 }
 
-constexpr int kNoRow = -1;
+constexpr int kNoRow = -1, kNoDistance = 0;
 
 // Up to 32 routes, a lane each: all those of some tokens.
 struct RouteGroup {
-    int rank;    // the tokens'
-    int slice;   // of columns
-    int token;   // the lane's, among its rank's
-    int row;     // of the lane's route; negative if it has none here, or the lane has no route
+    int rank;      // the tokens'
+    int distance;  // of that rank, in ring order
+    int slice;     // of columns
+    int token;     // the lane's, among its rank's
+    int row;       // of the lane's route; negative if it has none here, or the lane has no route
     float weight;
     uint32_t peers;  // RowPlan::peers of the token
 };
@@ -74,13 +76,13 @@ struct RouteGroup {
 // The groups one warp takes from the queue.
 class RouteGroups {
 public:
-    __device__ RouteGroups(const ExchangeParams& p, uint32_t* queue, int num_slices)
-        : p_(p), queue_(queue), num_slices_(num_slices) {
+    __device__ RouteGroups(const ExchangeParams& p, uint32_t* queue, int num_slices,
+                           bool is_farthest_first)
+        : p_(p), queue_(queue), num_slices_(num_slices), is_farthest_first_(is_farthest_first) {
         const int lane = threadIdx.x % 32, top_k = p.plan.top_k;
         tokens_per_group_ = 32 / top_k;
         token_in_group_ = lane / top_k;
         token_lanes_ = (~0u >> (32 - top_k)) << token_in_group_ * top_k;
-        for (int i = 1; i < p.sources.num_ranks; ++i) num_groups_ += num_groups(rank_at(i));
         take();
         load();
         take();
@@ -88,7 +90,7 @@ public:
 
     // Whether there is another one, and which.
     __device__ bool next(RouteGroup& group) {
-        if (loaded_.slice >= num_slices_) return false;
+        if (loaded_.distance == kNoDistance) return false;
         group = loaded_;
         load();
         take();
@@ -111,12 +113,23 @@ private:
     __device__ void load() {
         const uint32_t index = __shfl_sync(~0u, taken_, 0);
         loaded_.row = kNoRow;
-        loaded_.slice = num_groups_ > 0 ? index / num_groups_ : num_slices_;
-        if (loaded_.slice >= num_slices_) return;
-        int group = index % num_groups_, distance = 1, size;
-        while (group >= (size = num_groups(rank_at(distance)))) group -= size, ++distance;
-        loaded_.rank = rank_at(distance);
-        loaded_.token = group * tokens_per_group_ + token_in_group_;
+        loaded_.distance = kNoDistance;
+        const int num_ranks = p_.sources.num_ranks;
+        int group = index;
+        for (int i = 1; i < num_ranks; ++i) {
+            const int distance = is_farthest_first_ ? num_ranks - i : i, rank = rank_at(distance);
+            const int size = num_groups(rank);  // of a slice
+            if (group >= size * num_slices_) {
+                group -= size * num_slices_;
+                continue;
+            }
+            loaded_.rank = rank;
+            loaded_.distance = distance;
+            loaded_.slice = group / size;
+            loaded_.token = group % size * tokens_per_group_ + token_in_group_;
+            break;
+        }
+        if (loaded_.distance == kNoDistance) return;
         const Source& source = p_.sources.source[loaded_.rank];
         if (token_in_group_ >= tokens_per_group_ || loaded_.token >= source.num_tokens) return;
         const int64_t token = source.first_token + loaded_.token;
@@ -130,7 +143,7 @@ private:
     const ExchangeParams& p_;
     uint32_t* queue_;
     int num_slices_, tokens_per_group_, token_in_group_;
-    int num_groups_ = 0;  // a slice
+    bool is_farthest_first_;
     uint32_t token_lanes_, taken_ = 0;
     RouteGroup loaded_;
 };
@@ -145,7 +158,7 @@ using PullRing = SliceRing<PullNote, 4, 8>;
 __device__ inline void pull_tokens(const ExchangeParams& p, uint4* rows, uint32_t* queue,
                                    uint32_t* arrived, PullRing& ring) {
     const int lane = threadIdx.x % 32, row_vectors = p.hidden * 2 / kVectorBytes;
-    RouteGroups groups(p, queue, 1);
+    RouteGroups groups(p, queue, 1, false);
     RouteGroup group{};
     uint32_t left = 0;     // routes of the group to come, a bit each
     int next_vector = 0;   // of the token whose route is first among them
@@ -202,19 +215,17 @@ struct alignas(16) PushNote {
     float weight;
     int num_vectors;
 };
-// Slices of kPushCols columns, and twice as many where none are waited for.
 template <typename T>
-using PushRing = SliceRing<PushNote<T>, kPushCols / 256, 16>;
-template <typename T>
-using WidePushRing = SliceRing<PushNote<T>, kPushCols / 128, 8>;
+using PushRing = SliceRing<PushNote<T>, 4, 8>;
 
-// Sums tokens' rows into their slots, slice by slice of columns, once await(slice) has returned.
-template <typename T, bool kIsWeighted, typename Ring, typename Await>
+// Sums tokens' rows into their slots, once await(distance of the tokens' rank) has returned.
+template <typename T, bool kIsWeighted, typename Await>
 __device__ inline void push_tokens(const ExchangeParams& p, const T* rows, uint32_t* queue,
-                                   Ring& ring, const Await& await) {
+                                   PushRing<T>& ring, const Await& await) {
+    using Ring = PushRing<T>;
     constexpr int kSize = kVectorBytes / sizeof(T);
     const int lane = threadIdx.x % 32, row_vectors = p.hidden / kSize;
-    RouteGroups groups(p, queue, (row_vectors + Ring::kVectors - 1) / Ring::kVectors);
+    RouteGroups groups(p, queue, (row_vectors + Ring::kVectors - 1) / Ring::kVectors, true);
     RouteGroup group{};
     uint32_t left = 0;             // routes of the group to come, a bit each
     PushNote<T> note{};            // of the lane's route
@@ -222,7 +233,7 @@ __device__ inline void push_tokens(const ExchangeParams& p, const T* rows, uint3
     const auto start = [&](int slot) {
         while (left == 0) {
             if (!groups.next(group)) return false;
-            await(group.slice);
+            await(group.distance);
             left = __ballot_sync(~0u, group.row >= 0);
             const Source& source = p.sources.source[group.rank];
             const int64_t index = __popc(group.peers & ((1u << p.sources.rank) - 1));
