@@ -234,7 +234,7 @@ class Timeline:
         axes.set_ylabel("CTA, one an SM")
         axes.set_title(title, loc="left")
         handles = [patches.Patch(color=c, label=a) for a, c in colours.items()]
-        axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=6)
+        axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=6)
         figure.savefig(path)
 
 
