@@ -8,7 +8,6 @@ what travels, until launches and messages cost more than that. The rates are wha
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -218,7 +217,13 @@ class Traffic:
             pushed = min(max(behind - until_push, 0.0) / push, 1.0) if push else 1.0
             return before + behind + (1 - pushed) * self._move(PUSH_BYTES, self.num_sms)
 
-        choices = itertools.product(self._counts(), range(1, self.num_experts + 1))
+        def fitting(n: int) -> int:
+            busy = until_push + self._move(PUSH_BYTES, n)
+            own = gemm / self.num_ranks * self.num_sms / (self.num_sms - n)  # of all experts
+            share = min(busy / own, 1.0) if own else 1.0
+            return max(math.ceil(share * self.num_experts), 1)
+
+        choices = [(n, split) for n in self._counts() for split in (fitting(n), self.num_experts)]
         best = min(choices, key=lambda choice: cost(*choice))
         return DivisionPoint(*best, cost(*best) - gemm)
 
