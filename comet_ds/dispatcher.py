@@ -18,7 +18,7 @@ from comet_ds.exchange import CallShape, Exchange, ExposureMeter, Meeting
 from comet_ds.expert_gemm import ORDERS, ExpertRows, Pass
 from comet_ds.gate import Routing
 from comet_ds.kernels import current_stream
-from comet_ds.refine import Trial
+from comet_ds.refine import GEMMS, Trial
 from comet_ds.row_ops import DTYPE_CODES, sum_rows
 
 
@@ -250,9 +250,7 @@ class PeerDispatcher:
         block = self.kernels.row_block
         rows = max_rows(num_tokens, capacities, self.top_k, num_local, block)
         self.trial, self.division, self._meter = trial, trial.division, meter
-        division = self.division
-        points = (division.pull, division.pull_grad, division.push)  # as ORDERS
-        num_split = (0, *(point.num_split for point in points))
+        num_split = (0, *(getattr(self.division, GEMMS[gemm]).num_split for gemm in ORDERS))
         self.plan = RowPlan.empty(ids, num_local, rows, block, len(num_tokens), num_split)
         self._tables: dict[str, Tensor] | None = {
             "topk_ids": routing.topk_ids,

@@ -210,9 +210,10 @@ class Traffic:
         until_push = TILES_UNTIL_PUSH * tile_flop * self.num_sms / GEMM_FLOPS
 
         def cost(n: int, num_split: int) -> float:
-            push, share = self._move(PUSH_BYTES, n), num_split / self.num_experts
+            push, own = self._move(PUSH_BYTES, n), num_split / self.num_experts / self.num_ranks
             # Where all experts are split, results of one rank after the other are complete.
-            before = gemm * (1 / self.num_ranks if share == 1 else 1 - share / self.num_ranks)
+            by_distance = num_split == self.num_experts
+            before = gemm * (1 / self.num_ranks if by_distance else 1 - own)
             behind = (gemm - before) * self.num_sms / (self.num_sms - n)
             pushed = min(max(behind - until_push, 0.0) / push, 1.0) if push else 1.0
             return before + behind + (1 - pushed) * self._move(PUSH_BYTES, self.num_sms)

@@ -139,7 +139,7 @@ def test_noise_and_tokens_change_nothing(spread: float) -> None:
     """Candidates that are alike, in forwards of unlike tokens: the default nearly always stays."""
     random = Random(0)
     num_replaced = 0
-    for _ in range(20):
+    for _ in range(100):
         tuner = ShapeTuner(FINE, alone)
         while tuner.best is None:
             num_tokens = random.randrange(6000, 11000)
@@ -148,7 +148,7 @@ def test_noise_and_tokens_change_nothing(spread: float) -> None:
             spend(trial, lambda field, point, noise=noise: noise.pop())
         default = tuner.default
         num_replaced += sum(a != b for a, b in zip(tuner.best, default, strict=True))
-    assert num_replaced <= (6 if spread < 0.05 else 20)  # of 80, 2 to be expected of medians
+    assert num_replaced <= (10 if spread < 0.05 else 100)  # of 400
 
 
 def test_forwards_alone_decide_nothing_of_backward() -> None:
