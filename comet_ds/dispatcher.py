@@ -169,8 +169,7 @@ class LocalDispatcher:
 
         And what has to run beside the GEMM that reads them.
         """
-        sources = self._sources(tokens=tokens.data_ptr())
-        return dispatch_own(sources, tokens, self.plan, self.kernels), None
+        return dispatch_own(self._sources(), tokens, self.plan, self.kernels), None
 
     def push(self, rows: Tensor, *, is_weighted: bool) -> None:
         """Return what has to run beside a GEMM before ``combine``, None if nothing.
@@ -204,16 +203,16 @@ class LocalDispatcher:
             is_bfloat16: dtype of grad_rows and biases, else fp16.
         """
         self._grad_weights = self.plan.row_weights.new_empty(self.plan.topk_ids.shape)
-        sources = self._sources(grad_weights=self._grad_weights.data_ptr())
+        sources = self._sources(self._grad_weights.data_ptr())
         sum_row_dots(sources, self.plan, row_dots, grad_rows, bias, is_bfloat16, self.kernels)
 
     def grad_weights(self) -> Tensor:
         """Return [T, K] fp32: what was summed, 0 for dropped routes. After ``combine``."""
         return self._grad_weights
 
-    def _sources(self, *, tokens: int = 0, grad_weights: int = 0) -> object:
+    def _sources(self, grad_weights: int = 0) -> object:
         num_tokens = self.plan.topk_ids.shape[0]
-        return self.kernels.Sources([(0, 0, 0, 0, tokens, 0, grad_weights, num_tokens)], 0)
+        return self.kernels.Sources([(0, 0, 0, 0, 0, 0, grad_weights, num_tokens)], 0)
 
 
 class PeerDispatcher:
@@ -265,24 +264,29 @@ class PeerDispatcher:
         Other ranks' rows come beside the GEMM that reads them.
         """
         self.exchange.enter()
-        direction = int(self._tables is None)
+        tables, self._tables = self._tables, None
+        is_forward = tables is not None
         # A graph would add to the meter's memory long after its end.
         is_metered = self._meter is not None and not torch.cuda.is_current_stream_capturing()
-        self.exchange.exposure = self._meter.begin(direction) if is_metered else 0
+        self.exchange.exposure = self._meter.begin(int(not is_forward)) if is_metered else 0
         self._join(tokens)
         parts, rank = self._parts, self.rank
-        tables, self._tables = self._tables or {}, None
-        copies = [(table, parts[name][rank]) for name, table in tables.items()]
-        self.exchange.publish([*copies, (tokens, parts["tokens"][rank])])
-        self.exchange.meet(parts["flags"], Meeting.TOKENS)
-        stream = current_stream(tokens)
-        if tables:
-            self.kernels.plan_rows(self._sources, self.plan.fields(), stream)
         num_blocks = self.plan.max_rows // self.kernels.row_block
         size = self.kernels.counter_bytes // 4 + max(num_blocks, len(self.num_tokens))
         self._counters = self.plan.token_of_row.new_empty(2, size)  # for pulling, for pushing
-        rows = dispatch_own(self._sources, tokens, self.plan, self.kernels, self._counters)
-        pull = self.division.pull if tables else self.division.pull_grad
+        published = parts["tokens"][rank]
+        if is_forward:
+            copies = [(table, parts[name][rank]) for name, table in tables.items()]
+            self.exchange.publish([*copies, (tokens, published)])
+            self.exchange.meet(parts["flags"], Meeting.TOKENS)
+            self.kernels.plan_rows(self._sources, self.plan.fields(), current_stream(tokens))
+            published = 0
+        rows = dispatch_own(
+            self._sources, tokens, self.plan, self.kernels, self._counters, published
+        )
+        if not is_forward:
+            self.exchange.meet(parts["flags"], Meeting.TOKENS)
+        pull = self.division.pull if is_forward else self.division.pull_grad
         return rows, self._beside(rows, pull.num_ctas, self._counters[0])
 
     def push(self, rows: Tensor, *, is_weighted: bool) -> object:
@@ -362,13 +366,30 @@ def dispatch_own(
     plan: RowPlan,
     kernels: ModuleType,
     counters: Tensor | None = None,
+    published: int = 0,
 ) -> Tensor:
-    """Return [R, H] with the rows of this rank's tokens, and padding zero; set counters to zero."""
+    """Return [R, H] with the rows of this rank's tokens, and padding zero.
+
+    Args:
+        sources: of all ranks' tables.
+        tokens: [T, H].
+        plan: that of the rows.
+        kernels: the compiled kernels.
+        counters: to set to zero.
+        published: address to copy the tokens to, or 0.
+    """
     rows = tokens.new_empty(plan.max_rows, tokens.shape[1])
     row_bytes = tokens.shape[1] * tokens.element_size()
     to_zero = (0, 0) if counters is None else (counters.data_ptr(), counters.numel())
     kernels.dispatch_rows(
-        sources, plan.fields(), rows.data_ptr(), row_bytes, *to_zero, current_stream(tokens)
+        sources,
+        plan.fields(),
+        tokens.data_ptr(),
+        rows.data_ptr(),
+        published,
+        row_bytes,
+        *to_zero,
+        current_stream(tokens),
     )
     return rows
 

@@ -206,12 +206,12 @@ void plan_rows(const comet_ds::Sources& sources, const PlanFields& plan, uintptr
     comet_ds::plan_rows(sources, row_plan(plan), pointer<CUstream_st>(stream));
 }
 
-void dispatch_rows(const comet_ds::Sources& sources, const PlanFields& plan, uintptr_t rows,
-                   int64_t row_bytes, uintptr_t counters, int64_t num_counters,
-                   uintptr_t stream) {
-    comet_ds::dispatch_rows(sources, row_plan(plan), pointer<void>(rows), row_bytes,
-                            pointer<uint32_t>(counters), num_counters,
-                            pointer<CUstream_st>(stream));
+void dispatch_rows(const comet_ds::Sources& sources, const PlanFields& plan, uintptr_t tokens,
+                   uintptr_t rows, uintptr_t published, int64_t row_bytes, uintptr_t counters,
+                   int64_t num_counters, uintptr_t stream) {
+    comet_ds::dispatch_rows(sources, row_plan(plan), pointer<void>(tokens), pointer<void>(rows),
+                            pointer<void>(published), row_bytes, pointer<uint32_t>(counters),
+                            num_counters, pointer<CUstream_st>(stream));
 }
 
 void sum_row_dots(const comet_ds::Sources& sources, const PlanFields& plan, uintptr_t row_dots,

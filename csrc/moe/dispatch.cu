@@ -45,21 +45,25 @@ bool can_plan(int64_t num_experts, int num_ranks) {
 
 void plan_rows(const Sources& sources, const RowPlan& plan, cudaStream_t stream) {
     const int64_t num_items = std::max(plan.num_tokens * plan.top_k, plan.num_experts * kRowBlock);
-    const unsigned num_blocks = ceil_div(num_items, kPlanThreads);
+    const int blocks_per_order = ceil_div(plan.num_experts * kRowBlock, kPlanThreads);
+    const unsigned num_blocks =
+        plan.num_orders * blocks_per_order + ceil_div(num_items, kPlanThreads);
     const size_t smem_bytes = plan_smem_bytes(plan.num_experts, sources.num_ranks);
     launch("plan_rows", plan_rows_kernel, {num_blocks, kPlanThreads, smem_bytes}, stream, sources,
-           plan);
+           plan, blocks_per_order);
 }
 
-void dispatch_rows(const Sources& sources, const RowPlan& plan, void* rows, int64_t row_bytes,
-                   uint32_t* counters, int64_t num_counters, cudaStream_t stream) {
+void dispatch_rows(const Sources& sources, const RowPlan& plan, const void* tokens, void* rows,
+                   void* published, int64_t row_bytes, uint32_t* counters, int64_t num_counters,
+                   cudaStream_t stream) {
     const int64_t row_vectors = row_bytes / sizeof(uint4);
     const int64_t num_tokens = sources.source[sources.rank].num_tokens;
     const int64_t num_parts = num_tokens * ceil_div(row_vectors, kCopyVectors * 32);
     const int64_t num_token_blocks = ceil_div(num_parts, kRowWarps);
     const unsigned num_blocks = num_token_blocks + plan.num_experts;
     launch("dispatch_rows", dispatch_rows_kernel, {num_blocks, kRowWarps * 32}, stream, sources,
-           plan, static_cast<uint4*>(rows), row_vectors, num_token_blocks, counters, num_counters);
+           plan, static_cast<const uint4*>(tokens), static_cast<uint4*>(rows),
+           static_cast<uint4*>(published), row_vectors, num_token_blocks, counters, num_counters);
 }
 
 void sum_row_dots(const Sources& sources, const RowPlan& plan, const float* row_dots,

@@ -3,9 +3,10 @@
 //
 // 1. Math: dispatch.h. Rows are sorted by expert, then by the token's rank in ring order from this
 //    one, then by token; each expert's are padded to a multiple of kRowBlock.
-// 2. Grid: plan one thread a route or padding row; dispatch one warp kCopyVectors x 32 vectors of a
-//    token, behind these one block an expert for its padding and the counters; dots kDotLanes lanes
-//    a route, with biases a warp; expert sums one block an expert and kSumCols columns.
+// 2. Grid: plan kRowBlock threads an expert for every order, then a thread a route or padding row;
+//    dispatch one warp kCopyVectors x 32 vectors of a token, behind these one block an expert for
+//    its padding and the counters; dots kDotLanes lanes a route, with biases a warp; expert sums
+//    one block an expert and kSumCols columns.
 // 3. Flags: none. No atomics; sums run in a fixed order.
 // 4. Shared memory: plan 4 (E (2 W + 2) + 1) bytes for E experts and W ranks, expert sums 2 KB.
 #pragma once
@@ -59,17 +60,63 @@ __device__ inline int position_of(int segment, int i, const int* sizes, int num_
     return end - 1;
 }
 
+// Rows of this rank's experts, in shared memory.
+struct ExpertRows {
+    int num_experts;
+    int* offsets;  // [num_experts + 1]
+    int* counts;   // [num_ranks, num_experts]: of tokens of this rank and those up to a distance
+    int* totals;   // [num_experts], the last of counts
+
+    // Blocks of an expert whose rows are all there when the tokens up to a distance have come.
+    __device__ int complete(int expert, int distance) const {
+        const int count = counts[distance * num_experts + expert];
+        return (count == totals[expert] ? count + kRowBlock - 1 : count) / kRowBlock;
+    }
+};
+
+// Threads of one order; `sizes` is shared memory for its segments, `thread` counts those of all its
+// blocks, whole ones.
+__device__ inline void plan_order(const RowPlan& plan, const ExpertRows& rows, int num_ranks,
+                                  int order, int thread, int* sizes) {
+    const int num_experts = rows.num_experts, num_split = plan.num_split[order];
+    const bool by_distance = num_split == num_experts;
+    const int num_segments = by_distance ? num_ranks * num_experts : num_experts + num_split;
+    for (int segment = threadIdx.x; segment < num_segments; segment += kPlanThreads) {
+        const int expert = segment % num_experts, round = segment / num_experts;
+        const int first = round == 0 ? 0 : rows.complete(expert, round - 1);
+        const bool is_rest = expert >= num_split || (round > 0 && !by_distance);
+        sizes[segment] = rows.complete(expert, is_rest ? num_ranks - 1 : round) - first;
+    }
+    __syncthreads();
+    if (thread < num_ranks) {
+        const int before = by_distance || thread == 0 ? thread * num_experts : num_split;
+        int position = 0;
+        for (int segment = 0; segment < before; ++segment) position += sizes[segment];
+        plan.remote_begin[order * num_ranks + thread] = position / 2 * 2;
+    }
+    const int expert = thread / kRowBlock;
+    if (expert >= num_experts) return;
+    const int num_blocks = rows.complete(expert, num_ranks - 1);
+    for (int j = thread % kRowBlock; j < num_blocks; j += kRowBlock) {
+        int segment = expert, index = j;
+        while (index >= sizes[segment]) index -= sizes[segment], segment += num_experts;
+        const int position = position_of(segment, index, sizes, num_segments);
+        const int64_t at = order * (plan.max_rows / kRowBlock) + position;
+        plan.block_order[at] = rows.offsets[expert] / kRowBlock + j;
+        plan.expert_order[at] = expert;
+    }
+}
+
 __global__ void __launch_bounds__(kPlanThreads)
     plan_rows_kernel(const __grid_constant__ Sources sources,
-                     const __grid_constant__ RowPlan plan) {
+                     const __grid_constant__ RowPlan plan, int blocks_per_order) {
     begin_kernel();
     extern __shared__ int smem[];
     const int num_experts = plan.num_experts, num_ranks = sources.num_ranks;
-    int* offsets = smem;                     // [num_experts + 1]
-    int* counts = offsets + num_experts + 1;  // [num_ranks, num_experts]: an expert's rows of this
-                                              // rank and of those up to a distance in ring order
-    const int* totals = counts + (num_ranks - 1) * num_experts;
-    int* sizes = counts + num_ranks * num_experts;  // [segments of an order]
+    int* const offsets = smem;
+    int* const counts = offsets + num_experts + 1;
+    int* const totals = counts + (num_ranks - 1) * num_experts;
+    int* const sizes = totals + num_experts;
     const int64_t first_expert = int64_t{sources.rank} * num_experts;
     for (int expert = threadIdx.x; expert < num_experts; expert += kPlanThreads) {
         int count = 0;
@@ -89,12 +136,15 @@ __global__ void __launch_bounds__(kPlanThreads)
         if (blockIdx.x == 0) plan.expert_offsets[expert] = offset;
     }
     __syncthreads();
-    // Blocks of an expert whose rows are all there when the tokens up to a distance have come.
-    const auto complete = [&](int expert, int distance) {
-        const int count = counts[distance * num_experts + expert];
-        return (count == totals[expert] ? count + kRowBlock - 1 : count) / kRowBlock;
-    };
-    const int64_t i = int64_t{blockIdx.x} * kPlanThreads + threadIdx.x;
+    // The orders first: they take longest.
+    const int order = blockIdx.x / blocks_per_order;
+    if (order < plan.num_orders) {
+        const int thread = blockIdx.x % blocks_per_order * kPlanThreads + threadIdx.x;
+        plan_order(plan, {num_experts, offsets, counts, totals}, num_ranks, order, thread, sizes);
+        return;
+    }
+    const int64_t block = blockIdx.x - plan.num_orders * blocks_per_order;
+    const int64_t i = block * kPlanThreads + threadIdx.x;
     if (i < plan.num_tokens * plan.top_k) {
         const int64_t token = i / plan.top_k;
         const int rank = source_of(sources, token);
@@ -131,43 +181,13 @@ __global__ void __launch_bounds__(kPlanThreads)
                                           max(own, j * kRowBlock), 0);
         }
     }
-    if (int64_t{blockIdx.x} * kPlanThreads >= num_experts * kRowBlock) return;
-    for (int order = 0; order < plan.num_orders; ++order) {
-        const int num_split = plan.num_split[order];
-        const bool by_distance = num_split == num_experts;
-        const int num_segments = by_distance ? num_ranks * num_experts : num_experts + num_split;
-        __syncthreads();
-        for (int segment = threadIdx.x; segment < num_segments; segment += kPlanThreads) {
-            const int other = segment % num_experts, round = segment / num_experts;
-            const int first = round == 0 ? 0 : complete(other, round - 1);
-            const bool is_rest = other >= num_split || (round > 0 && !by_distance);
-            sizes[segment] = complete(other, is_rest ? num_ranks - 1 : round) - first;
-        }
-        __syncthreads();
-        if (blockIdx.x == 0 && threadIdx.x < num_ranks) {
-            const int distance = threadIdx.x;
-            const int before = by_distance || distance == 0 ? distance * num_experts : num_split;
-            int position = 0;
-            for (int segment = 0; segment < before; ++segment) position += sizes[segment];
-            plan.remote_begin[order * num_ranks + distance] = position / 2 * 2;
-        }
-        if (expert >= num_experts) continue;
-        const int num_blocks = complete(expert, num_ranks - 1);
-        for (int j = i % kRowBlock; j < num_blocks; j += kRowBlock) {
-            int segment = expert, index = j;
-            while (index >= sizes[segment]) index -= sizes[segment], segment += num_experts;
-            const int position = position_of(segment, index, sizes, num_segments);
-            const int64_t at = order * (plan.max_rows / kRowBlock) + position;
-            plan.block_order[at] = offsets[expert] / kRowBlock + j;
-            plan.expert_order[at] = expert;
-        }
-    }
 }
 
 __global__ void __launch_bounds__(kRowWarps * 32)
     dispatch_rows_kernel(const __grid_constant__ Sources sources,
-                         const __grid_constant__ RowPlan plan, uint4* rows, int64_t row_vectors,
-                         int64_t num_token_blocks, uint32_t* counters, int64_t num_counters) {
+                         const __grid_constant__ RowPlan plan, const uint4* tokens, uint4* rows,
+                         uint4* published, int64_t row_vectors, int64_t num_token_blocks,
+                         uint32_t* counters, int64_t num_counters) {
     begin_kernel();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (blockIdx.x >= num_token_blocks) {
@@ -188,12 +208,19 @@ __global__ void __launch_bounds__(kRowWarps * 32)
     const int64_t item = int64_t{blockIdx.x} * kRowWarps + warp, token = item / parts;
     if (token >= own.num_tokens) return;
     // The token's part is read once, whatever the number of its rows.
-    const auto* from = static_cast<const uint4*>(own.tokens) + token * row_vectors;
+    const uint4* from = tokens + token * row_vectors;
     const int64_t first = item % parts * kCopyVectors * 32 + lane;
     uint4 part[kCopyVectors];
 #pragma unroll
     for (int i = 0; i < kCopyVectors; ++i) {
         if (first + i * 32 < row_vectors) part[i] = from[first + i * 32];
+    }
+    if (published != nullptr) {
+#pragma unroll
+        for (int i = 0; i < kCopyVectors; ++i) {
+            const int64_t at = first + i * 32;
+            if (at < row_vectors) published[token * row_vectors + at] = part[i];
+        }
     }
     const int64_t* row_of_route = plan.row_of_route + (own.first_token + token) * plan.top_k;
     for (int64_t k = 0; k < plan.top_k; ++k) {

@@ -70,10 +70,11 @@ bool can_plan(int64_t num_experts, int num_ranks);
 void plan_rows(const Sources& sources, const RowPlan& plan, cudaStream_t stream);
 
 // rows[r] = the token's activation for this rank's own tokens, zero in padding; both of row_bytes,
-// a multiple of 16. Rows of other ranks' tokens are left alone. Sets counters, which kernels behind
-// need (exchange.h), to zero.
-void dispatch_rows(const Sources& sources, const RowPlan& plan, void* rows, int64_t row_bytes,
-                   uint32_t* counters, int64_t num_counters, cudaStream_t stream);
+// a multiple of 16. Rows of other ranks' tokens are left alone. Copies the tokens to where peers
+// read them, unless that is null. Sets counters, which kernels behind need (exchange.h), to zero.
+void dispatch_rows(const Sources& sources, const RowPlan& plan, const void* tokens, void* rows,
+                   void* published, int64_t row_bytes, uint32_t* counters, int64_t num_counters,
+                   cudaStream_t stream);
 
 // grad_weights[t, k] in the token's rank = sum over tiles of row_dots[tile, r], plus <grad_rows[r],
 // bias of r's expert> where there are biases. Routes to this rank's experts are written, and 0 for

@@ -13,10 +13,10 @@
 //    Only meet waits for another rank, in one block that holds nothing a peer needs, whatever else
 //    runs beside it; every other kernel comes behind a meeting and finds what it reads, publish
 //    behind the last one of the direction before, also where it runs on a stream of its own.
-//    Two meetings a direction: after publish (tokens and tables can be read) and after the last
-//    push (slots are complete). Memory is reused safely: who comes to the second has read what was
-//    published, and a slot is written again only after the first meeting of the next direction, to
-//    which its owner comes when it has read it.
+//    Two meetings a direction: after publish, or dispatch_rows in its place (tokens and tables can
+//    be read), and after the last push (slots are complete). Memory is reused safely: who comes to
+//    the second has read what was published, and a slot is written again only after the first
+//    meeting of the next direction, to which its owner comes when it has read it.
 // 4. Shared memory: push_sums a ring of slices for every warp (token_stream.cuh). Partial sums have
 //    one writer each and are added in order: the same input gives the same bits.
 // 5. Sources: PTX ISA, memory consistency model (system scope, cumulativity).

@@ -163,10 +163,11 @@ public:
             tile.is_valid = unit < units_m_ * units_n_;
             if (!tile.is_valid) return;
             if constexpr (C::kPushesResults) {
-                const bool is_behind = unit >= farthest_units();
-                place(is_behind ? unit - farthest_units() : unit, unit_m, unit_n,
-                      is_behind ? units_m_ - farthest_units_m_ : farthest_units_m_);
-                unit_m = units_m_ - 1 - unit_m - (is_behind ? farthest_units_m_ : 0);
+                const bool is_farthest = unit < farthest_units();
+                const int before = is_farthest ? 0 : farthest_units_m_;
+                const int end = is_farthest ? farthest_units_m_ : units_m_;
+                place(unit - before * units_n_, unit_m, unit_n, end - before);
+                unit_m = units_m_ - 1 - before - unit_m;
             } else {
                 place(unit, unit_m, unit_n, units_m_);
             }
