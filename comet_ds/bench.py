@@ -8,7 +8,7 @@
 bf16, one expert parallel group over all ranks, gate included, DeepSpeed's layer beside ours with
 the same input and weights. Nothing is timed before our output and gradients are as close to fp32
 as DeepSpeed's; with several ranks, before output and input gradient agree with DeepSpeed's. Runs
-are interleaved, printed are medians.
+are interleaved; printed are medians, with several ranks the slowest one's.
 
 Two times are taken of a layer: `wall` from an idle GPU, host included, and `device` with the GPU
 kept busy until the host has enqueued everything, as in a model that is not bound by its host.
@@ -56,7 +56,7 @@ from comet_ds.expert_gemm import ExpertGemm
 from comet_ds.gate import Routing
 from comet_ds.layer import MoE
 from comet_ds.reference import reference_moe
-from comet_ds.timing import Timer, time_functions
+from comet_ds.timing import Timer, slowest_rank, time_functions
 
 # Our error against fp32 may be this many times DeepSpeed's.
 ERROR_RATIO = 1.5
@@ -111,7 +111,7 @@ def _relative_error(got: list[Tensor], expected: list[Tensor]) -> float:
 def time_layers(
     layers: dict[str, DeepSpeedMoE], x: Tensor, grad: Tensor, num_runs: int
 ) -> dict[str, dict[str, float]]:
-    """Return times in ms and memory in MiB of every layer."""
+    """Return times in ms and memory in MiB of every layer: medians, the largest of all ranks'."""
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in layers}
     for _ in range(num_runs):
         for name, layer in layers.items():
@@ -137,9 +137,11 @@ def time_layers(
                 for key, value in values.items():
                     found.setdefault(key, []).append(value)
                 layer.zero_grad(set_to_none=True)
+    keys = list(next(iter(samples.values())))
+    medians = [[statistics.median(found[key]) for key in keys] for found in samples.values()]
+    largest = slowest_rank(medians, x.device)
     return {
-        name: {key: statistics.median(values) for key, values in found.items()}
-        for name, found in samples.items()
+        name: dict(zip(keys, row, strict=True)) for name, row in zip(samples, largest, strict=True)
     }
 
 

@@ -52,6 +52,16 @@ def time_functions(
     return {name: statistics.median(t) for name, t in times.items()}
 
 
+def slowest_rank(times: list[list[float]], device: torch.device) -> list[list[float]]:
+    """Return the largest of all ranks' values, each by itself; on ``device`` meanwhile.
+
+    Collective.
+    """
+    largest = torch.tensor(times, dtype=torch.float64, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
 class LayerTimer:
     """Times the forward and backward of a layer, while it is asked to.
 

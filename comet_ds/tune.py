@@ -35,7 +35,7 @@ from comet_ds.config import CometConfig, read_block
 from comet_ds.exchange import exchange_of
 from comet_ds.layer import MoE
 from comet_ds.overlap import Division, LayerShape, divide
-from comet_ds.timing import Timer
+from comet_ds.timing import Timer, slowest_rank
 from comet_ds.tuning import candidates, default_path, write
 
 FORWARD_FIELDS = ("pull", "push")
@@ -62,9 +62,7 @@ def time_divisions(
             layer.zero_grad(set_to_none=True)
     exchange.division = None
     medians = [[statistics.median(times) for times in zip(*s, strict=True)] for s in samples]
-    slowest = torch.tensor(medians, device=x.device)
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    return [(forward, both) for forward, both in slowest.tolist()]
+    return [(forward, both) for forward, both in slowest_rank(medians, x.device)]
 
 
 class Tuned(NamedTuple):

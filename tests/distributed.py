@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from torch.distributed import TCPStore
 
 CALL_TIMEOUT_S = 240
 GRACE_S = 10
@@ -30,14 +30,13 @@ class World:
     def __init__(self, size: int, backend: str = "gloo") -> None:
         self.size = size
         context = mp.get_context("spawn")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
+        # Here, not in a rank: a port found free may be another's when a rank comes to listen.
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._pipes, self._processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, size, self._port, backend, theirs), daemon=True
+                target=_serve, args=(rank, size, self._store.port, backend, theirs), daemon=True
             )
             process.start()
             self._pipes.append(ours)
@@ -89,7 +88,7 @@ class World:
             process.kill()
             process.join()
         self._processes = []
-        for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self._port}_*"):
+        for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self._store.port}_*"):
             path.unlink()
 
 
@@ -101,6 +100,7 @@ def _serve(rank: int, size: int, port: int, backend: str, pipe: Any) -> None:
         LOCAL_SIZE=str(size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",  # the parent's, as under torch's launcher
     )
     torch.set_num_threads(1)
     if backend == "gloo":

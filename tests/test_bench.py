@@ -12,8 +12,17 @@ from deepspeed.moe.layer import MoE as DeepSpeedMoE
 
 from comet_ds import MoE, bench
 from comet_ds.bench_layers import GatedMLP, Shape
+from comet_ds.timing import slowest_rank
 
 SHAPE = Shape(64, 32, 8, 2)
+
+
+def check_slowest(rank: int, size: int) -> list[list[float]]:
+    return slowest_rank([[rank + 0.1, -rank], [3.5, size - rank]], torch.device("cpu"))
+
+
+def test_slowest_rank_counts(world) -> None:
+    assert world(2).run(check_slowest) == [[[1.1, 0.0], [3.5, 2.0]]] * 2
 
 
 def test_gates_are_timed_and_printed(monkeypatch: pytest.MonkeyPatch) -> None:
