@@ -280,9 +280,9 @@ class PeerDispatcher:
             self.exchange.publish([*copies, (tokens, published)])
             self.exchange.meet(parts["flags"], Meeting.TOKENS)
             self.kernels.plan_rows(self._sources, self.plan.fields(), current_stream(tokens))
-            published = 0
+        to_publish = 0 if is_forward else published
         rows = dispatch_own(
-            self._sources, tokens, self.plan, self.kernels, self._counters, published
+            self._sources, tokens, self.plan, self.kernels, self._counters, to_publish
         )
         if not is_forward:
             self.exchange.meet(parts["flags"], Meeting.TOKENS)

@@ -260,8 +260,11 @@ comet_ds::Communication make_communication(const comet_ds::Sources& sources,
                                            uintptr_t rows, int num_ctas, uintptr_t remote_begin,
                                            uintptr_t counters, uint64_t timeout_ns,
                                            uintptr_t late, uintptr_t exposure) {
-    if (plan[12] > comet_ds::kMaxTopK) throw std::invalid_argument("too many routes per token");
-    return {.exchange = exchange_params(sources, plan, hidden, dtype),
+    const auto exchange = exchange_params(sources, plan, hidden, dtype);
+    if (exchange.plan.top_k > comet_ds::kMaxTopK) {
+        throw std::invalid_argument("too many routes per token");
+    }
+    return {.exchange = exchange,
             .rows = pointer<void>(rows),
             .num_ctas = num_ctas,
             .remote_begin = pointer<int32_t>(remote_begin),

@@ -215,22 +215,17 @@ __global__ void __launch_bounds__(kRowWarps * 32)
     for (int i = 0; i < kCopyVectors; ++i) {
         if (first + i * 32 < row_vectors) part[i] = from[first + i * 32];
     }
-    if (published != nullptr) {
+    const auto store = [&](uint4* to, int64_t row) {
 #pragma unroll
         for (int i = 0; i < kCopyVectors; ++i) {
             const int64_t at = first + i * 32;
-            if (at < row_vectors) published[token * row_vectors + at] = part[i];
+            if (at < row_vectors) to[row * row_vectors + at] = part[i];
         }
-    }
+    };
+    if (published != nullptr) store(published, token);
     const int64_t* row_of_route = plan.row_of_route + (own.first_token + token) * plan.top_k;
     for (int64_t k = 0; k < plan.top_k; ++k) {
-        const int64_t row = row_of_route[k];
-        if (row < 0) continue;
-#pragma unroll
-        for (int i = 0; i < kCopyVectors; ++i) {
-            const int64_t at = first + i * 32;
-            if (at < row_vectors) rows[row * row_vectors + at] = part[i];
-        }
+        if (row_of_route[k] >= 0) store(rows, row_of_route[k]);
     }
 }
 
