@@ -19,7 +19,7 @@
 //    token of many routes several), backward one warp a token.
 // 3. Flags: none; launches on one stream are ordered. Atomics set bits and count integers; sums of
 //    floats have a fixed order.
-// 4. Shared memory: select 4 bytes an expert and queue; admit 18 KB, finish 512 bytes.
+// 4. Shared memory: select 4 bytes an expert and queue; admit 22 KB, finish 512 bytes.
 // 5. Sources: deepspeed/moe/sharded_moe.py (top1gating, top2gating, topkgating); torch.topk breaks
 //    ties by index and takes NaN for the largest value.
 #pragma once
@@ -36,6 +36,7 @@ namespace comet_ds {
 constexpr int kSelectThreads = kTokensPerWord * 32;
 constexpr int kAdmitThreads = 256;
 constexpr int kCachedKeys = 4096;  // an even share of 32k tokens, 64 experts, top_k = 8
+constexpr int kCachedWords = 512;  // of 16k tokens
 constexpr int kFinishThreads = 128;
 constexpr int kGradWarps = 8;
 
@@ -150,8 +151,10 @@ public:
             Reduce::TempStorage reduce;
         };
         int histogram[kAdmitThreads];  // one bin a thread
-        int digit, rank;
-        uint32_t keys[kCachedKeys];  // of the first routes, in order
+        int digit, rank, count;
+        uint32_t keys[kCachedKeys];    // of the first routes, in order
+        uint32_t words[kCachedWords];  // the first ones
+        int before[kCachedWords];      // routes of earlier words
     };
 
     __device__ Admission(const GateParams& p, int expert, Storage& smem)
@@ -178,13 +181,19 @@ public:
     }
 
     // Returns the number of the expert's routes, and reads their priorities: `before` has where a
-    // word's begin, and the first kCachedKeys stay in shared memory.
+    // word's begin; the first words, and the priorities of the first routes, stay in shared memory.
     __device__ int read_keys() {
         return scan([&](int64_t word) { return __popc(routed(0, word)); },
                     [&](int64_t word, int before) {
-                        p_.before[expert_ * words_ + word] = before;
+                        uint32_t bits = routed(0, word);
+                        if (word < kCachedWords) {
+                            smem_.words[word] = bits;
+                            smem_.before[word] = before;
+                        } else {
+                            p_.before[expert_ * words_ + word] = before;
+                        }
                         constexpr int kTogether = 4;  // loads on their way
-                        for (uint32_t bits = routed(0, word); bits != 0 && before < kCachedKeys;) {
+                        while (bits != 0 && before < kCachedKeys) {
                             uint32_t keys[kTogether];
                             const int count = min(__popc(bits), kTogether);
 #pragma unroll
@@ -207,15 +216,18 @@ public:
     // Calls visit(token, key) for the routes of a word, once read_keys has run.
     template <typename Visit>
     __device__ void for_each(int64_t word, Visit visit) const {
-        int i = p_.before[expert_ * words_ + word];
-        for (uint32_t bits = routed(0, word); bits != 0; bits &= bits - 1, ++i) {
+        const bool is_cached = word < kCachedWords;
+        int i = is_cached ? smem_.before[word] : p_.before[expert_ * words_ + word];
+        uint32_t bits = is_cached ? smem_.words[word] : routed(0, word);
+        for (; bits != 0; bits &= bits - 1, ++i) {
             const int64_t token = word * kTokensPerWord + __ffs(bits) - 1;
             visit(token, i < kCachedKeys ? smem_.keys[i] : read_key(token));
         }
     }
 
-    // Returns the `rank`-th largest key (from 1) of the routed tokens, and in `rank` its rank among
-    // equal ones: radix selection, a byte at a time.
+    // Selects the `rank` routes of largest key: those above the one it returns, and of those equal
+    // to it as many as `rank` then says. Radix selection, a byte at a time, until all routes of a
+    // prefix are wanted.
     __device__ uint32_t select_key(int& rank) {
         uint32_t prefix = 0, mask = 0;
         for (int shift = 24; shift >= 0; shift -= 8) {
@@ -236,11 +248,13 @@ public:
             if (above < rank && rank <= above + count) {
                 smem_.digit = digit;
                 smem_.rank = rank - above;
+                smem_.count = count;
             }
             __syncthreads();
             rank = smem_.rank;
             prefix |= uint32_t(smem_.digit) << shift;
             mask |= 0xffu << shift;
+            if (rank == smem_.count) break;
         }
         return prefix;
     }
