@@ -18,8 +18,8 @@ and backward, `peak` at most, which includes the parameters' gradients (`grads`)
 
 With several ranks on the fused path, `hidden` is the share of communication that computation hides:
 1 - (T - T_compute) / T_exchange. T_compute is a layer whose experts are all on its rank, as many as
-a rank has of the real one; T_exchange what ranks add to a layer whose experts have next to nothing
-to compute (F = 8).
+a rank has of the real one; T_exchange what ranks add to a layer that has nothing to hide it behind:
+no gate, and experts with next to nothing to compute (F = 8).
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from comet_ds.bench_layers import (
     add_shape_arguments,
     build,
     draw_tokens,
+    fix_routing,
     launch_ranks,
     parse_shapes,
     step,
@@ -164,6 +165,8 @@ def time_hidden(
     for name, other in layers.items():
         step(other, x, grad)
         other.zero_grad(set_to_none=True)
+        if name.startswith("small"):
+            fix_routing(other)
         assert other.deepspeed_moe.path == "fused", f"{name} is not fused"
     times = time_layers(layers, x, grad, num_runs)
     result = {}

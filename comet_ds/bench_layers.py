@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import deepspeed
@@ -17,6 +17,9 @@ import torch.nn.functional as F
 from deepspeed import comm as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from torch import Tensor, nn
+
+from comet_ds.gate import Routing
+from comet_ds.layer import MoE
 
 # Dense bf16 rate large matrix products reach on an H200, FLOP/s: what "limit" divides by.
 PEAK_FLOPS = 760e12
@@ -157,6 +160,18 @@ def step(
     middle()
     torch.autograd.backward([output, l_aux], [grad, torch.ones_like(l_aux)])
     return [output.detach(), x.grad]
+
+
+def fix_routing(layer: MoE) -> None:
+    """Make a layer on the fused path route as in its last forward, without its gate."""
+    moe = layer.deepspeed_moe
+    found = moe.routing
+
+    def route(x: Tensor, used_token: None = None) -> Routing:
+        weights, l_aux = (t.clone().requires_grad_() for t in (found.topk_weights, found.l_aux))
+        return replace(found, topk_weights=weights, l_aux=l_aux, tokens=x)
+
+    moe.gate.route = route
 
 
 class AutoEP(nn.Module):
