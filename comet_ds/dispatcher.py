@@ -169,7 +169,8 @@ class LocalDispatcher:
 
         And what has to run beside the GEMM that reads them.
         """
-        return dispatch_own(self._sources(), tokens, self.plan, self.kernels), None
+        sources = self._sources(tokens=tokens.data_ptr())
+        return dispatch_own(sources, tokens, self.plan, self.kernels), None
 
     def push(self, rows: Tensor, *, is_weighted: bool) -> None:
         """Return what has to run beside a GEMM before ``combine``, None if nothing.
@@ -203,16 +204,16 @@ class LocalDispatcher:
             is_bfloat16: dtype of grad_rows and biases, else fp16.
         """
         self._grad_weights = self.plan.row_weights.new_empty(self.plan.topk_ids.shape)
-        sources = self._sources(self._grad_weights.data_ptr())
+        sources = self._sources(grad_weights=self._grad_weights.data_ptr())
         sum_row_dots(sources, self.plan, row_dots, grad_rows, bias, is_bfloat16, self.kernels)
 
     def grad_weights(self) -> Tensor:
         """Return [T, K] fp32: what was summed, 0 for dropped routes. After ``combine``."""
         return self._grad_weights
 
-    def _sources(self, grad_weights: int = 0) -> object:
+    def _sources(self, tokens: int = 0, grad_weights: int = 0) -> object:
         num_tokens = self.plan.topk_ids.shape[0]
-        return self.kernels.Sources([(0, 0, 0, 0, 0, 0, grad_weights, num_tokens)], 0)
+        return self.kernels.Sources([(0, 0, 0, 0, tokens, 0, grad_weights, num_tokens)], 0)
 
 
 class PeerDispatcher:
@@ -261,7 +262,8 @@ class PeerDispatcher:
     def dispatch(self, tokens: Tensor) -> tuple[Tensor, object]:
         """Return [R, H]: rows of all ranks' tokens, padding zero. The first call also plans.
 
-        Other ranks' rows come beside the GEMM that reads them.
+        Other ranks' rows are there too where tokens are sent, else they come beside the GEMM that
+        reads them.
         """
         self.exchange.enter()
         tables, self._tables = self._tables, None
@@ -269,25 +271,34 @@ class PeerDispatcher:
         # A graph would add to the meter's memory long after its end.
         is_metered = self._meter is not None and not torch.cuda.is_current_stream_capturing()
         self.exchange.exposure = self._meter.begin(int(not is_forward)) if is_metered else 0
-        self._join(tokens)
+        point = self.division.pull if is_forward else self.division.pull_grad
+        call = self._join(tokens, point.is_sent)
         parts, rank = self._parts, self.rank
         num_blocks = self.plan.max_rows // self.kernels.row_block
         size = self.kernels.counter_bytes // 4 + max(num_blocks, len(self.num_tokens))
         self._counters = self.plan.token_of_row.new_empty(2, size)  # for pulling, for pushing
-        published = parts["tokens"][rank]
+        fields, stream = self.plan.fields(), current_stream(tokens)
         if is_forward:
-            copies = [(table, parts[name][rank]) for name, table in tables.items()]
-            self.exchange.publish([*copies, (tokens, published)])
+            self.exchange.publish([(table, parts[name][rank]) for name, table in tables.items()])
+            if not point.is_sent:
+                self.exchange.join()  # the tokens, too, are published
             self.exchange.meet(parts["flags"], Meeting.TOKENS)
-            self.kernels.plan_rows(self._sources, self.plan.fields(), current_stream(tokens))
-        to_publish = 0 if is_forward else published
+            self.kernels.plan_rows(self._sources, fields, stream)
+            if point.is_sent:  # the first half has left the link to the tables
+                self.exchange.send_half(1, tokens, call)
+        published = 0 if is_forward else parts["tokens"][rank]
         rows = dispatch_own(
-            self._sources, tokens, self.plan, self.kernels, self._counters, to_publish
+            self._sources, tokens, self.plan, self.kernels, self._counters, published
         )
         if not is_forward:
             self.exchange.meet(parts["flags"], Meeting.TOKENS)
-        pull = self.division.pull if is_forward else self.division.pull_grad
-        return rows, self._beside(rows, pull.num_ctas, self._counters[0])
+        if not point.is_sent:
+            return rows, self._beside(rows, point.num_ctas, self._counters[0])
+        self.exchange.join()
+        self.exchange.meet(parts["flags"], Meeting.SENT_TOKENS)
+        size = call.token_bytes
+        self.kernels.dispatch_other_rows(self._sources, fields, rows.data_ptr(), size, stream)
+        return rows, None
 
     def push(self, rows: Tensor, *, is_weighted: bool) -> object:
         """As ``LocalDispatcher.push``."""
@@ -323,15 +334,18 @@ class PeerDispatcher:
         found = memory.block[at : at + 4 * shape[0] * shape[1]].view(torch.float32)
         return found.view(shape).clone()
 
-    def _join(self, tokens: Tensor) -> None:
+    def _join(self, tokens: Tensor, is_sent: bool) -> CallShape:
         """Find the parts of the group's memory, which may have moved since the last call."""
         token_bytes = tokens.shape[1] * tokens.element_size()
-        shape = CallShape(self.num_tokens, self.top_k, self.num_experts, token_bytes)
-        self._parts = parts = self.exchange.parts(shape)
-        names = ("topk_ids", "topk_weights", "ranks", "kept_counts", "tokens", "slots")
-        columns = [parts[name] for name in (*names, "grad_weights")]
+        call = CallShape(self.num_tokens, self.top_k, self.num_experts, token_bytes, is_sent)
+        self._parts = parts = self.exchange.parts(call)
+        places = self.exchange.places(call)
+        places[self.rank] = tokens.data_ptr()
+        names = ("topk_ids", "topk_weights", "ranks", "kept_counts")
+        columns = [*(parts[name] for name in names), places, parts["slots"], parts["grad_weights"]]
         rows = list(zip(*columns, self.num_tokens, strict=True))
         self._sources = self.kernels.Sources(rows, self.rank)
+        return call
 
     def _beside(
         self, rows: Tensor, num_ctas: int, counters: Tensor, remote_begin: int = 0
@@ -371,8 +385,8 @@ def dispatch_own(
     """Return [R, H] with the rows of this rank's tokens, and padding zero.
 
     Args:
-        sources: of all ranks' tables.
-        tokens: [T, H].
+        sources: of all ranks' tables, and of the tokens.
+        tokens: [T, H], this rank's.
         plan: that of the rows.
         kernels: the compiled kernels.
         counters: to set to zero.
@@ -384,7 +398,6 @@ def dispatch_own(
     kernels.dispatch_rows(
         sources,
         plan.fields(),
-        tokens.data_ptr(),
         rows.data_ptr(),
         published,
         row_bytes,

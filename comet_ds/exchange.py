@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the ranks of an expert parallel group share: places in their memory, meetings on the GPU.
 
-A rank's peers read tokens and routing tables from its block of memory and write results into it
-(csrc/moe/exchange.cuh says when). All layers of a group share the blocks.
+A rank's peers read tokens and routing tables from its block of memory, or write their tokens into
+it, and write results into it (csrc/moe/exchange.cuh says when). All layers of a group share the
+blocks.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class Meeting(enum.IntEnum):
     """Meeting in csrc/moe/exchange.h."""
 
     TOKENS = 0
-    RESULTS = 1
+    SENT_TOKENS = 1
+    RESULTS = 2
 
 
 @dataclass(frozen=True)
@@ -49,19 +51,26 @@ class CallShape:
         num_tokens: tokens of every rank.
         top_k, num_experts: routes per token, experts of all ranks.
         token_bytes: bytes of an activation.
+        is_sent: whether all tokens are copied to all ranks; else ranks pull those they need.
     """
 
     num_tokens: tuple[int, ...]
     top_k: int
     num_experts: int
     token_bytes: int
+    is_sent: bool
+
+    def place(self, distance: int) -> int:
+        """Return where, among tokens sent to a rank, those of the one at a distance lie."""
+        return (distance - 1) * max(self.num_tokens) * self.token_bytes
 
 
 class ExposureMeter:
     """What communication takes from computation in a layer's calls, measured by the kernels.
 
     Counted are CTAs that communicate beside a GEMM and do not compute, and meetings; not tiles that
-    wait for rows, publishing, the last sum, nor what frozen experts push without a GEMM beside it.
+    wait for rows, publishing, tokens that are sent and have not come when others are in their rows,
+    the last sum, nor what frozen experts push without a GEMM beside it.
 
     Args:
         device: of the rank.
@@ -128,7 +137,7 @@ class Exchange:
         self.exposure = 0
         self._last_stream: torch.cuda.Stream | None = None
         self._side_stream: torch.cuda.Stream | None = None
-        self._ahead: Tensor | None = None  # being published on the side stream
+        self._used = [0, 0]  # bytes of the block, from its start and from its end
         self._parts = functools.lru_cache(maxsize=64)(self._lay_out)
         self._divide = functools.lru_cache(maxsize=256)(self._look_up)
 
@@ -152,16 +161,23 @@ class Exchange:
     def parts(self, call: CallShape) -> dict[str, list[int]]:
         """Return the addresses of every part of the block, by rank.
 
-        Parts: ``flags``, ``topk_ids``, ``topk_weights``, ``ranks``, ``kept_counts``, ``tokens``,
-        ``slots``, ``grad_weights``, as ``Source`` in csrc/moe/dispatch.h has them.
+        Parts: ``flags``, ``topk_ids``, ``topk_weights``, ``ranks``, ``kept_counts``, ``slots``,
+        ``grad_weights``, as ``Source`` in csrc/moe/dispatch.h has them; ``tokens``, this rank's own
+        or, where they are sent, those of the rank at distance 1, 2, ... one behind the other, each
+        with room for the most any rank has.
+
+        Tokens lie at the end of the block, where no call has anything else: they are sent while
+        their receiver may still read what else it has of the call before.
         """
-        offsets, size = self._parts(call)
-        self.memory.reserve(size)
+        offsets, size, tokens_size = self._parts(call)
+        self._used = [max(self._used[0], size), max(self._used[1], tokens_size)]
+        self.memory.reserve(sum(self._used))
+        offsets = {**offsets, "tokens": self.memory.block.numel() - tokens_size}
         return {name: [base + at for base in self.memory.addresses] for name, at in offsets.items()}
 
     @staticmethod
-    def _lay_out(call: CallShape) -> tuple[dict[str, int], int]:
-        """Return the offset of every part, and the size of all."""
+    def _lay_out(call: CallShape) -> tuple[dict[str, int], int, int]:
+        """Return the offset of every part but the tokens, the size of these, that of the tokens."""
         num_tokens, num_ranks = max(call.num_tokens), len(call.num_tokens)
         routes = num_tokens * call.top_k
         sizes = {
@@ -171,14 +187,24 @@ class Exchange:
             "topk_weights": 4 * routes,
             "ranks": 4 * routes,
             "grad_weights": 4 * routes,
-            "tokens": num_tokens * call.token_bytes,
             "slots": min(call.top_k, num_ranks - 1) * num_tokens * call.token_bytes,
         }
         offsets, end = {}, 0
         for name, size in sizes.items():
             offsets[name] = end
             end += -(-size // ALIGNMENT) * ALIGNMENT
-        return offsets, end
+        num_places = num_ranks - 1 if call.is_sent else 1
+        tokens_size = num_places * num_tokens * call.token_bytes
+        return offsets, end, -(-tokens_size // ALIGNMENT) * ALIGNMENT
+
+    def places(self, call: CallShape) -> list[int]:
+        """Return the addresses at which this rank reads other ranks' tokens, by rank."""
+        found = self.parts(call)["tokens"]
+        if not call.is_sent:
+            return found
+        own, num_ranks = found[self.memory.rank], len(found)
+        distances = ((rank - self.memory.rank) % num_ranks for rank in range(num_ranks))
+        return [own + call.place(distance) for distance in distances]
 
     def enter(self) -> None:
         """Wait, on the GPU, for what an earlier call did on another stream."""
@@ -191,24 +217,38 @@ class Exchange:
             stream.wait_stream(last)
 
     def publish_ahead(self, tokens: Tensor, call: CallShape) -> None:
-        """Begin to publish a call's tokens beside what comes next on the current stream."""
-        self.enter()
+        """Begin to publish a call's tokens beside what comes next, until ``join``."""
         to = self.parts(call)["tokens"][self.memory.rank]
+        self._copy([(tokens, to)], self._fork().cuda_stream)
+
+    def send_half(self, half: int, tokens: Tensor, call: CallShape) -> None:
+        """Begin to copy half 0 or 1 of a call's tokens to all ranks, until ``join``.
+
+        What was sent to a rank before it has read: the last meeting was for results.
+        """
+        addresses, stream = self.parts(call)["tokens"], self._fork()
+        num_ranks = len(call.num_tokens)
+        begin, end = (tokens.shape[0] * i // 2 * call.token_bytes for i in (half, half + 1))
+        for distance in range(1, num_ranks) if end > begin else ():
+            receiver = (self.memory.rank + distance) % num_ranks
+            place = call.place(num_ranks - distance)  # at this distance from there is this rank
+            to = addresses[receiver] + place + begin
+            self.kernels.send(tokens.data_ptr() + begin, to, end - begin, stream.cuda_stream)
+
+    def join(self) -> None:
+        """Wait, on the GPU, for the copies that have begun."""
+        torch.cuda.current_stream().wait_stream(self._side_stream)
+
+    def _fork(self) -> torch.cuda.Stream:
+        """Return the side stream, which has waited for the current one."""
+        self.enter()
         if self._side_stream is None:
             self._side_stream = torch.cuda.Stream()
         self._side_stream.wait_stream(torch.cuda.current_stream())
-        self._copy([(tokens, to)], self._side_stream.cuda_stream)
-        self._ahead = tokens
+        return self._side_stream
 
     def publish(self, copies: Sequence[tuple[Tensor, int]]) -> None:
-        """Copy contiguous tensors to addresses in this rank's block.
-
-        Waits, on the GPU, for what ``publish_ahead`` has begun, and does not copy it again.
-        """
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None:
-            torch.cuda.current_stream().wait_stream(self._side_stream)
-            copies = [copy for copy in copies if copy[0].data_ptr() != ahead.data_ptr()]
+        """Copy contiguous tensors to addresses in this rank's block."""
         self._copy(copies, current_stream(self._epoch))
 
     def _copy(self, copies: Sequence[tuple[Tensor, int]], stream: int) -> None:

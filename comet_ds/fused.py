@@ -29,6 +29,7 @@ from comet_ds.experts import ExpertMLP, RecognisedExperts
 from comet_ds.gate import Routing, TopKGate
 from comet_ds.kernels import current_stream, load_kernels, why_no_kernels
 from comet_ds.overlap import Division, LayerShape
+from comet_ds.refine import Trial
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -49,6 +50,7 @@ class FusedExperts:
         self._weights: ExpertWeights | None = None
         self.shape: LayerShape | None = None
         self.division: Division | None = None
+        self._trial: Trial | None = None  # of the forward that has begun
         self.meter: ExposureMeter | None = None
 
     def __reduce__(self) -> tuple[type, tuple]:
@@ -109,12 +111,34 @@ class FusedExperts:
             exchange, num_tokens: as ``run`` will have them.
             gate: the layer's.
         """
-        x = _aligned(x)
-        if exchange is not None:
-            num_experts, hidden = gate.wg.weight.shape
-            call = CallShape(num_tokens, gate.k, num_experts, hidden * x.element_size())
+        x, weights = _aligned(x), self._weights
+        if exchange is None:
+            return x
+        num_experts, hidden = gate.wg.weight.shape
+        self.shape = LayerShape(
+            num_tokens,
+            exchange.memory.rank,
+            gate.k,
+            num_experts,
+            1 + weights.is_gated,
+            hidden,
+            weights.ffn,
+            str(weights.dtype).removeprefix("torch."),
+            weights.num_sms,
+        )
+        self._trial = exchange.trial(self.shape, self._has_backward(x, gate.wg.weight))
+        self.division = self._trial.division
+        is_sent, token_bytes = self.division.pull.is_sent, hidden * x.element_size()
+        call = CallShape(num_tokens, gate.k, num_experts, token_bytes, is_sent)
+        if is_sent:
+            exchange.send_half(0, x, call)
+        else:
             exchange.publish_ahead(x, call)
         return x
+
+    def _has_backward(self, *inputs: Tensor) -> bool:
+        needed = (*inputs, *self._weights.parameters)
+        return torch.is_grad_enabled() and any(t.requires_grad for t in needed)
 
     def run(
         self,
@@ -137,26 +161,11 @@ class FusedExperts:
             parameter; the same input gives the same bits.
         """
         weights, x = self._weights, routing.tokens
-        has_backward = torch.is_grad_enabled() and any(
-            t.requires_grad for t in (x, routing.topk_weights, *weights.parameters)
-        )
+        has_backward = self._has_backward(x, routing.topk_weights)
         if exchange is None:
             dispatcher = LocalDispatcher(routing, weights.kernels)
         else:
-            self.shape = LayerShape(
-                num_tokens,
-                exchange.memory.rank,
-                routing.topk_ids.shape[1],
-                routing.exp_counts.numel(),
-                1 + weights.is_gated,
-                weights.hidden,
-                weights.ffn,
-                str(weights.dtype).removeprefix("torch."),
-                weights.num_sms,
-            )
-            trial = exchange.trial(self.shape, has_backward)
-            self.division = trial.division
-            arguments = (num_tokens, capacities, trial, weights.num_sms, self.meter)
+            arguments = (num_tokens, capacities, self._trial, weights.num_sms, self.meter)
             dispatcher = PeerDispatcher(routing, exchange, *arguments)
         inputs = (x, routing.topk_weights, dispatcher, weights, has_backward)
         return _FusedMLP.apply(*inputs, *weights.parameters)

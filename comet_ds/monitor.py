@@ -53,7 +53,7 @@ LAYER_METRICS = {
     "load_imbalance": "rows of the fullest expert over the mean",
     "dropped_share": "routes dropped over routes wanted",
     "rows_received": "rows that reached this rank's experts",
-    "pull_ctas": "fused between ranks: CTAs that begin with pulling tokens, forward",
+    "pull_ctas": "fused between ranks: CTAs that begin with pulling tokens, forward; 0: sent",
     "push_ctas": "fused between ranks: CTAs set apart to push outputs",
     "pull_grad_ctas": "fused between ranks: as pull_ctas, backward",
     "push_grad_ctas": "fused between ranks: CTAs that begin with pushing gradients",

@@ -2,14 +2,15 @@
 """Division points by a cost model: CTAs that communicate beside a GEMM, and chunks of a layer.
 
 A CTA set apart computes later or stops earlier. Too many and the link or HBM is no faster, too few
-and tiles wait for rows, or results for their way out. More chunks (path "pipelined") hide more of
-what travels, until launches and messages cost more than that. The rates are what an H200 gives.
+and tiles wait for rows, or results for their way out. In forward copy engines may send all tokens
+to all ranks while the gate runs, and no CTA pulls. More chunks (path "pipelined") hide more of what
+travels, until launches and messages cost more than that. The rates are what an H200 gives.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 GEMM_FLOPS = 650e12  # of a GEMM on all SMs, FLOP/s
@@ -18,6 +19,11 @@ MEMORY_BYTES = 3.3e12  # read and written, bytes/s
 PULL_BYTES = 50e9  # read and written by one CTA that pulls, bytes/s
 PUSH_BYTES = 40e9  # read and written by one CTA that sums and pushes, bytes/s
 EXPOSED = 0.6  # share of the time it takes to read a GEMM's weights once more, while rows come
+CONTENTION = 0.75  # share of the time it takes to move pulled rows; the GEMM waits for HBM
+COPY_BYTES = 370e9  # over NVLink by a copy engine, bytes/s
+ROUTING_SECONDS = 40e-6  # from when tokens are there until all ranks know where they go
+ROUTING_SECONDS_PER_TOKEN = 4.5e-9
+SENT_SECONDS = 10e-6  # for one more meeting and launch
 MARGIN = 1.2  # of the work there is to be until rows have come
 TILE = 128 * 256  # elements of a result
 TILES_UNTIL_PUSH = 2.0  # times a tile takes, from when the last one is begun that a rank waits for
@@ -39,7 +45,8 @@ class DivisionPoint(NamedTuple):
     """How a GEMM shares the GPU with what is pulled or pushed beside it.
 
     Attributes:
-        num_ctas: CTAs set apart.
+        num_ctas: CTAs set apart. 0 where tokens are not pulled but sent to all ranks by copy
+            engines, before the GEMM.
         num_split: experts whose rows of this rank's tokens are computed while others travel; their
             weights are read once more for the rest. 0 where all rows are there before the GEMM.
         seconds: what the GEMM takes longer.
@@ -48,6 +55,11 @@ class DivisionPoint(NamedTuple):
     num_ctas: int
     num_split: int
     seconds: float
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether tokens are sent."""
+        return self.num_ctas == 0
 
 
 class Division(NamedTuple):
@@ -83,16 +95,33 @@ class LayerShape:
     dtype: str
     num_sms: int
 
+    @property
+    def mean_tokens(self) -> int:
+        """Tokens of a rank, on average."""
+        return round(sum(self.num_tokens) / len(self.num_tokens))
+
+    def even(self) -> LayerShape:
+        """Return what is the same on all ranks, whatever tokens each has."""
+        return replace(self, num_tokens=(self.mean_tokens,) * len(self.num_tokens), rank=0)
+
 
 def divide(shape: LayerShape) -> Division:
     """Choose the division points of a layer by the cost model; ``Exchange`` remembers them."""
     traffic, flop_per_row = Traffic.expected(shape), 2 * shape.hidden * shape.ffn
+    points = token_points(shape.even())  # ranks must agree on whether tokens are sent
+    best = min(points, key=lambda point: point.seconds)
     return Division(
-        traffic.pull(shape.num_ups * flop_per_row),
+        token_points(shape)[points.index(best)],
         traffic.push_results(flop_per_row),
         traffic.pull(flop_per_row),
         traffic.push(flop_per_row),
     )
+
+
+def token_points(shape: LayerShape) -> tuple[DivisionPoint, DivisionPoint]:
+    """Return how tokens can come in forward: pulled, or sent."""
+    traffic = Traffic.expected(shape)
+    return traffic.pull(shape.num_ups * 2 * shape.hidden * shape.ffn), traffic.send()
 
 
 @dataclass(frozen=True)
@@ -148,6 +177,7 @@ class Traffic:
         num_sms: of the GPU.
         num_ranks: W.
         num_experts: of this rank.
+        own_tokens: this rank's.
         tokens: other ranks' tokens that have an expert here.
         rows: their rows.
         all_rows: with those of this rank's own tokens.
@@ -157,6 +187,7 @@ class Traffic:
     num_sms: int
     num_ranks: int
     num_experts: int
+    own_tokens: int
     tokens: float
     rows: float
     all_rows: float
@@ -166,11 +197,12 @@ class Traffic:
     def expected(cls, shape: LayerShape) -> Traffic:
         """Return the traffic of a layer."""
         num_ranks, total = len(shape.num_tokens), sum(shape.num_tokens)
-        foreign, share = total - shape.num_tokens[shape.rank], shape.top_k / num_ranks
+        own, share = shape.num_tokens[shape.rank], shape.top_k / num_ranks
+        foreign = total - own
         is_here = 1 - (1 - 1 / num_ranks) ** shape.top_k
         moved = (foreign * is_here, foreign * share)
         local = shape.num_experts // num_ranks
-        return cls(shape.num_sms, num_ranks, local, *moved, total * share, 2 * shape.hidden)
+        return cls(shape.num_sms, num_ranks, local, own, *moved, total * share, 2 * shape.hidden)
 
     def wire_seconds(self) -> float:
         """Return how long the link takes for tokens there, or sums back."""
@@ -184,6 +216,7 @@ class Traffic:
         gemm = self._gemm(flop_per_row)
         # A weight has two bytes, and two FLOP a row.
         reread = self.num_experts * flop_per_row / MEMORY_BYTES * EXPOSED
+        contention = self._moved() / MEMORY_BYTES * CONTENTION
 
         def share(n: int) -> float:
             busy = self._move(PULL_BYTES, n) * (1 - n / self.num_sms)
@@ -191,12 +224,21 @@ class Traffic:
 
         def cost(n: int) -> float:
             pull = self._move(PULL_BYTES, n)
-            computed = gemm + share(n) * reread + pull * n / self.num_sms
+            computed = gemm + share(n) * reread + pull * n / self.num_sms + contention
             return max(computed, pull + gemm * (1 - 1 / self.num_ranks))
 
         best = min(self._counts(), key=cost)
         num_split = math.ceil(share(best) * self.num_experts)
         return DivisionPoint(best, num_split, cost(best) - gemm)
+
+    def send(self) -> DivisionPoint:
+        """Send tokens while they are routed and this rank's own are brought to their rows."""
+        own_rows = self.all_rows - self.rows
+        own = (self.own_tokens + own_rows) * self.token_bytes / MEMORY_BYTES
+        hidden = ROUTING_SECONDS + ROUTING_SECONDS_PER_TOKEN * self.own_tokens + own
+        wire = self.own_tokens * (self.num_ranks - 1) * self.token_bytes / COPY_BYTES
+        rows = self._moved() / MEMORY_BYTES
+        return DivisionPoint(0, 0, max(wire - hidden, 0.0) + SENT_SECONDS + rows)
 
     def push_results(self, flop_per_row: float) -> DivisionPoint:
         """Choose for pushing sums of what a GEMM computes, of so many FLOP a row.
@@ -245,9 +287,11 @@ class Traffic:
     def _gemm(self, flop_per_row: float) -> float:
         return flop_per_row * self.all_rows / GEMM_FLOPS
 
+    def _moved(self) -> float:
+        return (self.tokens + self.rows) * self.token_bytes
+
     def _move(self, rate: float, n: int) -> float:
-        moved = (self.tokens + self.rows) * self.token_bytes
-        return max(self.wire_seconds(), moved / min(rate * n, MEMORY_BYTES))
+        return max(self.wire_seconds(), self._moved() / min(rate * n, MEMORY_BYTES))
 
     def _counts(self) -> range:
         """Return how many CTAs may be set apart."""

@@ -16,7 +16,7 @@ import math
 import statistics
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from deepspeed.utils import logger
 
 from comet_ds.expert_gemm import Pass
 from comet_ds.overlap import Division, DivisionPoint, LayerShape, divide
-from comet_ds.tuning import Origin, TuningKey, candidates, mean_tokens, write
+from comet_ds.tuning import Origin, TuningKey, candidates, write
 
 # The GEMM beside which what a field of ``Division`` divides goes on.
 GEMMS = {
@@ -151,11 +151,11 @@ class ShapeTuner:
     """
 
     def __init__(self, shape: LayerShape, gather: Callable[[Medians], list[Medians]]) -> None:
-        # The same on all ranks, whatever tokens each has.
-        shape = replace(shape, num_tokens=(mean_tokens(shape),) * len(shape.num_tokens), rank=0)
+        shape = shape.even()
         self.shape, self.default, self._gather = shape, divide(shape), gather
+        is_sent = self.default.pull.is_sent  # what that takes, the GEMM's time does not tell
         choices = {
-            name: [getattr(division, name) for division in (self.default, *others)]
+            name: [getattr(d, name) for d in (self.default, *others) if d.pull.is_sent == is_sent]
             for name, others in candidates(self.default, shape).items()
         }
         self._trials: Trials | None = Trials(choices, SAMPLES, WARM_UP)
@@ -193,7 +193,7 @@ class RunTuner:
 
     def trial(self, shape: LayerShape, has_backward: bool) -> Trial:
         """Return a forward's trial; nothing is tried in forwards without a backward."""
-        scale = round(math.log2(max(mean_tokens(shape), 1)))
+        scale = round(math.log2(max(shape.mean_tokens, 1)))
         key = TuningKey.of(shape, self.origin), scale
         if key not in self._tuners:
             self._tuners[key] = ShapeTuner(shape, self._gather)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from deepspeed.utils import logger
 
-from comet_ds.overlap import Division, DivisionPoint, LayerShape
+from comet_ds.overlap import Division, DivisionPoint, LayerShape, token_points
 
 VERSION = 2
 # Tokens a rank may have this many times more or fewer than where an entry was measured.
@@ -101,25 +101,22 @@ class TuningTable:
         measured = self._found.get(TuningKey.of(shape, origin))
         if not measured:
             return None
-        tokens = max(mean_tokens(shape), 1)
+        tokens = max(shape.mean_tokens, 1)
         nearest = min(measured, key=lambda count: abs(math.log(count / tokens)))
         if max(nearest / tokens, tokens / nearest) > MAX_DISTANCE:
             return None
         return measured[nearest] if is_legal(measured[nearest], shape) else None
 
 
-def mean_tokens(shape: LayerShape) -> int:
-    """Return the tokens of a rank, on average."""
-    return round(sum(shape.num_tokens) / len(shape.num_tokens))
-
-
 def is_legal(division: Division, shape: LayerShape) -> bool:
-    """Whether the kernels can run it: some CTAs, an even number, never most."""
+    """Whether the kernels can run it: some CTAs, an even number, never most; none to send."""
     local = shape.num_experts // len(shape.num_tokens)
+    with_ctas = division[1:] if division.pull.is_sent else division
     return (
-        all(c.num_ctas % 2 == 0 and 2 <= c.num_ctas <= shape.num_sms // 2 for c in division)
-        and all(0 <= c.num_split <= local for c in division)
+        all(c.num_ctas % 2 == 0 and 2 <= c.num_ctas <= shape.num_sms // 2 for c in with_ctas)
+        and all(0 <= c.num_split <= local for c in with_ctas)
         and division.push_grad.num_split == 0
+        and (not division.pull.is_sent or division.pull.num_split == 0)
     )
 
 
@@ -133,7 +130,10 @@ def candidates(division: Division, shape: LayerShape) -> dict[str, list[Division
     result: dict[str, list[Division]] = {}
     for field, choice in division._asdict().items():
         others = [choice._replace(num_ctas=count) for count in counts(choice.num_ctas)]
-        if field != "push_grad":
+        if field == "pull":
+            pulled, sent = token_points(shape)
+            others = [pulled] if choice.is_sent else [*others, sent]
+        if field != "push_grad" and not choice.is_sent:
             local = shape.num_experts // len(shape.num_tokens)
             splits = {local, choice.num_split // 2, min(2 * choice.num_split, local)}
             splits.discard(choice.num_split)
@@ -172,7 +172,7 @@ def write(
         ms: forward and backward with them, where that was timed.
     """
     key = TuningKey.of(shape, origin)
-    num_tokens = mean_tokens(shape)
+    num_tokens = shape.mean_tokens
     points = {field: list(choice[:2]) for field, choice in division._asdict().items()}
     entry = {"key": vars(key), "num_tokens": num_tokens, "division": points, "both_ms": ms}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -206,12 +206,18 @@ void plan_rows(const comet_ds::Sources& sources, const PlanFields& plan, uintptr
     comet_ds::plan_rows(sources, row_plan(plan), pointer<CUstream_st>(stream));
 }
 
-void dispatch_rows(const comet_ds::Sources& sources, const PlanFields& plan, uintptr_t tokens,
-                   uintptr_t rows, uintptr_t published, int64_t row_bytes, uintptr_t counters,
+void dispatch_rows(const comet_ds::Sources& sources, const PlanFields& plan, uintptr_t rows,
+                   uintptr_t published, int64_t row_bytes, uintptr_t counters,
                    int64_t num_counters, uintptr_t stream) {
-    comet_ds::dispatch_rows(sources, row_plan(plan), pointer<void>(tokens), pointer<void>(rows),
+    comet_ds::dispatch_rows(sources, row_plan(plan), pointer<void>(rows),
                             pointer<void>(published), row_bytes, pointer<uint32_t>(counters),
                             num_counters, pointer<CUstream_st>(stream));
+}
+
+void dispatch_other_rows(const comet_ds::Sources& sources, const PlanFields& plan,
+                         uintptr_t rows, int64_t row_bytes, uintptr_t stream) {
+    comet_ds::dispatch_other_rows(sources, row_plan(plan), pointer<void>(rows), row_bytes,
+                                  pointer<CUstream_st>(stream));
 }
 
 void sum_row_dots(const comet_ds::Sources& sources, const PlanFields& plan, uintptr_t row_dots,
@@ -232,6 +238,11 @@ void publish(const std::vector<std::array<int64_t, 3>>& copies, uintptr_t stream
         params.num_bytes[i] = copies[i][2];
     }
     comet_ds::publish(params, pointer<CUstream_st>(stream));
+}
+
+void send(uintptr_t from, uintptr_t to, int64_t num_bytes, uintptr_t stream) {
+    comet_ds::send(pointer<void>(from), pointer<void>(to), num_bytes,
+                   pointer<CUstream_st>(stream));
 }
 
 void meet(const std::vector<uintptr_t>& flags, int rank, uintptr_t epoch, uintptr_t late,
@@ -391,10 +402,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("can_plan", &comet_ds::can_plan);
     m.def("plan_rows", &plan_rows);
     m.def("dispatch_rows", &dispatch_rows);
+    m.def("dispatch_other_rows", &dispatch_other_rows);
     m.def("sum_row_dots", &sum_row_dots);
     m.def("sum_expert_rows", &sum_expert_rows);
     py::class_<comet_ds::Sources>(m, "Sources").def(py::init(&make_sources));
     m.def("publish", &publish);
+    m.def("send", &send);
     m.def("meet", &meet);
     py::class_<comet_ds::Communication>(m, "Communication")
         .def(py::init<>())

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import os
 import signal
@@ -12,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +28,7 @@ from parity import build, oracle, run
 from test_fused import BF16, FORMS, FP16
 from tolerance import ERROR_RATIO, assert_close, relative_error
 from torch.utils.checkpoint import checkpoint
-from virtual_ranks import NUM_SMS, VirtualGroup
+from virtual_ranks import NUM_SMS, VirtualGroup, both_ways
 
 from comet_ds import MoE, path
 from comet_ds.agreement import Answer, InputRules, RollCall
@@ -84,16 +86,24 @@ def run_deepspeed(x: torch.Tensor, grad: torch.Tensor, options: dict) -> dict[st
 def check_against_fp64(
     num_ranks: int, num_tokens: list[int], shape: tuple[int, ...], form: str, dtype: torch.dtype
 ) -> None:
-    """Errors are at most 1.5 times those of DeepSpeed's layer with all experts, rank by rank."""
+    """Errors are at most 1.5 times those of DeepSpeed's layer with all experts, rank by rank.
+
+    The bits are the same in every run, and however tokens come.
+    """
     options = options_for(shape, form, dtype)
     group = VirtualGroup(num_ranks, comet_ds={"exact_gate": True}, **options)
     xs, grads = case(num_tokens, shape[2], dtype)
     got = group.run(xs, grads)
-    again = group.run(xs, grads)
+    again = [group.run(xs, grads)]
+    for division in both_ways(group.layers[0].deepspeed_moe.fused.division):
+        for exchange in group.exchanges:
+            exchange.division = division
+        again.append(group.run(xs, grads))
     theirs, truths = [], []
     where = f"{form} {shape} {num_tokens} {dtype}"
-    for rank, (ours, same) in enumerate(zip(got, again, strict=True)):
-        assert all(torch.equal(ours[what], same[what]) for what in ours), f"{where}: not repeatable"
+    for rank, (ours, *same) in enumerate(zip(got, *again, strict=True)):
+        for other in same:
+            assert all(torch.equal(ours[what], other[what]) for what in ours), f"{where}: not same"
         if num_tokens[rank] == 0:
             continue
         x, grad = xs[rank], grads[rank]
@@ -251,6 +261,7 @@ def test_every_division_computes_the_same(num_ranks: int) -> None:
     divisions = [d for found in candidates(default, shape).values() for d in found]
     splits = range(16 // num_ranks + 1)
     divisions += [default._replace(push=default.push._replace(num_split=n)) for n in splits]
+    divisions += both_ways(default)
     assert len(divisions) >= 16
     for division in divisions:
         for exchange in group.exchanges:
@@ -373,9 +384,11 @@ def test_killed_rank_is_named_by_the_roll_call() -> None:
 
 def test_parts_of_the_block() -> None:
     """Parts are aligned, do not overlap, and hold what the largest rank brings."""
-    call = CallShape(num_tokens=(100, 0, 333), top_k=3, num_experts=12, token_bytes=400)
-    offsets, size = Exchange._lay_out(call)
+    call = CallShape((100, 0, 333), top_k=3, num_experts=12, token_bytes=400, is_sent=False)
+    offsets, size, tokens_size = Exchange._lay_out(call)
     assert offsets["flags"] == 0  # stays where it is for every shape
+    assert 333 * 400 <= tokens_size < 333 * 400 + 256
+    assert Exchange._lay_out(replace(call, is_sent=True))[2] >= 2 * 333 * 400
     needs = {
         "flags": 3 * 8,
         "kept_counts": 12 * 4,
@@ -383,7 +396,6 @@ def test_parts_of_the_block() -> None:
         "topk_weights": 333 * 3 * 4,
         "ranks": 333 * 3 * 4,
         "grad_weights": 333 * 3 * 4,
-        "tokens": 333 * 400,
         "slots": 2 * 333 * 400,
     }
     assert set(offsets) == set(needs)
@@ -391,6 +403,60 @@ def test_parts_of_the_block() -> None:
     ends = sorted((offset, offset + needs[name]) for name, offset in offsets.items())
     ends.append((size, size))
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
+
+
+@pytest.mark.parametrize("num_tokens", [(5, 5), (3, 8, 0), (2, 0, 7, 1, 1, 6, 3, 4)], ids=str)
+def test_sent_tokens_arrive(monkeypatch: pytest.MonkeyPatch, num_tokens: tuple[int, ...]) -> None:
+    """Every rank finds all others' tokens where it reads them."""
+    blocks = [torch.zeros(2**12, dtype=torch.uint8) for _ in num_tokens]
+    tokens = [torch.full((n, 16), 1 + rank).byte() for rank, n in enumerate(num_tokens)]
+    call = CallShape(num_tokens, top_k=1, num_experts=len(blocks), token_bytes=16, is_sent=True)
+    copy = SimpleNamespace(send=lambda source, to, size, stream: ctypes.memmove(to, source, size))
+    monkeypatch.setattr(Exchange, "_fork", lambda self: SimpleNamespace(cuda_stream=0))
+    exchanges = []
+    for rank, block in enumerate(blocks):
+        exchange = Exchange.__new__(Exchange)
+        exchange.kernels, exchange._used, exchange._parts = copy, [0, 0], Exchange._lay_out
+        where = {"rank": rank, "block": block, "addresses": [b.data_ptr() for b in blocks]}
+        exchange.memory = SimpleNamespace(reserve=lambda size: None, **where)
+        exchanges.append(exchange)
+    for half, rank in itertools.product((0, 1), reversed(range(len(blocks)))):
+        exchanges[rank].send_half(half, tokens[rank], call)
+    for rank, exchange in enumerate(exchanges):
+        for other, place in enumerate(exchange.places(call)):
+            if other != rank:
+                found = ctypes.string_at(place, 16 * num_tokens[other])
+                assert found == bytes([1 + other]) * len(found), f"rank {other}'s at {rank}"
+
+
+class GrowingMemory:
+    """``PeerMemory`` of two ranks that only knows its size."""
+
+    rank, is_captured = 0, False
+    addresses = (0, 10**12)
+    block = torch.empty(0, device="meta")
+
+    def reserve(self, num_bytes: int) -> None:
+        if num_bytes > self.block.numel():
+            self.block = torch.empty(num_bytes, dtype=torch.uint8, device="meta")
+
+
+def test_sent_tokens_meet_nothing_else() -> None:
+    """Tokens of one call can come while its receiver still reads the rest of the call before."""
+    exchange = Exchange.__new__(Exchange)
+    exchange.memory, exchange._used, exchange._parts = GrowingMemory(), [0, 0], Exchange._lay_out
+    calls = [
+        CallShape((count, count // 2), k, 16, token_bytes, is_sent)
+        for count, token_bytes in ((64, 4096), (3000, 128), (700, 1024), (1, 16), (2000, 4096))
+        for k, is_sent in ((1, True), (8, False), (8, True))
+    ]
+    for before, call in itertools.pairwise([*calls, *calls[::-1]]):
+        exchange.parts(before)
+        block = exchange.memory.block
+        tokens = exchange.parts(call)["tokens"][0]
+        _, size, tokens_size = Exchange._lay_out(call)
+        assert size <= tokens <= exchange.memory.block.numel() - tokens_size
+        assert exchange.memory.block is not block or tokens >= Exchange._lay_out(before)[1]
 
 
 @pytest.mark.parametrize("num_experts", [1, 4, 8])
@@ -448,8 +514,12 @@ def check_two_ranks(rank: int, size: int, num_tokens: list[int], shape: tuple[in
     xs, grads = case(num_tokens, shape[2], BF16)
     got = run(layer, xs[rank], grads[rank])
     assert layer.deepspeed_moe.path == "fused"
-    again = run(layer, xs[rank], grads[rank])
-    assert all(torch.equal(again[what], value) for what, value in got.items())
+    exchange = exchange_of(layer.deepspeed_moe.ep_group)
+    for division in (None, *both_ways(layer.deepspeed_moe.fused.division)):
+        exchange.division = division
+        again = run(layer, xs[rank], grads[rank])
+        assert all(torch.equal(again[what], value) for what, value in got.items()), f"{division}"
+    exchange.division = None
     truth = oracle(layer, xs[rank], grads[rank], all_experts(shape, "swiglu", BF16))
     if num_tokens[rank] > 0:
         theirs = run_deepspeed(xs[rank], grads[rank], options)
@@ -469,7 +539,8 @@ def test_two_ranks_fused(world, shape: tuple[int, ...]) -> None:
 
 
 def check_many_calls(rank: int, size: int) -> None:
-    """A thousand calls of two layers with one memory: sizes and routing change, nothing waits."""
+    """A thousand calls of two layers with one memory: sizes, routing and how tokens come change,
+    nothing waits."""
     layers = []
     for hidden in (64, 200):
         options = options_for((8, 4, hidden, 96), "swiglu", BF16) | {"drop_tokens": True}
@@ -488,6 +559,8 @@ def check_many_calls(rank: int, size: int) -> None:
                 torch.cuda.synchronize()
                 torch.cuda.set_sync_debug_mode("error")
             result = run(layer, x, grad)
+            exchange = exchange_of(layer.deepspeed_moe.ep_group)
+            exchange.division = both_ways(layer.deepspeed_moe.fused.division)[step % 3 % 2]
             torch.cuda.set_sync_debug_mode("default")
             first = results.setdefault((step % 5, i), result)
             assert all(torch.equal(first[what], value) for what, value in result.items())
@@ -554,7 +627,7 @@ def test_frozen_and_recomputed(world) -> None:
     world(2, "nccl").run(check_frozen_and_recomputed)
 
 
-def check_graph(rank: int, size: int) -> None:
+def check_graph(rank: int, size: int, way: int) -> None:
     """A captured forward and backward does on new input what the layer does."""
     layer = pinned(rank, size, drop_tokens=True, use_rts=False)
     xs, grads = case([256] * size, 128, BF16)
@@ -569,6 +642,9 @@ def check_graph(rank: int, size: int) -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
+        step()
+        exchange = exchange_of(layer.deepspeed_moe.ep_group)
+        exchange.division = both_ways(layer.deepspeed_moe.fused.division)[way]
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(stream)
@@ -591,8 +667,9 @@ def check_graph(rank: int, size: int) -> None:
 
 
 @pytest.mark.gpu(2)
-def test_cuda_graph_between_ranks(world) -> None:
-    world(2, "nccl").run(check_graph)
+@pytest.mark.parametrize("way", [0, 1])
+def test_cuda_graph_between_ranks(world, way: int) -> None:
+    world(2, "nccl").run(check_graph, way)
 
 
 def check_refining(rank: int, size: int, folder: str) -> None:

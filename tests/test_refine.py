@@ -89,7 +89,7 @@ def run_through(tuner: ShapeTuner, cost, gemms=tuple(GEMMS)) -> list[Division]:
     while tuner.best is None:
         trial = tuner.next(NUM_TOKENS)
         if tuner.best is None:
-            assert is_legal(trial.division, FINE)
+            assert is_legal(trial.division, tuner.shape)
             seen.append(trial.division)
             spend(trial, cost, gemms)
     return seen
@@ -100,19 +100,27 @@ def alone(medians: dict) -> list[dict]:
     return [medians]
 
 
-def test_trials_find_the_fastest() -> None:
+@pytest.mark.parametrize("is_sent", [False, True])
+def test_trials_find_the_fastest(is_sent: bool) -> None:
     """All candidates of all fields are tried, the fastest beside the default once more; each
-    field's GEMM decides for itself."""
-    default, wanted = divide(FINE), divide(FINE)
-    for field, others in candidates(default, FINE).items():
-        wanted = wanted._replace(**{field: getattr(others[-1], field)})
-    tuner = ShapeTuner(FINE, alone)
+    field's GEMM decides for itself. Whether tokens are sent stays as it is."""
+    shape = FINE if is_sent else replace(FINE, num_tokens=(8192,) * 8)
+    default = wanted = divide(shape)
+    assert default.pull.is_sent == is_sent
+    tried = {
+        field: [d for d in others if d.pull.is_sent == is_sent]
+        for field, others in candidates(default, shape).items()
+    }
+    for field, others in tried.items():
+        if others:
+            wanted = wanted._replace(**{field: getattr(others[-1], field)})
+    tuner = ShapeTuner(shape, alone)
     seen = run_through(tuner, far_from(wanted))
     assert plain(tuner.best) == plain(wanted)
-    longest = max(len(others) + 1 for others in candidates(default, FINE).values())
+    longest = max(len(others) + 1 for others in tried.values())
     first, last = seen[: WARM_UP + SAMPLES * longest], seen[WARM_UP + SAMPLES * longest :]
     assert first[:WARM_UP] == [default] * WARM_UP
-    for field, others in candidates(default, FINE).items():
+    for field, others in tried.items():
         counts = Counter(getattr(division, field) for division in first[WARM_UP:])
         assert set(counts) == {getattr(division, field) for division in (default, *others)}
         assert min(counts.values()) >= SAMPLES
@@ -153,12 +161,12 @@ def test_noise_and_tokens_change_nothing(spread: float) -> None:
 
 def test_forwards_alone_decide_nothing_of_backward() -> None:
     wanted = divide(FINE)
-    for field in ("pull", "pull_grad"):
+    for field in ("push", "pull_grad"):
         wanted = candidates(wanted, FINE)[field][0]
     tuner = ShapeTuner(FINE, alone)
     run_through(tuner, far_from(wanted), (Pass.UP, Pass.DOWN))
-    assert tuner.best.pull[:2] == wanted.pull[:2]
-    assert tuner.best[1:] == tuner.default[1:]
+    assert tuner.best.push[:2] == wanted.push[:2]
+    assert tuner.best._replace(push=tuner.default.push) == tuner.default
 
 
 def test_uneven_tokens_start_alike() -> None:

@@ -45,9 +45,22 @@ def test_cost_model() -> None:
     assert all(choice.seconds > 0 for choice in (*fine, *wide))
     assert fine.push.num_ctas > wide.push.num_ctas
     assert fine.push_grad.num_ctas > wide.push_grad.num_ctas
-    assert fine.pull.num_split / 64 > wide.pull.num_split / 4
-    assert fine.pull_grad.num_split >= fine.pull.num_split
+    fine_pull, wide_pull = (
+        Traffic.expected(shape).pull(2 * 2 * shape.hidden * shape.ffn) for shape in (FINE, WIDE)
+    )
+    assert fine_pull.num_split / 64 > wide_pull.num_split / 4
+    assert fine.pull_grad.num_split >= fine_pull.num_split
     assert fine.push.num_split / 64 > wide.push.num_split / 4 > 0 == fine.push_grad.num_split
+
+
+def test_tokens_are_sent() -> None:
+    """Where the gate takes long enough to hide most of it; all ranks say the same."""
+    assert divide(FINE).pull.is_sent and not divide(WIDE).pull.is_sent
+    assert not divide(replace(FINE, num_tokens=(8192,) * 8)).pull.is_sent
+    for num_tokens in ((16000, 384), (0, 16384), (3, 1), (30000, 30)):
+        ranks = [divide(replace(FINE, num_tokens=num_tokens, rank=rank)) for rank in (0, 1)]
+        assert ranks[0].pull.is_sent == ranks[1].pull.is_sent
+        assert not ranks[0].pull_grad.is_sent
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.num_tokens[0]}x{len(s.num_tokens)}")
@@ -62,12 +75,14 @@ def test_all_choices_are_legal(shape: LayerShape) -> None:
             assert is_legal(other, shape)
             assert other == division._replace(**{field: getattr(other, field)})
     if shape in (FINE, WIDE):
-        assert all(len(others) >= 3 for others in found.values())
+        is_sent = division.pull.is_sent
+        assert all(len(found[field]) >= 3 for field in Division._fields[is_sent:])
+        assert sum(d.pull.is_sent != is_sent for d in found["pull"]) == 1
 
 
 def test_illegal_choices() -> None:
     division = divide(FINE)
-    push, pull = division.push, division.pull
+    push, pull = division.push, division.pull_grad
     for wrong in (
         division._replace(push=push._replace(num_ctas=7)),
         division._replace(push=push._replace(num_ctas=0)),
@@ -75,13 +90,15 @@ def test_illegal_choices() -> None:
         division._replace(push=push._replace(num_split=-1)),
         division._replace(push_grad=division.push_grad._replace(num_split=1)),
         division._replace(pull=pull._replace(num_split=65)),
+        division._replace(pull=pull._replace(num_ctas=0, num_split=1)),
+        division._replace(pull_grad=pull._replace(num_ctas=0, num_split=0)),
     ):
         assert not is_legal(wrong, FINE)
 
 
 def tuned(shape: LayerShape) -> Division:
     """Return points that are not the cost model's."""
-    return candidates(divide(shape), shape)["pull"][0]
+    return candidates(divide(shape), shape)["pull_grad"][0]
 
 
 def find(path: Path, shape: LayerShape, where: Origin = WHERE) -> Division | None:

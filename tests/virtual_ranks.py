@@ -7,6 +7,7 @@ Everything between ranks on the fused path runs as on real ones, but for NVLink.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,10 +17,31 @@ from torch import Tensor
 from comet_ds import MoE
 from comet_ds.exchange import Exchange
 from comet_ds.kernels import load_kernels
+from comet_ds.overlap import Division, DivisionPoint
 
+SENT = DivisionPoint(0, 0, 0.0)
 BLOCK_BYTES = 2**26
 TIMEOUT_S = 20
 NUM_SMS = 132
+
+
+def both_ways(division: Division) -> list[Division]:
+    """Return the same with tokens sent, and with tokens pulled, as they always are in backward."""
+    return [division._replace(pull=pull) for pull in (SENT, division.pull_grad)]
+
+
+class VirtualKernels:
+    """The kernels, of which one copies in place of the copy engines: what waits for another rank
+    must not stand in a queue before that rank's copies."""
+
+    def __init__(self, kernels: ModuleType) -> None:
+        self._kernels = kernels
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernels, name)
+
+    def send(self, source: int, to: int, num_bytes: int, stream: int) -> None:
+        self.publish([(source, to, num_bytes)], stream)
 
 
 class VirtualMemory:
@@ -42,7 +64,7 @@ class VirtualGroup:
             build(MoE, rank, ep_size=num_ranks, device="cuda", **options)
             for rank in range(num_ranks)
         ]
-        kernels = load_kernels(torch.device("cuda", 0))
+        kernels = VirtualKernels(load_kernels(torch.device("cuda", 0)))
         blocks = [
             torch.zeros(BLOCK_BYTES, dtype=torch.uint8, device="cuda") for _ in range(num_ranks)
         ]
@@ -51,6 +73,8 @@ class VirtualGroup:
             for rank in range(num_ranks)
         ]
         self.streams = [torch.cuda.Stream() for _ in range(num_ranks)]
+        for exchange, stream in zip(self.exchanges, self.streams, strict=True):
+            exchange._side_stream = stream  # a GPU has queues for 8 streams that wait
         self._alone = VirtualGroup(1, **options) if num_ranks > 1 else None
         self._loaded: set[int] = set()
         torch.cuda.synchronize()
@@ -61,10 +85,16 @@ class VirtualGroup:
         CUDA loads a kernel at its first launch and waits for what runs, which would wait for a rank
         that comes after.
         """
+        alone = self._alone
         for x, grad in zip(inputs, grads, strict=True):
-            if self._alone is not None and x.shape[0] not in self._loaded:
-                self._alone.run([x], [grad])
-                self._loaded.add(x.shape[0])
+            if alone is None or x.shape[0] in self._loaded:
+                continue
+            alone.exchanges[0].division = None
+            alone.run([x], [grad])
+            for division in both_ways(alone.layers[0].deepspeed_moe.fused.division):
+                alone.exchanges[0].division = division
+                alone.run([x], [grad])
+            self._loaded.add(x.shape[0])
 
     def forward(self, inputs: Sequence[Tensor], ranks: Sequence[int] | None = None) -> list[Tensor]:
         """Enqueue the forward of the ranks (of all, unless some are absent)."""

@@ -17,6 +17,25 @@ int64_t plan_smem_bytes(int64_t num_experts, int num_ranks) {
     return (num_experts * (2 * num_ranks + 2) + 1) * sizeof(int);
 }
 
+// num_other_blocks: those behind the tokens'.
+void launch_dispatch(const Sources& sources, const RowPlan& plan, int first_distance,
+                     int end_distance, void* rows, void* published, int64_t row_bytes,
+                     int64_t num_other_blocks, uint32_t* counters, int64_t num_counters,
+                     cudaStream_t stream) {
+    const int64_t row_vectors = row_bytes / sizeof(uint4);
+    int64_t num_tokens = 0;
+    for (int distance = first_distance; distance < end_distance; ++distance) {
+        num_tokens += source_at(sources, distance).num_tokens;
+    }
+    const int64_t num_parts = num_tokens * ceil_div(row_vectors, kCopyVectors * 32);
+    const int64_t num_token_blocks = ceil_div(num_parts, kRowWarps);
+    const unsigned num_blocks = num_token_blocks + num_other_blocks;
+    if (num_blocks == 0) return;
+    launch("dispatch_rows", dispatch_rows_kernel, {num_blocks, kRowWarps * 32}, stream, sources,
+           plan, first_distance, end_distance, static_cast<uint4*>(rows),
+           static_cast<uint4*>(published), row_vectors, num_token_blocks, counters, num_counters);
+}
+
 template <typename T>
 void launch_row_dots(const Sources& sources, const RowPlan& plan, const float* row_dots,
                      int64_t num_tiles, const void* grad_rows, const void* const* bias,
@@ -53,17 +72,17 @@ void plan_rows(const Sources& sources, const RowPlan& plan, cudaStream_t stream)
            plan, blocks_per_order);
 }
 
-void dispatch_rows(const Sources& sources, const RowPlan& plan, const void* tokens, void* rows,
-                   void* published, int64_t row_bytes, uint32_t* counters, int64_t num_counters,
+void dispatch_rows(const Sources& sources, const RowPlan& plan, void* rows, void* published,
+                   int64_t row_bytes, uint32_t* counters, int64_t num_counters,
                    cudaStream_t stream) {
-    const int64_t row_vectors = row_bytes / sizeof(uint4);
-    const int64_t num_tokens = sources.source[sources.rank].num_tokens;
-    const int64_t num_parts = num_tokens * ceil_div(row_vectors, kCopyVectors * 32);
-    const int64_t num_token_blocks = ceil_div(num_parts, kRowWarps);
-    const unsigned num_blocks = num_token_blocks + plan.num_experts;
-    launch("dispatch_rows", dispatch_rows_kernel, {num_blocks, kRowWarps * 32}, stream, sources,
-           plan, static_cast<const uint4*>(tokens), static_cast<uint4*>(rows),
-           static_cast<uint4*>(published), row_vectors, num_token_blocks, counters, num_counters);
+    launch_dispatch(sources, plan, 0, 1, rows, published, row_bytes, plan.num_experts, counters,
+                    num_counters, stream);
+}
+
+void dispatch_other_rows(const Sources& sources, const RowPlan& plan, void* rows,
+                         int64_t row_bytes, cudaStream_t stream) {
+    launch_dispatch(sources, plan, 1, sources.num_ranks, rows, nullptr, row_bytes, 0, nullptr, 0,
+                    stream);
 }
 
 void sum_row_dots(const Sources& sources, const RowPlan& plan, const float* row_dots,

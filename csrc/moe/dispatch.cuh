@@ -31,6 +31,11 @@ __device__ inline int source_of(const Sources& sources, int64_t token) {
     return rank;
 }
 
+// The rank at a distance from this one, in ring order.
+__host__ __device__ inline const Source& source_at(const Sources& sources, int distance) {
+    return sources.source[(sources.rank + distance) % sources.num_ranks];
+}
+
 // Ranks other than its own that a token goes to, a bit each.
 __device__ inline uint32_t peers_of(const int64_t* topk_ids, int64_t top_k, int num_experts,
                                     int own_rank) {
@@ -183,11 +188,12 @@ __global__ void __launch_bounds__(kPlanThreads)
     }
 }
 
+// Tokens of the ranks at distances from `distance` to before `end_distance`.
 __global__ void __launch_bounds__(kRowWarps * 32)
     dispatch_rows_kernel(const __grid_constant__ Sources sources,
-                         const __grid_constant__ RowPlan plan, const uint4* tokens, uint4* rows,
-                         uint4* published, int64_t row_vectors, int64_t num_token_blocks,
-                         uint32_t* counters, int64_t num_counters) {
+                         const __grid_constant__ RowPlan plan, int distance, int end_distance,
+                         uint4* rows, uint4* published, int64_t row_vectors,
+                         int64_t num_token_blocks, uint32_t* counters, int64_t num_counters) {
     begin_kernel();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (blockIdx.x >= num_token_blocks) {
@@ -203,12 +209,18 @@ __global__ void __launch_bounds__(kRowWarps * 32)
         }
         return;
     }
-    const Source& own = sources.source[sources.rank];
     const int64_t parts = (row_vectors + kCopyVectors * 32 - 1) / (kCopyVectors * 32);
-    const int64_t item = int64_t{blockIdx.x} * kRowWarps + warp, token = item / parts;
-    if (token >= own.num_tokens) return;
+    const int64_t item = int64_t{blockIdx.x} * kRowWarps + warp;
+    int64_t token = item / parts;
+    for (; distance < end_distance; ++distance) {
+        const int64_t num_tokens = source_at(sources, distance).num_tokens;
+        if (token < num_tokens) break;
+        token -= num_tokens;
+    }
+    if (distance == end_distance) return;
+    const Source& source = source_at(sources, distance);
     // The token's part is read once, whatever the number of its rows.
-    const uint4* from = tokens + token * row_vectors;
+    const uint4* from = static_cast<const uint4*>(source.tokens) + token * row_vectors;
     const int64_t first = item % parts * kCopyVectors * 32 + lane;
     uint4 part[kCopyVectors];
 #pragma unroll
@@ -223,7 +235,7 @@ __global__ void __launch_bounds__(kRowWarps * 32)
         }
     };
     if (published != nullptr) store(published, token);
-    const int64_t* row_of_route = plan.row_of_route + (own.first_token + token) * plan.top_k;
+    const int64_t* row_of_route = plan.row_of_route + (source.first_token + token) * plan.top_k;
     for (int64_t k = 0; k < plan.top_k; ++k) {
         if (row_of_route[k] >= 0) store(rows, row_of_route[k]);
     }

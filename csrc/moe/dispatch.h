@@ -14,7 +14,7 @@ constexpr int kRowBlock = 128;
 // Ranks of an expert parallel group; kernels take a table of them by value.
 constexpr int kMaxRanks = 32;
 
-// The tokens of one rank and what its gate says of them, in that rank's memory.
+// The tokens of one rank, where this one reads them, and what its gate says of them, in its memory.
 struct Source {
     const int64_t* topk_ids;     // [num_tokens, top_k]: expert, of all ranks' ; -1 = dropped
     const float* topk_weights;   // [num_tokens, top_k]
@@ -72,9 +72,13 @@ void plan_rows(const Sources& sources, const RowPlan& plan, cudaStream_t stream)
 // rows[r] = the token's activation for this rank's own tokens, zero in padding; both of row_bytes,
 // a multiple of 16. Rows of other ranks' tokens are left alone. Copies the tokens to where peers
 // read them, unless that is null. Sets counters, which kernels behind need (exchange.h), to zero.
-void dispatch_rows(const Sources& sources, const RowPlan& plan, const void* tokens, void* rows,
-                   void* published, int64_t row_bytes, uint32_t* counters, int64_t num_counters,
+void dispatch_rows(const Sources& sources, const RowPlan& plan, void* rows, void* published,
+                   int64_t row_bytes, uint32_t* counters, int64_t num_counters,
                    cudaStream_t stream);
+
+// The same for all other ranks' tokens, and nothing else.
+void dispatch_other_rows(const Sources& sources, const RowPlan& plan, void* rows,
+                         int64_t row_bytes, cudaStream_t stream);
 
 // grad_weights[t, k] in the token's rank = sum over tiles of row_dots[tile, r], plus <grad_rows[r],
 // bias of r's expert> where there are biases. Routes to this rank's experts are written, and 0 for

@@ -30,6 +30,10 @@ void publish(const CopyParams& p, cudaStream_t stream) {
     launch("publish", publish_kernel, {num_blocks, kThreads}, stream, p);
 }
 
+void send(const void* from, void* to, int64_t num_bytes, cudaStream_t stream) {
+    check(cudaMemcpyAsync(to, from, num_bytes, cudaMemcpyDefault, stream), "send");
+}
+
 void meet(const MeetParams& params, cudaStream_t stream) {
     launch("meet", meet_kernel, {1, kMaxRanks}, stream, params);
 }

@@ -6,17 +6,19 @@
 //    goes to, one slot in s's memory, in order of these ranks.
 // 2. Grid: publish and sum_partials as many blocks as there is work; meet one block, a thread a
 //    rank. Tokens are pulled and results pushed by CTAs of the GEMM kernels (overlap.cuh);
-//    push_sums does the latter where there is no GEMM beside it.
+//    push_sums does the latter where there is no GEMM beside it. In forward copy engines may send
+//    all tokens to all ranks instead, beside the gate and dispatch_rows.
 // 3. Flags: flags[r][s] in r's memory, written by rank s (release, system scope), read by r
 //    (acquire, system scope): how many meetings s has come to. It only grows, and every rank counts
 //    its own meetings in memory, so nothing is reset and a captured graph can be replayed.
 //    Only meet waits for another rank, in one block that holds nothing a peer needs, whatever else
-//    runs beside it; every other kernel comes behind a meeting and finds what it reads, publish
-//    behind the last one of the direction before, also where it runs on a stream of its own.
+//    runs beside it; everything else comes behind a meeting and finds what it reads, publish and
+//    send behind the last one of the direction before, also on a stream of their own.
 //    Two meetings a direction: after publish, or dispatch_rows in its place (tokens and tables can
-//    be read), and after the last push (slots are complete). Memory is reused safely: who comes to
-//    the second has read what was published, and a slot is written again only after the first
-//    meeting of the next direction, to which its owner comes when it has read it.
+//    be read), and after the last push (slots are complete). Between them a third where tokens are
+//    sent: they have come. Memory is reused safely: who comes to the last has read what was
+//    published or sent to it, and a slot is written again only after the first meeting of the next
+//    direction, to which its owner comes when it has read it.
 // 4. Shared memory: push_sums a ring of slices for every warp (token_stream.cuh). Partial sums have
 //    one writer each and are added in order: the same input gives the same bits.
 // 5. Sources: PTX ISA, memory consistency model (system scope, cumulativity).
@@ -53,10 +55,11 @@ __global__ void __launch_bounds__(kMaxRanks) meet_kernel(const __grid_constant__
     // The next kernel is not admitted: its CTAs would hold SMs that a peer may be waiting for.
     await_previous_kernel();
     const int peer = threadIdx.x, rank = p.mailboxes.rank;
-    const uint64_t epoch = *p.epoch + 1;
     const uint64_t come_ns = global_time_ns();
-    const char* what = p.what == Meeting::kTokens ? "tokens" : "results";
-    const bool is_in_step = epoch % 2 == (p.what == Meeting::kTokens);
+    const uint64_t before = *p.epoch, step = before % kMeetings;
+    const uint64_t epoch = before - step + uint64_t(p.what) + 1;
+    const char* what = p.what == Meeting::kResults ? "results" : "tokens";
+    const bool is_in_step = p.what == Meeting::kTokens ? step == 0 : step > 0 && epoch > before;
     if (p.late->is_set || !is_in_step) {
         if (threadIdx.x > 0) return;
         printf("comet_ds: rank %d of the expert parallel group: ", rank);

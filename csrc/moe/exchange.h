@@ -19,8 +19,10 @@ struct Mailboxes {
     int num_ranks;
 };
 
-// What a meeting is for. They alternate, tokens first.
-enum class Meeting : int { kTokens = 0, kResults = 1 };
+// What a meeting is for, in the order of a direction: tables, or tokens too; tokens where they came
+// later than the tables; results.
+enum class Meeting : int { kTokens = 0, kSentTokens = 1, kResults = 2 };
+constexpr uint64_t kMeetings = 3;  // a direction counts as many, whether it has the second or not
 
 // What a CTA of a GEMM kernel waited for until its deadline had passed.
 struct LateWait {
@@ -45,14 +47,14 @@ struct Exposure {
 
 struct MeetParams {
     Mailboxes mailboxes;
-    uint64_t* epoch;       // this rank's, counts its meetings
+    uint64_t* epoch;       // this rank's count of meetings
     const LateWait* late;  // of the launches before
     uint64_t timeout_ns;
     Meeting what;
     Exposure* exposure;  // to add to, or null
 };
 
-constexpr int kMaxCopies = 5;
+constexpr int kMaxCopies = 4;
 
 struct CopyParams {
     const void* from[kMaxCopies];
@@ -88,9 +90,12 @@ struct Communication {
 // Copies blocks of memory to where peers read them; addresses are multiples of 16.
 void publish(const CopyParams& params, cudaStream_t stream);
 
+// Copies a block of memory to a peer by a copy engine, which takes no SM.
+void send(const void* from, void* to, int64_t num_bytes, cudaStream_t stream);
+
 // Waits until all ranks have come as often as this one. What a rank wrote before, its peers see
 // after. A rank that does not come in time is printed, and the kernel traps; so does a rank that
-// was late itself, or whose meetings do not alternate, before it tells the others that it came.
+// was late itself, or whose meeting is out of order, before it tells the others that it came.
 void meet(const MeetParams& params, cudaStream_t stream);
 
 // What goes on beside a GEMM, where there is none: for every token of other ranks that has rows
