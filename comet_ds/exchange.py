@@ -107,6 +107,7 @@ class Exchange:
         timeout_s: how long to wait for another rank on the GPU.
         table: division points that were measured.
         tuner: measures points that are not in the table in this run.
+        origin: what measured points belong to, this rank's GPU unless given.
 
     Attributes:
         timeout_s, timeout_ns: how long to wait on the GPU.
@@ -125,10 +126,11 @@ class Exchange:
         timeout_s: float = 600,
         table: TuningTable | None = None,
         tuner: RunTuner | None = None,
+        origin: Origin | None = None,
     ) -> None:
         self.memory, self.kernels, self.roll_call, self.tuner = memory, kernels, roll_call, tuner
         self.table = table or TuningTable()
-        self.origin = _origin(memory.block.device, kernels)
+        self.origin = origin or _origin(memory.block.device, kernels)
         self.timeout_s, self.timeout_ns = timeout_s, int(timeout_s * 1e9)
         # How often this rank has come to a meeting; what a GEMM's communication waited for in vain.
         state = torch.zeros(3, dtype=torch.int64, device=memory.block.device)
@@ -303,7 +305,7 @@ def exchange_of(group: Any) -> Exchange:
 def _connect(group: Any, device: torch.device, config: CometConfig) -> Exchange | str:
     kernels = load_kernels(device)
     facts: list[Any] = [None] * dist.get_world_size(group=group)
-    own = _own_facts(device, config, dist.get_rank(group=group) == 0)
+    own = _own_facts(device, config, kernels, dist.get_rank(group=group) == 0)
     torch.distributed.all_gather_object(facts, own, group=group)
     if reason := _why_not_connected(facts, kernels.max_ranks if kernels else 0):
         return reason
@@ -313,11 +315,12 @@ def _connect(group: Any, device: torch.device, config: CometConfig) -> Exchange 
         roll_call = RollCall(group, config.timeout_s)
     except RuntimeError as error:  # the same on all ranks
         return str(error)
-    tuner = None
+    tuner, first = None, facts[0]  # all ranks find the same points
     if config.refine:
-        tuner = RunTuner(group, _origin(device, kernels), _table_path(config))
-    table = TuningTable(facts[0]["entries"])
-    return Exchange(memory, kernels, roll_call, config.timeout_s, table, tuner)
+        tuner = RunTuner(group, first["origin"], _table_path(config))
+    table = TuningTable(first["entries"])
+    arguments = (roll_call, config.timeout_s, table, tuner, first["origin"])
+    return Exchange(memory, kernels, *arguments)
 
 
 def _origin(device: torch.device, kernels: ModuleType) -> Origin:
@@ -328,16 +331,18 @@ def _table_path(config: CometConfig) -> Path:
     return Path(config.tuning_table or default_path())
 
 
-def _own_facts(device: torch.device, config: CometConfig, is_first: bool) -> dict[str, Any]:
+def _own_facts(
+    device: torch.device, config: CometConfig, kernels: ModuleType | None, is_first: bool
+) -> dict[str, Any]:
     """Return what the ranks of a group have to know of each other."""
-    names = [
-        str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())
-    ]
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    names = [str(found.uuid) for found in properties]
     own = torch.cuda.current_device() if device.index is None else device.index
     return {
         "rank": dist.get_rank(),
         "host": _host(),
         "device": names[own],
+        "model": f"{properties[own].name}, {properties[own].multi_processor_count} SMs",
         "out of reach": [
             name
             for i, name in enumerate(names)
@@ -345,6 +350,7 @@ def _own_facts(device: torch.device, config: CometConfig, is_first: bool) -> dic
         ],
         "reason": why_no_kernels() and f"it has no kernels: {why_no_kernels()}",
         "entries": read(_table_path(config)) if is_first else [],
+        "origin": _origin(device, kernels) if is_first and kernels else None,
     }
 
 
@@ -374,6 +380,11 @@ def _why_not_connected(facts: Sequence[dict[str, Any]], max_ranks: int) -> str |
             if other["device"] in fact["out of reach"]:
                 ranks = f"{fact['rank']} cannot address the memory of rank {other['rank']}"
                 return f"the GPU of rank {ranks}'s"
+        if fact["model"] != first["model"]:  # they choose how tokens come each for itself, alike
+            return (
+                f"its ranks must have GPUs of one model, rank {first['rank']} has "
+                f"{first['model']}, rank {fact['rank']} {fact['model']}"
+            )
     if len({fact["device"] for fact in facts}) < len(facts):
         return "its ranks must have a GPU each, two have the same one"
     if len(facts) > max_ranks:

@@ -480,7 +480,8 @@ def test_max_rows(num_experts: int, capacity: int | None) -> None:
             assert ((rows + 127) // 128 * 128).sum() <= bound
 
 
-FACTS = {"rank": 0, "host": ("a", "1"), "device": "x", "out of reach": ["z"], "reason": None}
+FACTS = {"rank": 0, "host": ("a", "1"), "device": "x", "model": "H200, 132 SMs"}
+FACTS |= {"out of reach": ["z"], "reason": None}
 
 
 @pytest.mark.parametrize(
@@ -492,6 +493,10 @@ FACTS = {"rank": 0, "host": ("a", "1"), "device": "x", "out of reach": ["z"], "r
         (
             {"rank": 1, "device": "y", "host": ("b", "2")},
             "rank 0 has ('a', '1'), rank 1 ('b', '2')",
+        ),
+        (
+            {"rank": 1, "device": "y", "model": "H100, 114 SMs"},
+            "rank 0 has H200, 132 SMs, rank 1 H100, 114 SMs",
         ),
         ({"rank": 1, "device": "y", "reason": "it has no kernels: no nvcc"}, "rank 1: it has no"),
     ],
