@@ -271,8 +271,8 @@ class PeerDispatcher:
         # A graph would add to the meter's memory long after its end.
         is_metered = self._meter is not None and not torch.cuda.is_current_stream_capturing()
         self.exchange.exposure = self._meter.begin(int(not is_forward)) if is_metered else 0
-        point = self.division.pull if is_forward else self.division.pull_grad
-        call = self._join(tokens, point.is_sent)
+        is_sent = is_forward and self.division.is_sent
+        call = self._join(tokens, is_sent)
         parts, rank = self._parts, self.rank
         num_blocks = self.plan.max_rows // self.kernels.row_block
         size = self.kernels.counter_bytes // 4 + max(num_blocks, len(self.num_tokens))
@@ -280,11 +280,11 @@ class PeerDispatcher:
         fields, stream = self.plan.fields(), current_stream(tokens)
         if is_forward:
             self.exchange.publish([(table, parts[name][rank]) for name, table in tables.items()])
-            if not point.is_sent:
+            if not is_sent:
                 self.exchange.join()  # the tokens, too, are published
             self.exchange.meet(parts["flags"], Meeting.TOKENS)
             self.kernels.plan_rows(self._sources, fields, stream)
-            if point.is_sent:  # the first half has left the link to the tables
+            if is_sent:  # the first half has left the link to the tables
                 self.exchange.send_half(1, tokens, call)
         published = 0 if is_forward else parts["tokens"][rank]
         rows = dispatch_own(
@@ -292,8 +292,9 @@ class PeerDispatcher:
         )
         if not is_forward:
             self.exchange.meet(parts["flags"], Meeting.TOKENS)
-        if not point.is_sent:
-            return rows, self._beside(rows, point.num_ctas, self._counters[0])
+        if not is_sent:
+            pull = self.division.pull if is_forward else self.division.pull_grad
+            return rows, self._beside(rows, pull.num_ctas, self._counters[0])
         self.exchange.join()
         self.exchange.meet(parts["flags"], Meeting.SENT_TOKENS)
         size = call.token_bytes
@@ -339,7 +340,7 @@ class PeerDispatcher:
         token_bytes = tokens.shape[1] * tokens.element_size()
         call = CallShape(self.num_tokens, self.top_k, self.num_experts, token_bytes, is_sent)
         self._parts = parts = self.exchange.parts(call)
-        places = self.exchange.places(call)
+        places = self.exchange.places(call, parts)
         places[self.rank] = tokens.data_ptr()
         names = ("topk_ids", "topk_weights", "ranks", "kept_counts")
         columns = [*(parts[name] for name in names), places, parts["slots"], parts["grad_weights"]]

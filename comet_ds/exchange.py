@@ -69,8 +69,8 @@ class ExposureMeter:
     """What communication takes from computation in a layer's calls, measured by the kernels.
 
     Counted are CTAs that communicate beside a GEMM and do not compute, and meetings; not tiles that
-    wait for rows, publishing, tokens that are sent and have not come when others are in their rows,
-    the last sum, nor what frozen experts push without a GEMM beside it.
+    wait for rows, publishing, the wait for sent tokens and their dispatch, the last sum, nor what
+    frozen experts push without a GEMM beside it.
 
     Args:
         device: of the rank.
@@ -172,8 +172,9 @@ class Exchange:
         their receiver may still read what else it has of the call before.
         """
         offsets, size, tokens_size = self._parts(call)
-        self._used = [max(self._used[0], size), max(self._used[1], tokens_size)]
-        self.memory.reserve(sum(self._used))
+        used = [max(self._used[0], size), max(self._used[1], tokens_size)]
+        self.memory.reserve(sum(used))
+        self._used = used
         offsets = {**offsets, "tokens": self.memory.block.numel() - tokens_size}
         return {name: [base + at for base in self.memory.addresses] for name, at in offsets.items()}
 
@@ -199,11 +200,11 @@ class Exchange:
         tokens_size = num_places * num_tokens * call.token_bytes
         return offsets, end, -(-tokens_size // ALIGNMENT) * ALIGNMENT
 
-    def places(self, call: CallShape) -> list[int]:
+    def places(self, call: CallShape, parts: dict[str, list[int]]) -> list[int]:
         """Return the addresses at which this rank reads other ranks' tokens, by rank."""
-        found = self.parts(call)["tokens"]
+        found = parts["tokens"]
         if not call.is_sent:
-            return found
+            return list(found)
         own, num_ranks = found[self.memory.rank], len(found)
         distances = ((rank - self.memory.rank) % num_ranks for rank in range(num_ranks))
         return [own + call.place(distance) for distance in distances]
@@ -226,7 +227,7 @@ class Exchange:
     def send_half(self, half: int, tokens: Tensor, call: CallShape) -> None:
         """Begin to copy half 0 or 1 of a call's tokens to all ranks, until ``join``.
 
-        What was sent to a rank before it has read: the last meeting was for results.
+        All ranks have come to the last meeting for results, so nobody reads anyone's tokens.
         """
         addresses, stream = self.parts(call)["tokens"], self._fork()
         num_ranks = len(call.num_tokens)

@@ -128,7 +128,7 @@ class FusedExperts:
         )
         self._trial = exchange.trial(self.shape, self._has_backward(x, gate.wg.weight))
         self.division = self._trial.division
-        is_sent, token_bytes = self.division.pull.is_sent, hidden * x.element_size()
+        is_sent, token_bytes = self.division.is_sent, hidden * x.element_size()
         call = CallShape(num_tokens, gate.k, num_experts, token_bytes, is_sent)
         if is_sent:
             exchange.send_half(0, x, call)

@@ -45,21 +45,15 @@ class DivisionPoint(NamedTuple):
     """How a GEMM shares the GPU with what is pulled or pushed beside it.
 
     Attributes:
-        num_ctas: CTAs set apart. 0 where tokens are not pulled but sent to all ranks by copy
-            engines, before the GEMM.
+        num_ctas: CTAs set apart.
         num_split: experts whose rows of this rank's tokens are computed while others travel; their
             weights are read once more for the rest. 0 where all rows are there before the GEMM.
-        seconds: what the GEMM takes longer.
+        seconds: what the layer takes longer.
     """
 
     num_ctas: int
     num_split: int
     seconds: float
-
-    @property
-    def is_sent(self) -> bool:
-        """Whether tokens are sent."""
-        return self.num_ctas == 0
 
 
 class Division(NamedTuple):
@@ -69,6 +63,11 @@ class Division(NamedTuple):
     push: DivisionPoint
     pull_grad: DivisionPoint
     push_grad: DivisionPoint
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether copy engines send the tokens before ``up``, so that no CTA pulls them."""
+        return self.pull.num_ctas == 0
 
 
 @dataclass(frozen=True)

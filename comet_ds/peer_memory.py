@@ -78,7 +78,7 @@ class SymmetricMemory:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"the memory of the expert parallel group must grow to {num_bytes} bytes, which a "
-                "CUDA graph cannot capture: run the largest input once before"
+                "CUDA graph cannot capture: run inputs of all sizes once before"
             )
         import torch.distributed._symmetric_memory as symmetric_memory
 

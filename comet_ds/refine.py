@@ -6,7 +6,8 @@ In its first forwards that have a backward a layer runs with one candidate after
 so all four are tried at once and nothing waits. Then the ranks of the group compare, the slowest
 counts, and the fastest candidates run in turns with the cost model's points, once more compared.
 What is not clearly faster then is not taken. All ranks go on with the same points. Layers of one
-shape share their trials.
+shape share their trials. Whether tokens are sent stays as it is: what that takes, no GEMM's time
+tells.
 """
 
 from __future__ import annotations
@@ -153,9 +154,9 @@ class ShapeTuner:
     def __init__(self, shape: LayerShape, gather: Callable[[Medians], list[Medians]]) -> None:
         shape = shape.even()
         self.shape, self.default, self._gather = shape, divide(shape), gather
-        is_sent = self.default.pull.is_sent  # what that takes, the GEMM's time does not tell
+        is_sent = self.default.is_sent
         choices = {
-            name: [getattr(d, name) for d in (self.default, *others) if d.pull.is_sent == is_sent]
+            name: [getattr(d, name) for d in (self.default, *others) if d.is_sent == is_sent]
             for name, others in candidates(self.default, shape).items()
         }
         self._trials: Trials | None = Trials(choices, SAMPLES, WARM_UP)

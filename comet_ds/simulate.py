@@ -184,14 +184,15 @@ def _fused(layer: _Layer) -> tuple[str, tuple[int, ...], float, float, tuple[flo
     slots = traffic.tokens * layer.token_bytes
     # A direction: tokens to where peers read them, own tokens to rows, rows and slots to sums.
     moves = (own + own_rows) + (own_rows + slots + own)
-    exchange = 0.0 if is_alone else 2 * own / MEMORY_BYTES + 2 * MEETING_SECONDS
+    publish = 2 * own / MEMORY_BYTES
+    exchange = 0.0 if is_alone else publish + 2 * MEETING_SECONDS
     moves = moves / MEMORY_BYTES
     plan = 20e-6 + 1e-10 * layer.rows
     launches = 12 * LAUNCH_SECONDS
     beside = (0.0, 0.0)
     if not is_alone:
         beside = (
-            division.pull.seconds + division.push.seconds,
+            division.pull.seconds + division.push.seconds - division.is_sent * publish,
             division.pull_grad.seconds + division.push_grad.seconds,
         )
     gemms, gate = layer.gemms(), layer.gate()

@@ -111,12 +111,12 @@ class TuningTable:
 def is_legal(division: Division, shape: LayerShape) -> bool:
     """Whether the kernels can run it: some CTAs, an even number, never most; none to send."""
     local = shape.num_experts // len(shape.num_tokens)
-    with_ctas = division[1:] if division.pull.is_sent else division
+    with_ctas = division[1:] if division.is_sent else division
     return (
         all(c.num_ctas % 2 == 0 and 2 <= c.num_ctas <= shape.num_sms // 2 for c in with_ctas)
         and all(0 <= c.num_split <= local for c in with_ctas)
         and division.push_grad.num_split == 0
-        and (not division.pull.is_sent or division.pull.num_split == 0)
+        and (not division.is_sent or division.pull.num_split == 0)
     )
 
 
@@ -128,12 +128,14 @@ def candidates(division: Division, shape: LayerShape) -> dict[str, list[Division
         return sorted((found | {num_ctas + 2, num_ctas + 4, num_ctas + 8}) - {num_ctas})
 
     result: dict[str, list[Division]] = {}
+    pulled, sent = token_points(shape)
     for field, choice in division._asdict().items():
-        others = [choice._replace(num_ctas=count) for count in counts(choice.num_ctas)]
+        others = []
         if field == "pull":
-            pulled, sent = token_points(shape)
-            others = [pulled] if choice.is_sent else [*others, sent]
-        if field != "push_grad" and not choice.is_sent:
+            others.append(pulled if division.is_sent else sent)
+            choice = pulled if division.is_sent else choice
+        others += [choice._replace(num_ctas=count) for count in counts(choice.num_ctas)]
+        if field != "push_grad":
             local = shape.num_experts // len(shape.num_tokens)
             splits = {local, choice.num_split // 2, min(2 * choice.num_split, local)}
             splits.discard(choice.num_split)

@@ -423,7 +423,7 @@ def test_sent_tokens_arrive(monkeypatch: pytest.MonkeyPatch, num_tokens: tuple[i
     for half, rank in itertools.product((0, 1), reversed(range(len(blocks)))):
         exchanges[rank].send_half(half, tokens[rank], call)
     for rank, exchange in enumerate(exchanges):
-        for other, place in enumerate(exchange.places(call)):
+        for other, place in enumerate(exchange.places(call, exchange.parts(call))):
             if other != rank:
                 found = ctypes.string_at(place, 16 * num_tokens[other])
                 assert found == bytes([1 + other]) * len(found), f"rank {other}'s at {rank}"
@@ -437,6 +437,8 @@ class GrowingMemory:
     block = torch.empty(0, device="meta")
 
     def reserve(self, num_bytes: int) -> None:
+        if num_bytes > 2**30:
+            raise RuntimeError("no symmetric memory")
         if num_bytes > self.block.numel():
             self.block = torch.empty(num_bytes, dtype=torch.uint8, device="meta")
 
@@ -454,9 +456,18 @@ def test_sent_tokens_meet_nothing_else() -> None:
         exchange.parts(before)
         block = exchange.memory.block
         tokens = exchange.parts(call)["tokens"][0]
-        _, size, tokens_size = Exchange._lay_out(call)
-        assert size <= tokens <= exchange.memory.block.numel() - tokens_size
+        assert tokens >= Exchange._lay_out(call)[1]
         assert exchange.memory.block is not block or tokens >= Exchange._lay_out(before)[1]
+
+
+def test_too_large_a_call_leaves_the_memory_usable() -> None:
+    exchange = Exchange.__new__(Exchange)
+    exchange.memory, exchange._used, exchange._parts = GrowingMemory(), [0, 0], Exchange._lay_out
+    call = CallShape((64, 64), 2, 8, token_bytes=4096, is_sent=True)
+    before = exchange.parts(call)
+    with pytest.raises(RuntimeError, match="no symmetric memory"):
+        exchange.parts(replace(call, num_tokens=(10**6, 64)))
+    assert exchange.parts(call) == before
 
 
 @pytest.mark.parametrize("num_experts", [1, 4, 8])

@@ -106,9 +106,9 @@ def test_trials_find_the_fastest(is_sent: bool) -> None:
     field's GEMM decides for itself. Whether tokens are sent stays as it is."""
     shape = FINE if is_sent else replace(FINE, num_tokens=(8192,) * 8)
     default = wanted = divide(shape)
-    assert default.pull.is_sent == is_sent
+    assert default.is_sent == is_sent
     tried = {
-        field: [d for d in others if d.pull.is_sent == is_sent]
+        field: [d for d in others if d.is_sent == is_sent]
         for field, others in candidates(default, shape).items()
     }
     for field, others in tried.items():

@@ -55,12 +55,12 @@ def test_cost_model() -> None:
 
 def test_tokens_are_sent() -> None:
     """Where the gate takes long enough to hide most of it; all ranks say the same."""
-    assert divide(FINE).pull.is_sent and not divide(WIDE).pull.is_sent
-    assert not divide(replace(FINE, num_tokens=(8192,) * 8)).pull.is_sent
+    assert divide(FINE).is_sent and not divide(WIDE).is_sent
+    assert not divide(replace(FINE, num_tokens=(8192,) * 8)).is_sent
     for num_tokens in ((16000, 384), (0, 16384), (3, 1), (30000, 30)):
         ranks = [divide(replace(FINE, num_tokens=num_tokens, rank=rank)) for rank in (0, 1)]
-        assert ranks[0].pull.is_sent == ranks[1].pull.is_sent
-        assert not ranks[0].pull_grad.is_sent
+        assert ranks[0].is_sent == ranks[1].is_sent
+        assert ranks[0].pull_grad.num_ctas > 0
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.num_tokens[0]}x{len(s.num_tokens)}")
@@ -75,9 +75,8 @@ def test_all_choices_are_legal(shape: LayerShape) -> None:
             assert is_legal(other, shape)
             assert other == division._replace(**{field: getattr(other, field)})
     if shape in (FINE, WIDE):
-        is_sent = division.pull.is_sent
-        assert all(len(found[field]) >= 3 for field in Division._fields[is_sent:])
-        assert sum(d.pull.is_sent != is_sent for d in found["pull"]) == 1
+        assert all(len(others) >= 3 for others in found.values())
+        assert sum(d.is_sent for d in (division, *found["pull"])) == 1
 
 
 def test_illegal_choices() -> None:

@@ -23,6 +23,7 @@ SENT = DivisionPoint(0, 0, 0.0)
 BLOCK_BYTES = 2**26
 TIMEOUT_S = 20
 NUM_SMS = 132
+NUM_QUEUES = 8  # of a GPU: CUDA_DEVICE_MAX_CONNECTIONS
 
 
 def both_ways(division: Division) -> list[Division]:
@@ -73,8 +74,9 @@ class VirtualGroup:
             for rank in range(num_ranks)
         ]
         self.streams = [torch.cuda.Stream() for _ in range(num_ranks)]
-        for exchange, stream in zip(self.exchanges, self.streams, strict=True):
-            exchange._side_stream = stream  # a GPU has queues for 8 streams that wait
+        if 2 * num_ranks > NUM_QUEUES:  # one stream of a rank, not two, may wait for the others
+            for exchange, stream in zip(self.exchanges, self.streams, strict=True):
+                exchange._side_stream = stream
         self._alone = VirtualGroup(1, **options) if num_ranks > 1 else None
         self._loaded: set[int] = set()
         torch.cuda.synchronize()
