@@ -210,6 +210,8 @@ def time_kernels(layer: MoE, shape: Shape, num_tokens: int, num_runs: int) -> li
     """
     weights = layer.deepspeed_moe.fused._weights
     dispatcher = LocalDispatcher(_even_routing(shape, num_tokens), weights.kernels)
+    x = torch.randn(num_tokens, shape.hidden, device="cuda", dtype=torch.bfloat16)
+    rows, _ = dispatcher.dispatch(x)
     gemm = ExpertGemm(weights, dispatcher.plan)
     num_rows = gemm.rows.max_rows
     offsets = gemm.rows.expert_offsets[1:].contiguous()
@@ -219,9 +221,7 @@ def time_kernels(layer: MoE, shape: Shape, num_tokens: int, num_runs: int) -> li
         sizes = (count, num_rows, shape.ffn)
         return list(torch.randn(sizes, device="cuda", dtype=torch.bfloat16))
 
-    rows, dy, y = (
-        torch.randn(num_rows, shape.hidden, device="cuda", dtype=torch.bfloat16) for _ in range(3)
-    )
+    dy, y = (torch.randn_like(rows) for _ in range(2))
     hidden, pre, dpre = wide(1)[0], wide(num_ups), wide(num_ups)
     up = torch.stack([p.detach() for p in weights.weights[0]])
     down = torch.stack([p.detach() for p in weights.weights[-1]])

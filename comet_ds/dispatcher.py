@@ -21,6 +21,9 @@ from comet_ds.kernels import current_stream
 from comet_ds.refine import GEMMS, Trial
 from comet_ds.row_ops import DTYPE_CODES, sum_rows
 
+# What all ranks have to know of a rank's routing: Source in csrc/moe/dispatch.h.
+TABLES = ("topk_ids", "topk_weights", "ranks", "kept_counts")
+
 
 @dataclass(frozen=True)
 class RowPlan(ExpertRows):
@@ -158,19 +161,18 @@ class LocalDispatcher:
         self.plan = RowPlan.empty(
             ids, num_experts, max_rows([ids.shape[0]], capacities, *shape), kernels.row_block
         )
-        self._weights = routing.topk_weights.detach().contiguous()
-        tables = (ids, self._weights, routing.ranks, routing.kept_counts)
-        addresses = (*(t.data_ptr() for t in tables), 0, 0, 0, ids.shape[0])
-        sources = kernels.Sources([addresses], 0)
-        kernels.plan_rows(sources, self.plan.fields(), current_stream(ids))
+        self._tables: dict[str, Tensor] | None = routing_tables(routing)
+        self._weights = self._tables["topk_weights"]
 
     def dispatch(self, tokens: Tensor) -> tuple[Tensor, None]:
-        """Return [R, H]: every row its token's row of [T, H], padding zero.
+        """Return [R, H]: every row its token's row of [T, H], padding zero. The first call plans.
 
         And what has to run beside the GEMM that reads them.
         """
-        sources = self._sources(tokens=tokens.data_ptr())
-        return dispatch_own(sources, tokens, self.plan, self.kernels), None
+        tables, self._tables = self._tables, None
+        sources = self._sources(tables or {}, tokens=tokens.data_ptr())
+        own = (sources, tokens, self.plan, self.kernels)
+        return dispatch_own(*own, is_planned=tables is None), None
 
     def push(self, rows: Tensor, *, is_weighted: bool) -> None:
         """Return what has to run beside a GEMM before ``combine``, None if nothing.
@@ -204,16 +206,17 @@ class LocalDispatcher:
             is_bfloat16: dtype of grad_rows and biases, else fp16.
         """
         self._grad_weights = self.plan.row_weights.new_empty(self.plan.topk_ids.shape)
-        sources = self._sources(grad_weights=self._grad_weights.data_ptr())
+        sources = self._sources({}, grad_weights=self._grad_weights.data_ptr())
         sum_row_dots(sources, self.plan, row_dots, grad_rows, bias, is_bfloat16, self.kernels)
 
     def grad_weights(self) -> Tensor:
         """Return [T, K] fp32: what was summed, 0 for dropped routes. After ``combine``."""
         return self._grad_weights
 
-    def _sources(self, tokens: int = 0, grad_weights: int = 0) -> object:
+    def _sources(self, tables: dict[str, Tensor], tokens: int = 0, grad_weights: int = 0) -> object:
+        found = (tables[name].data_ptr() if name in tables else 0 for name in TABLES)
         num_tokens = self.plan.topk_ids.shape[0]
-        return self.kernels.Sources([(0, 0, 0, 0, tokens, 0, grad_weights, num_tokens)], 0)
+        return self.kernels.Sources([(*found, tokens, 0, grad_weights, num_tokens)], 0)
 
 
 class PeerDispatcher:
@@ -252,12 +255,7 @@ class PeerDispatcher:
         self.trial, self.division, self._meter = trial, trial.division, meter
         num_split = (0, *(getattr(self.division, GEMMS[gemm]).num_split for gemm in ORDERS))
         self.plan = RowPlan.empty(ids, num_local, rows, block, len(num_tokens), num_split)
-        self._tables: dict[str, Tensor] | None = {
-            "topk_ids": routing.topk_ids,
-            "topk_weights": routing.topk_weights.detach().contiguous(),
-            "ranks": routing.ranks,
-            "kept_counts": routing.kept_counts,
-        }
+        self._tables: dict[str, Tensor] | None = routing_tables(routing)
 
     def dispatch(self, tokens: Tensor) -> tuple[Tensor, object]:
         """Return [R, H]: rows of all ranks' tokens, padding zero. The first call also plans.
@@ -272,33 +270,29 @@ class PeerDispatcher:
         is_metered = self._meter is not None and not torch.cuda.is_current_stream_capturing()
         self.exchange.exposure = self._meter.begin(int(not is_forward)) if is_metered else 0
         is_sent = is_forward and self.division.is_sent
-        call = self._join(tokens, is_sent)
-        parts, rank = self._parts, self.rank
+        self._join(tokens, tables, is_sent)
         num_blocks = self.plan.max_rows // self.kernels.row_block
         size = self.kernels.counter_bytes // 4 + max(num_blocks, len(self.num_tokens))
         self._counters = self.plan.token_of_row.new_empty(2, size)  # for pulling, for pushing
-        fields, stream = self.plan.fields(), current_stream(tokens)
-        if is_forward:
-            self.exchange.publish([(table, parts[name][rank]) for name, table in tables.items()])
-            if not is_sent:
-                self.exchange.join()  # the tokens, too, are published
-            self.exchange.meet(parts["flags"], Meeting.TOKENS)
-            self.kernels.plan_rows(self._sources, fields, stream)
-            if is_sent:  # the first half has left the link to the tables
-                self.exchange.send_half(1, tokens, call)
-        published = 0 if is_forward else parts["tokens"][rank]
-        rows = dispatch_own(
-            self._sources, tokens, self.plan, self.kernels, self._counters, published
-        )
+        own = (self._sources, tokens, self.plan, self.kernels, self._counters)
         if not is_forward:
-            self.exchange.meet(parts["flags"], Meeting.TOKENS)
+            published = self._parts.addresses["tokens"][self.rank]
+            rows = dispatch_own(*own, is_planned=True, published=published)
+            self._meet(Meeting.TOKENS)
+            return rows, self._beside(rows, self.division.pull_grad.num_ctas, self._counters[0])
+        self.exchange.send_tables(tables, self._parts)
         if not is_sent:
-            pull = self.division.pull if is_forward else self.division.pull_grad
-            return rows, self._beside(rows, pull.num_ctas, self._counters[0])
+            self.exchange.join()  # the tokens, too, are published
+        self._meet(Meeting.TOKENS)
+        if is_sent:  # the first half has left the link to the tables
+            self.exchange.send_half(1, tokens, self._parts.call)
+        rows = dispatch_own(*own, is_planned=False)
+        if not is_sent:
+            return rows, self._beside(rows, self.division.pull.num_ctas, self._counters[0])
         self.exchange.join()
-        self.exchange.meet(parts["flags"], Meeting.SENT_TOKENS)
-        size = call.token_bytes
-        self.kernels.dispatch_other_rows(self._sources, fields, rows.data_ptr(), size, stream)
+        self._meet(Meeting.SENT_TOKENS)
+        arguments = (self.plan.fields(), rows.data_ptr(), self._parts.call.token_bytes)
+        self.kernels.dispatch_other_rows(self._sources, *arguments, current_stream(rows))
         return rows, None
 
     def push(self, rows: Tensor, *, is_weighted: bool) -> object:
@@ -314,7 +308,7 @@ class PeerDispatcher:
         if not is_pushed:
             push = self._beside(rows, self.num_sms, self._counters[1])
             self.kernels.push_sums(push, is_weighted, self.num_sms, stream)
-        self.exchange.meet(self._parts["flags"], Meeting.RESULTS)
+        self._meet(Meeting.RESULTS)
         output = rows.new_empty(self.num_tokens[self.rank], rows.shape[1])
         call = (*self._call(rows), rows.data_ptr(), is_weighted, output.data_ptr())
         self.kernels.sum_partials(*call, stream)
@@ -330,23 +324,28 @@ class PeerDispatcher:
     def grad_weights(self) -> Tensor:
         """Return [T, K] fp32: what all ranks have summed, 0 for dropped routes."""
         memory = self.exchange.memory
-        at = self._parts["grad_weights"][self.rank] - memory.addresses[self.rank]
+        at = self._parts.addresses["grad_weights"][self.rank] - memory.addresses[self.rank]
         shape = (self.num_tokens[self.rank], self.top_k)
         found = memory.block[at : at + 4 * shape[0] * shape[1]].view(torch.float32)
         return found.view(shape).clone()
 
-    def _join(self, tokens: Tensor, is_sent: bool) -> CallShape:
+    def _join(self, tokens: Tensor, tables: dict[str, Tensor] | None, is_sent: bool) -> None:
         """Find the parts of the group's memory, which may have moved since the last call."""
         token_bytes = tokens.shape[1] * tokens.element_size()
         call = CallShape(self.num_tokens, self.top_k, self.num_experts, token_bytes, is_sent)
         self._parts = parts = self.exchange.parts(call)
-        places = self.exchange.places(call, parts)
-        places[self.rank] = tokens.data_ptr()
-        names = ("topk_ids", "topk_weights", "ranks", "kept_counts")
-        columns = [*(parts[name] for name in names), places, parts["slots"], parts["grad_weights"]]
+        own = {**(tables or {}), "tokens": tokens}
+        columns = []
+        for name in (*TABLES, "tokens"):
+            column = parts.places(name, self.rank)
+            column[self.rank] = own[name].data_ptr() if name in own else 0
+            columns.append(column)
+        columns += [parts.addresses["slots"], parts.addresses["grad_weights"]]
         rows = list(zip(*columns, self.num_tokens, strict=True))
         self._sources = self.kernels.Sources(rows, self.rank)
-        return call
+
+    def _meet(self, what: Meeting) -> None:
+        self.exchange.meet(self._parts.addresses["flags"], what)
 
     def _beside(
         self, rows: Tensor, num_ctas: int, counters: Tensor, remote_begin: int = 0
@@ -375,36 +374,41 @@ class PeerDispatcher:
         return self._sources, self.plan.fields(), rows.shape[1], DTYPE_CODES[rows.dtype]
 
 
+def routing_tables(routing: Routing) -> dict[str, Tensor]:
+    """Return the ``TABLES`` of this rank."""
+    found = {name: getattr(routing, name) for name in TABLES}
+    return {**found, "topk_weights": routing.topk_weights.detach().contiguous()}
+
+
 def dispatch_own(
     sources: object,
     tokens: Tensor,
     plan: RowPlan,
     kernels: ModuleType,
     counters: Tensor | None = None,
+    *,
+    is_planned: bool,
     published: int = 0,
 ) -> Tensor:
     """Return [R, H] with the rows of this rank's tokens, and padding zero.
 
     Args:
-        sources: of all ranks' tables, and of the tokens.
+        sources: of all ranks' tokens, and of their tables for a plan.
         tokens: [T, H], this rank's.
         plan: that of the rows.
         kernels: the compiled kernels.
         counters: to set to zero.
-        published: address to copy the tokens to, or 0.
+        is_planned: whether the plan is there; else it is written.
+        published: address to copy the tokens to, or 0; of a plan that is there.
     """
     rows = tokens.new_empty(plan.max_rows, tokens.shape[1])
-    row_bytes = tokens.shape[1] * tokens.element_size()
     to_zero = (0, 0) if counters is None else (counters.data_ptr(), counters.numel())
-    kernels.dispatch_rows(
-        sources,
-        plan.fields(),
-        rows.data_ptr(),
-        published,
-        row_bytes,
-        *to_zero,
-        current_stream(tokens),
-    )
+    row_bytes = tokens.shape[1] * tokens.element_size()
+    arguments = (rows.data_ptr(), row_bytes, *to_zero, current_stream(tokens))
+    if is_planned:
+        kernels.dispatch_rows(sources, plan.fields(), published, *arguments)
+    else:
+        kernels.plan_and_dispatch(sources, plan.fields(), *arguments)
     return rows
 
 

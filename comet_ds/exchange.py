@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the ranks of an expert parallel group share: places in their memory, meetings on the GPU.
 
-A rank's peers read tokens and routing tables from its block of memory, or write their tokens into
-it, and write results into it (csrc/moe/exchange.cuh says when). All layers of a group share the
-blocks.
+A rank's peers write routing tables and results into its block of memory, and tokens, unless they
+read its own there (csrc/moe/exchange.cuh says when). All layers of a group share the blocks.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ import enum
 import functools
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -60,9 +59,57 @@ class CallShape:
     token_bytes: int
     is_sent: bool
 
-    def place(self, distance: int) -> int:
-        """Return where, among tokens sent to a rank, those of the one at a distance lie."""
-        return (distance - 1) * max(self.num_tokens) * self.token_bytes
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+class Layout(NamedTuple):
+    """Where parts of a block lie, one behind the other.
+
+    Attributes:
+        offsets: of every part.
+        size: of all.
+    """
+
+    offsets: dict[str, int]
+    size: int
+
+    @classmethod
+    def of(cls, sizes: Mapping[str, int]) -> Layout:
+        """Lay out parts of these sizes, in their order."""
+        offsets, end = {}, 0
+        for name, size in sizes.items():
+            offsets[name] = end
+            end += _aligned(size)
+        return cls(offsets, end)
+
+
+class Parts(NamedTuple):
+    """Where everything lies that the ranks exchange in a call.
+
+    Attributes:
+        call: what they exchange.
+        addresses: of every part, by rank.
+        place_bytes: of a place, where a part has one for each other rank.
+    """
+
+    call: CallShape
+    addresses: dict[str, list[int]]
+    place_bytes: dict[str, int]
+
+    def place(self, name: str, reader: int, writer: int) -> int:
+        """Return the address at which a rank finds what another has sent it."""
+        distance = (writer - reader) % len(self.call.num_tokens)
+        return self.addresses[name][reader] + (distance - 1) * self.place_bytes[name]
+
+    def places(self, name: str, reader: int) -> list[int]:
+        """Return the addresses at which a rank reads what other ranks have, by rank; 0 its own."""
+        found = self.addresses[name]
+        if name == "tokens" and not self.call.is_sent:
+            return [address if rank != reader else 0 for rank, address in enumerate(found)]
+        ranks = range(len(found))
+        return [self.place(name, reader, rank) if rank != reader else 0 for rank in ranks]
 
 
 class ExposureMeter:
@@ -160,54 +207,49 @@ class Exchange:
         found = self.table.find(shape, self.origin)
         return found or divide(shape), found is not None
 
-    def parts(self, call: CallShape) -> dict[str, list[int]]:
-        """Return the addresses of every part of the block, by rank.
+    def parts(self, call: CallShape) -> Parts:
+        """Return where a call's parts lie in the ranks' blocks, which may have to grow: collective.
 
-        Parts: ``flags``, ``topk_ids``, ``topk_weights``, ``ranks``, ``kept_counts``, ``slots``,
-        ``grad_weights``, as ``Source`` in csrc/moe/dispatch.h has them; ``tokens``, this rank's own
-        or, where they are sent, those of the rank at distance 1, 2, ... one behind the other, each
-        with room for the most any rank has.
+        Parts: ``flags``, ``slots``, ``grad_weights``, ``topk_ids``, ``topk_weights``, ``ranks``,
+        ``kept_counts``, ``tokens``, as ``Source`` in csrc/moe/dispatch.h has them. The last five
+        have a place for what comes from the rank at distance 1, 2, ... one behind the other, each
+        with room for the most any rank has; tokens that are pulled have one for this rank's own.
 
-        Tokens lie at the end of the block, where no call has anything else: they are sent while
+        These five lie at the end of the block, where no call has anything else: they come while
         their receiver may still read what else it has of the call before.
         """
-        offsets, size, tokens_size = self._parts(call)
-        used = [max(self._used[0], size), max(self._used[1], tokens_size)]
+        lasting, incoming, place_bytes = self._parts(call)
+        used = [max(self._used[0], lasting.size), max(self._used[1], incoming.size)]
         self.memory.reserve(sum(used))
         self._used = used
-        offsets = {**offsets, "tokens": self.memory.block.numel() - tokens_size}
-        return {name: [base + at for base in self.memory.addresses] for name, at in offsets.items()}
+        begin = self.memory.block.numel() - incoming.size
+        offsets = lasting.offsets | {name: begin + at for name, at in incoming.offsets.items()}
+        bases = self.memory.addresses
+        addresses = {name: [base + at for base in bases] for name, at in offsets.items()}
+        return Parts(call, addresses, place_bytes)
 
     @staticmethod
-    def _lay_out(call: CallShape) -> tuple[dict[str, int], int, int]:
-        """Return the offset of every part but the tokens, the size of these, that of the tokens."""
+    def _lay_out(call: CallShape) -> tuple[Layout, Layout, dict[str, int]]:
+        """Return the parts from a block's start, those up to its end, and sizes of their places."""
         num_tokens, num_ranks = max(call.num_tokens), len(call.num_tokens)
         routes = num_tokens * call.top_k
-        sizes = {
+        lasting = {
             "flags": 8 * num_ranks,
+            "grad_weights": 4 * routes,
+            "slots": min(call.top_k, num_ranks - 1) * num_tokens * call.token_bytes,
+        }
+        incoming = {
             "kept_counts": 4 * call.num_experts,
             "topk_ids": 8 * routes,
             "topk_weights": 4 * routes,
             "ranks": 4 * routes,
-            "grad_weights": 4 * routes,
-            "slots": min(call.top_k, num_ranks - 1) * num_tokens * call.token_bytes,
+            "tokens": num_tokens * call.token_bytes,
         }
-        offsets, end = {}, 0
-        for name, size in sizes.items():
-            offsets[name] = end
-            end += -(-size // ALIGNMENT) * ALIGNMENT
-        num_places = num_ranks - 1 if call.is_sent else 1
-        tokens_size = num_places * num_tokens * call.token_bytes
-        return offsets, end, -(-tokens_size // ALIGNMENT) * ALIGNMENT
-
-    def places(self, call: CallShape, parts: dict[str, list[int]]) -> list[int]:
-        """Return the addresses at which this rank reads other ranks' tokens, by rank."""
-        found = parts["tokens"]
+        place_bytes = {name: _aligned(size) for name, size in incoming.items()}
+        sizes = {name: (num_ranks - 1) * size for name, size in place_bytes.items()}
         if not call.is_sent:
-            return list(found)
-        own, num_ranks = found[self.memory.rank], len(found)
-        distances = ((rank - self.memory.rank) % num_ranks for rank in range(num_ranks))
-        return [own + call.place(distance) for distance in distances]
+            sizes["tokens"] = place_bytes["tokens"]
+        return Layout.of(lasting), Layout.of(sizes), place_bytes
 
     def enter(self) -> None:
         """Wait, on the GPU, for what an earlier call did on another stream."""
@@ -221,7 +263,7 @@ class Exchange:
 
     def publish_ahead(self, tokens: Tensor, call: CallShape) -> None:
         """Begin to publish a call's tokens beside what comes next, until ``join``."""
-        to = self.parts(call)["tokens"][self.memory.rank]
+        to = self.parts(call).addresses["tokens"][self.memory.rank]
         self._copy([(tokens, to)], self._fork().cuda_stream)
 
     def send_half(self, half: int, tokens: Tensor, call: CallShape) -> None:
@@ -229,14 +271,16 @@ class Exchange:
 
         All ranks have come to the last meeting for results, so nobody reads anyone's tokens.
         """
-        addresses, stream = self.parts(call)["tokens"], self._fork()
-        num_ranks = len(call.num_tokens)
+        parts, stream = self.parts(call), self._fork()
         begin, end = (tokens.shape[0] * i // 2 * call.token_bytes for i in (half, half + 1))
-        for distance in range(1, num_ranks) if end > begin else ():
-            receiver = (self.memory.rank + distance) % num_ranks
-            place = call.place(num_ranks - distance)  # at this distance from there is this rank
-            to = addresses[receiver] + place + begin
+        for receiver in self._receivers(call) if end > begin else ():
+            to = parts.place("tokens", receiver, self.memory.rank) + begin
             self.kernels.send(tokens.data_ptr() + begin, to, end - begin, stream.cuda_stream)
+
+    def _receivers(self, call: CallShape) -> list[int]:
+        """Return all other ranks, in ring order."""
+        num_ranks = len(call.num_tokens)
+        return [(self.memory.rank + distance) % num_ranks for distance in range(1, num_ranks)]
 
     def join(self) -> None:
         """Wait, on the GPU, for the copies that have begun."""
@@ -250,8 +294,14 @@ class Exchange:
         self._side_stream.wait_stream(torch.cuda.current_stream())
         return self._side_stream
 
-    def publish(self, copies: Sequence[tuple[Tensor, int]]) -> None:
-        """Copy contiguous tensors to addresses in this rank's block."""
+    def send_tables(self, tables: Mapping[str, Tensor], parts: Parts) -> None:
+        """Write routing tables, by the name of their part, into the memory of all other ranks."""
+        rank = self.memory.rank
+        copies = [
+            (table, parts.place(name, receiver, rank))
+            for receiver in self._receivers(parts.call)
+            for name, table in tables.items()
+        ]
         self._copy(copies, current_stream(self._epoch))
 
     def _copy(self, copies: Sequence[tuple[Tensor, int]], stream: int) -> None:

@@ -202,16 +202,20 @@ comet_ds::RowPlan row_plan(const PlanFields& f) {
     return plan;
 }
 
-void plan_rows(const comet_ds::Sources& sources, const PlanFields& plan, uintptr_t stream) {
-    comet_ds::plan_rows(sources, row_plan(plan), pointer<CUstream_st>(stream));
+void plan_and_dispatch(const comet_ds::Sources& sources, const PlanFields& plan, uintptr_t rows,
+                       int64_t row_bytes, uintptr_t counters, int64_t num_counters,
+                       uintptr_t stream) {
+    comet_ds::plan_and_dispatch(sources, row_plan(plan), pointer<void>(rows), row_bytes,
+                                pointer<uint32_t>(counters), num_counters,
+                                pointer<CUstream_st>(stream));
 }
 
-void dispatch_rows(const comet_ds::Sources& sources, const PlanFields& plan, uintptr_t rows,
-                   uintptr_t published, int64_t row_bytes, uintptr_t counters,
-                   int64_t num_counters, uintptr_t stream) {
-    comet_ds::dispatch_rows(sources, row_plan(plan), pointer<void>(rows),
-                            pointer<void>(published), row_bytes, pointer<uint32_t>(counters),
-                            num_counters, pointer<CUstream_st>(stream));
+void dispatch_rows(const comet_ds::Sources& sources, const PlanFields& plan, uintptr_t published,
+                   uintptr_t rows, int64_t row_bytes, uintptr_t counters, int64_t num_counters,
+                   uintptr_t stream) {
+    comet_ds::dispatch_rows(sources, row_plan(plan), pointer<void>(published), pointer<void>(rows),
+                            row_bytes, pointer<uint32_t>(counters), num_counters,
+                            pointer<CUstream_st>(stream));
 }
 
 void dispatch_other_rows(const comet_ds::Sources& sources, const PlanFields& plan,
@@ -400,7 +404,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("route_tokens_backward", &route_tokens_backward);
     m.def("split_bfloat16", &split_bfloat16);
     m.def("can_plan", &comet_ds::can_plan);
-    m.def("plan_rows", &plan_rows);
+    m.def("plan_and_dispatch", &plan_and_dispatch);
     m.def("dispatch_rows", &dispatch_rows);
     m.def("dispatch_other_rows", &dispatch_other_rows);
     m.def("sum_row_dots", &sum_row_dots);

@@ -31,9 +31,10 @@ from torch.utils.checkpoint import checkpoint
 from virtual_ranks import NUM_SMS, VirtualGroup, both_ways
 
 from comet_ds import MoE, path
+from comet_ds import exchange as exchange_module
 from comet_ds.agreement import Answer, InputRules, RollCall
 from comet_ds.config import CometConfig
-from comet_ds.dispatcher import RowPlan, max_rows
+from comet_ds.dispatcher import TABLES, RowPlan, dispatch_own, max_rows
 from comet_ds.exchange import (
     CallShape,
     Exchange,
@@ -41,7 +42,7 @@ from comet_ds.exchange import (
     _why_not_connected,
     exchange_of,
 )
-from comet_ds.kernels import current_stream, load_kernels
+from comet_ds.kernels import load_kernels
 from comet_ds.overlap import divide
 from comet_ds.path import PathChoice
 from comet_ds.refine import FINAL_SAMPLES, SAMPLES, WARM_UP
@@ -382,51 +383,72 @@ def test_killed_rank_is_named_by_the_roll_call() -> None:
     assert_killed_rank_is_named("gloo", check_killed_before_call)
 
 
-def test_parts_of_the_block() -> None:
+@pytest.mark.parametrize("is_sent", [False, True])
+def test_parts_of_the_block(is_sent: bool) -> None:
     """Parts are aligned, do not overlap, and hold what the largest rank brings."""
-    call = CallShape((100, 0, 333), top_k=3, num_experts=12, token_bytes=400, is_sent=False)
-    offsets, size, tokens_size = Exchange._lay_out(call)
-    assert offsets["flags"] == 0  # stays where it is for every shape
-    assert 333 * 400 <= tokens_size < 333 * 400 + 256
-    assert Exchange._lay_out(replace(call, is_sent=True))[2] >= 2 * 333 * 400
-    needs = {
-        "flags": 3 * 8,
+    call = CallShape((100, 0, 333), top_k=3, num_experts=12, token_bytes=400, is_sent=is_sent)
+    lasting, incoming, place_bytes = Exchange._lay_out(call)
+    assert lasting.offsets["flags"] == 0  # stays where it is for every shape
+    places = {
         "kept_counts": 12 * 4,
         "topk_ids": 333 * 3 * 8,
         "topk_weights": 333 * 3 * 4,
         "ranks": 333 * 3 * 4,
-        "grad_weights": 333 * 3 * 4,
-        "slots": 2 * 333 * 400,
+        "tokens": 333 * 400,
     }
-    assert set(offsets) == set(needs)
-    assert all(offset % 256 == 0 for offset in offsets.values())
-    ends = sorted((offset, offset + needs[name]) for name, offset in offsets.items())
-    ends.append((size, size))
-    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
+    assert all(size <= place_bytes[name] < size + 256 for name, size in places.items())
+    needs = {name: 2 * place_bytes[name] for name in places}
+    if not is_sent:
+        needs["tokens"] = place_bytes["tokens"]
+    others = {"flags": 3 * 8, "grad_weights": 333 * 3 * 4, "slots": 2 * 333 * 400}
+    for found, expected in ((lasting, others), (incoming, needs)):
+        assert set(found.offsets) == set(expected)
+        assert all(offset % 256 == 0 for offset in found.offsets.values())
+        ends = sorted((at, at + expected[name]) for name, at in found.offsets.items())
+        ends.append((found.size, found.size))
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
 
 
 @pytest.mark.parametrize("num_tokens", [(5, 5), (3, 8, 0), (2, 0, 7, 1, 1, 6, 3, 4)], ids=str)
-def test_sent_tokens_arrive(monkeypatch: pytest.MonkeyPatch, num_tokens: tuple[int, ...]) -> None:
-    """Every rank finds all others' tokens where it reads them."""
-    blocks = [torch.zeros(2**12, dtype=torch.uint8) for _ in num_tokens]
-    tokens = [torch.full((n, 16), 1 + rank).byte() for rank, n in enumerate(num_tokens)]
+def test_what_is_sent_arrives(monkeypatch: pytest.MonkeyPatch, num_tokens: tuple[int, ...]) -> None:
+    """Every rank finds all others' tables and tokens where it reads them."""
+    blocks = [torch.zeros(2**15, dtype=torch.uint8) for _ in num_tokens]
+    tables = [
+        {name: torch.full((n, 2), 10 * rank + i).byte() for i, name in enumerate(TABLES)}
+        for rank, n in enumerate(num_tokens)
+    ]
+    tokens = [torch.full((n, 16), 100 + rank).byte() for rank, n in enumerate(num_tokens)]
     call = CallShape(num_tokens, top_k=1, num_experts=len(blocks), token_bytes=16, is_sent=True)
-    copy = SimpleNamespace(send=lambda source, to, size, stream: ctypes.memmove(to, source, size))
+
+    def copy(copies: list[tuple[int, int, int]], stream: int) -> None:
+        for source, to, size in copies:
+            ctypes.memmove(to, source, size)
+
+    kernels = SimpleNamespace(
+        publish=copy, send=lambda source, to, size, stream: copy([(source, to, size)], stream)
+    )
     monkeypatch.setattr(Exchange, "_fork", lambda self: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(exchange_module, "current_stream", lambda tensor: 0)
     exchanges = []
     for rank, block in enumerate(blocks):
         exchange = Exchange.__new__(Exchange)
-        exchange.kernels, exchange._used, exchange._parts = copy, [0, 0], Exchange._lay_out
+        exchange.kernels, exchange._used, exchange._parts = kernels, [0, 0], Exchange._lay_out
+        exchange._epoch = None
         where = {"rank": rank, "block": block, "addresses": [b.data_ptr() for b in blocks]}
         exchange.memory = SimpleNamespace(reserve=lambda size: None, **where)
         exchanges.append(exchange)
-    for half, rank in itertools.product((0, 1), reversed(range(len(blocks)))):
-        exchanges[rank].send_half(half, tokens[rank], call)
+    for rank in reversed(range(len(blocks))):
+        exchanges[rank].send_half(0, tokens[rank], call)
+        exchanges[rank].send_tables(tables[rank], exchanges[rank].parts(call))
+        exchanges[rank].send_half(1, tokens[rank], call)
     for rank, exchange in enumerate(exchanges):
-        for other, place in enumerate(exchange.places(call, exchange.parts(call))):
-            if other != rank:
-                found = ctypes.string_at(place, 16 * num_tokens[other])
-                assert found == bytes([1 + other]) * len(found), f"rank {other}'s at {rank}"
+        for name in (*TABLES, "tokens"):
+            for other, place in enumerate(exchange.parts(call).places(name, rank)):
+                if other != rank:
+                    sent = tokens[other] if name == "tokens" else tables[other][name]
+                    expected = bytes(sent.flatten().tolist())
+                    found = ctypes.string_at(place, len(expected))
+                    assert found == expected, f"{name} of rank {other} at {rank}"
 
 
 class GrowingMemory:
@@ -443,8 +465,8 @@ class GrowingMemory:
             self.block = torch.empty(num_bytes, dtype=torch.uint8, device="meta")
 
 
-def test_sent_tokens_meet_nothing_else() -> None:
-    """Tokens of one call can come while its receiver still reads the rest of the call before."""
+def test_what_comes_meets_nothing_else() -> None:
+    """What comes for one call can come while its receiver still reads the call before's sums."""
     exchange = Exchange.__new__(Exchange)
     exchange.memory, exchange._used, exchange._parts = GrowingMemory(), [0, 0], Exchange._lay_out
     calls = [
@@ -455,9 +477,10 @@ def test_sent_tokens_meet_nothing_else() -> None:
     for before, call in itertools.pairwise([*calls, *calls[::-1]]):
         exchange.parts(before)
         block = exchange.memory.block
-        tokens = exchange.parts(call)["tokens"][0]
-        assert tokens >= Exchange._lay_out(call)[1]
-        assert exchange.memory.block is not block or tokens >= Exchange._lay_out(before)[1]
+        addresses = exchange.parts(call).addresses
+        first = min(addresses[name][0] for name in (*TABLES, "tokens"))
+        assert first >= Exchange._lay_out(call)[0].size
+        assert exchange.memory.block is not block or first >= Exchange._lay_out(before)[0].size
 
 
 def test_too_large_a_call_leaves_the_memory_usable() -> None:
@@ -786,13 +809,15 @@ def test_order_of_blocks(num_ranks: int, num_split: int) -> None:
         ranks = (is_routed.cumsum(0) - 1).gather(1, ids.flatten()[:, None] + 1).int()
         counts.append(is_routed.sum(0)[1:].int())
         tables.append((ids, torch.rand(ids.shape, device="cuda"), ranks, counts[-1]))
-    rows = [(*(t.data_ptr() for t in tb), 0, 0, 0, tb[0].shape[0]) for tb in tables]
+    tokens = torch.randn(tables[0][0].shape[0], 72, dtype=torch.bfloat16, device="cuda")
+    at = tokens.data_ptr()
+    rows = [(*(t.data_ptr() for t in tb), at, 0, 0, tb[0].shape[0]) for tb in tables]
     num_tokens = [table[0].shape[0] for table in tables]
     size = max_rows(num_tokens, None, top_k, num_local, block)
     ids = torch.empty(sum(num_tokens), top_k, dtype=torch.int64, device="cuda")
     ids = ids if num_ranks > 1 else tables[0][0]
     plan = RowPlan.empty(ids, num_local, size, block, num_ranks, (num_split,))
-    kernels.plan_rows(kernels.Sources(rows, 0), plan.fields(), current_stream(ids))
+    dispatch_own(kernels.Sources(rows, 0), tokens, plan, kernels, is_planned=False)
     offsets = plan.expert_offsets.tolist()
     num_blocks = offsets[-1] // block
     order, experts = (t[0, :num_blocks].tolist() for t in (plan.block_order, plan.expert_order))

@@ -17,23 +17,12 @@ int64_t plan_smem_bytes(int64_t num_experts, int num_ranks) {
     return (num_experts * (2 * num_ranks + 2) + 1) * sizeof(int);
 }
 
-// num_other_blocks: those behind the tokens'.
-void launch_dispatch(const Sources& sources, const RowPlan& plan, int first_distance,
-                     int end_distance, void* rows, void* published, int64_t row_bytes,
-                     int64_t num_other_blocks, uint32_t* counters, int64_t num_counters,
-                     cudaStream_t stream) {
-    const int64_t row_vectors = row_bytes / sizeof(uint4);
-    int64_t num_tokens = 0;
-    for (int distance = first_distance; distance < end_distance; ++distance) {
-        num_tokens += source_at(sources, distance).num_tokens;
-    }
-    const int64_t num_parts = num_tokens * ceil_div(row_vectors, kCopyVectors * 32);
-    const int64_t num_token_blocks = ceil_div(num_parts, kRowWarps);
-    const unsigned num_blocks = num_token_blocks + num_other_blocks;
-    if (num_blocks == 0) return;
-    launch("dispatch_rows", dispatch_rows_kernel, {num_blocks, kRowWarps * 32}, stream, sources,
-           plan, first_distance, end_distance, static_cast<uint4*>(rows),
-           static_cast<uint4*>(published), row_vectors, num_token_blocks, counters, num_counters);
+OperandRows operand_rows(void* rows, int64_t row_bytes) {
+    return {static_cast<uint4*>(rows), row_bytes / int64_t{sizeof(uint4)}};
+}
+
+int num_token_blocks(const OperandRows& to, int64_t num_tokens) {
+    return ceil_div(num_tokens * to.parts(), kRowWarps);
 }
 
 template <typename T>
@@ -62,27 +51,40 @@ bool can_plan(int64_t num_experts, int num_ranks) {
     return plan_smem_bytes(num_experts, num_ranks) <= kMaxSmemBytes;
 }
 
-void plan_rows(const Sources& sources, const RowPlan& plan, cudaStream_t stream) {
+void plan_and_dispatch(const Sources& sources, const RowPlan& plan, void* rows, int64_t row_bytes,
+                       uint32_t* counters, int64_t num_counters, cudaStream_t stream) {
     const int64_t num_items = std::max(plan.num_tokens * plan.top_k, plan.num_experts * kRowBlock);
     const int blocks_per_order = ceil_div(plan.num_experts * kRowBlock, kPlanThreads);
-    const unsigned num_blocks =
+    const int num_plan_blocks =
         plan.num_orders * blocks_per_order + ceil_div(num_items, kPlanThreads);
+    const OperandRows to = operand_rows(rows, row_bytes);
+    const int num_tokens = num_token_blocks(to, source_at(sources, 0).num_tokens);
+    const unsigned num_blocks = num_plan_blocks + num_tokens + plan.num_experts;
     const size_t smem_bytes = plan_smem_bytes(plan.num_experts, sources.num_ranks);
-    launch("plan_rows", plan_rows_kernel, {num_blocks, kPlanThreads, smem_bytes}, stream, sources,
-           plan, blocks_per_order);
+    launch("plan_and_dispatch", plan_and_dispatch_kernel, {num_blocks, kPlanThreads, smem_bytes},
+           stream, sources, plan, blocks_per_order, num_plan_blocks, num_tokens, to,
+           Words{counters, num_counters});
 }
 
-void dispatch_rows(const Sources& sources, const RowPlan& plan, void* rows, void* published,
+void dispatch_rows(const Sources& sources, const RowPlan& plan, void* published, void* rows,
                    int64_t row_bytes, uint32_t* counters, int64_t num_counters,
                    cudaStream_t stream) {
-    launch_dispatch(sources, plan, 0, 1, rows, published, row_bytes, plan.num_experts, counters,
-                    num_counters, stream);
+    const OperandRows to = operand_rows(rows, row_bytes);
+    const int num_tokens = num_token_blocks(to, source_at(sources, 0).num_tokens);
+    const unsigned num_blocks = num_tokens + plan.num_experts;
+    launch("dispatch_rows", dispatch_rows_kernel, {num_blocks, kRowWarps * 32}, stream, sources,
+           plan, 0, 1, num_tokens, to, static_cast<uint4*>(published),
+           Words{counters, num_counters});
 }
 
 void dispatch_other_rows(const Sources& sources, const RowPlan& plan, void* rows,
                          int64_t row_bytes, cudaStream_t stream) {
-    launch_dispatch(sources, plan, 1, sources.num_ranks, rows, nullptr, row_bytes, 0, nullptr, 0,
-                    stream);
+    const OperandRows to = operand_rows(rows, row_bytes);
+    const int64_t num_others = plan.num_tokens - source_at(sources, 0).num_tokens;
+    const int num_blocks = num_token_blocks(to, num_others);
+    if (num_blocks == 0) return;
+    launch("dispatch_rows", dispatch_rows_kernel, {unsigned(num_blocks), kRowWarps * 32}, stream,
+           sources, plan, 1, sources.num_ranks, num_blocks, to, nullptr, Words{});
 }
 
 void sum_row_dots(const Sources& sources, const RowPlan& plan, const float* row_dots,

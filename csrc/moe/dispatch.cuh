@@ -3,10 +3,11 @@
 //
 // 1. Math: dispatch.h. Rows are sorted by expert, then by the token's rank in ring order from this
 //    one, then by token; each expert's are padded to a multiple of kRowBlock.
-// 2. Grid: plan kRowBlock threads an expert for every order, then a thread a route or padding row;
-//    dispatch one warp kCopyVectors x 32 vectors of a token, behind these one block an expert for
-//    its padding and the counters; dots kDotLanes lanes a route, with biases a warp; expert sums
-//    one block an expert and kSumCols columns.
+// 2. Grid: dispatch one warp kCopyVectors x 32 vectors of a token, behind these one block an expert
+//    for its padding and the counters. plan_and_dispatch the same behind the plan's blocks, which
+//    it does not wait for: kRowBlock threads an expert for every order, then a thread a route or
+//    padding row. Dots kDotLanes lanes a route, with biases a warp; expert sums one block an expert
+//    and kSumCols columns.
 // 3. Flags: none. No atomics; sums run in a fixed order.
 // 4. Shared memory: plan 4 (E (2 W + 2) + 1) bytes for E experts and W ranks, expert sums 2 KB.
 #pragma once
@@ -17,8 +18,8 @@
 
 namespace comet_ds {
 
-constexpr int kPlanThreads = 256;
 constexpr int kRowWarps = 8;
+constexpr int kPlanThreads = kRowWarps * 32;
 constexpr int kCopyVectors = 4;  // 16-byte loads a lane has in flight
 constexpr int kDotLanes = 8;  // 1 takes longer than a warp, 8 half as long
 constexpr int kSumCols = 64;
@@ -65,24 +66,70 @@ __device__ inline int position_of(int segment, int i, const int* sizes, int num_
     return end - 1;
 }
 
-// Rows of this rank's experts, in shared memory.
+__device__ inline int padded(int num_rows) {
+    return (num_rows + kRowBlock - 1) / kRowBlock * kRowBlock;
+}
+
+// Rows of this rank's experts, in shared memory; every block that asks counts for itself.
 struct ExpertRows {
     int num_experts;
     int* offsets;  // [num_experts + 1]
     int* counts;   // [num_ranks, num_experts]: of tokens of this rank and those up to a distance
     int* totals;   // [num_experts], the last of counts
 
+    __device__ ExpertRows(const Sources& sources, int num_experts, int* smem)
+        : num_experts(num_experts), offsets(smem), counts(smem + num_experts + 1),
+          totals(counts + (sources.num_ranks - 1) * num_experts) {
+        const int lane = threadIdx.x % 32;
+        for (int expert = threadIdx.x; expert < num_experts; expert += kPlanThreads) {
+            int count = 0;
+            for (int distance = 0; distance < sources.num_ranks; ++distance) {
+                const int32_t* kept = source_at(sources, distance).kept_counts;
+                count += kept[sources.rank * num_experts + expert];
+                counts[distance * num_experts + expert] = count;
+            }
+        }
+        __syncthreads();
+        if (threadIdx.x < 32) {
+            int end = 0;
+            for (int first = 0; first < num_experts; first += 32) {
+                const int expert = first + lane;
+                int sum = expert < num_experts ? padded(totals[expert]) : 0;
+#pragma unroll
+                for (int before = 1; before < 32; before *= 2) {
+                    const int other = __shfl_up_sync(~0u, sum, before);
+                    if (lane >= before) sum += other;
+                }
+                if (expert < num_experts) offsets[expert + 1] = end + sum;
+                end += __shfl_sync(~0u, sum, 31);
+            }
+            if (lane == 0) offsets[0] = 0;
+        }
+        __syncthreads();
+    }
+
+    // Room for sizes of segments, behind.
+    __device__ int* sizes() const { return totals + num_experts; }
+
     // Blocks of an expert whose rows are all there when the tokens up to a distance have come.
     __device__ int complete(int expert, int distance) const {
         const int count = counts[distance * num_experts + expert];
-        return (count == totals[expert] ? count + kRowBlock - 1 : count) / kRowBlock;
+        return (count == totals[expert] ? padded(count) : count) / kRowBlock;
+    }
+
+    // The row of a route to an expert, from a rank at a distance, so many behind its first one;
+    // -1 where the expert is not here or, being negative, none.
+    __device__ int row(int64_t expert, int distance, int behind) const {
+        if (expert < 0 || expert >= num_experts) return -1;
+        const int before = distance == 0 ? 0 : counts[(distance - 1) * num_experts + expert];
+        return offsets[expert] + before + behind;
     }
 };
 
-// Threads of one order; `sizes` is shared memory for its segments, `thread` counts those of all its
-// blocks, whole ones.
+// Threads of one order; `thread` counts those of all its blocks, whole ones.
 __device__ inline void plan_order(const RowPlan& plan, const ExpertRows& rows, int num_ranks,
-                                  int order, int thread, int* sizes) {
+                                  int order, int thread) {
+    int* const sizes = rows.sizes();
     const int num_experts = rows.num_experts, num_split = plan.num_split[order];
     const bool by_distance = num_split == num_experts;
     const int num_segments = by_distance ? num_ranks * num_experts : num_experts + num_split;
@@ -112,79 +159,151 @@ __device__ inline void plan_order(const RowPlan& plan, const ExpertRows& rows, i
     }
 }
 
-__global__ void __launch_bounds__(kPlanThreads)
-    plan_rows_kernel(const __grid_constant__ Sources sources,
-                     const __grid_constant__ RowPlan plan, int blocks_per_order) {
-    begin_kernel();
-    extern __shared__ int smem[];
-    const int num_experts = plan.num_experts, num_ranks = sources.num_ranks;
-    int* const offsets = smem;
-    int* const counts = offsets + num_experts + 1;
-    int* const totals = counts + (num_ranks - 1) * num_experts;
-    int* const sizes = totals + num_experts;
-    const int64_t first_expert = int64_t{sources.rank} * num_experts;
-    for (int expert = threadIdx.x; expert < num_experts; expert += kPlanThreads) {
-        int count = 0;
-        for (int distance = 0; distance < num_ranks; ++distance) {
-            const int rank = (sources.rank + distance) % num_ranks;
-            count += sources.source[rank].kept_counts[first_expert + expert];
-            counts[distance * num_experts + expert] = count;
-        }
-    }
-    __syncthreads();
-    for (int expert = threadIdx.x; expert <= num_experts; expert += kPlanThreads) {
-        int offset = 0;
-        for (int other = 0; other < expert; ++other) {
-            offset += (totals[other] + kRowBlock - 1) / kRowBlock * kRowBlock;
-        }
-        offsets[expert] = offset;
-        if (blockIdx.x == 0) plan.expert_offsets[expert] = offset;
-    }
-    __syncthreads();
-    // The orders first: they take longest.
-    const int order = blockIdx.x / blocks_per_order;
-    if (order < plan.num_orders) {
-        const int thread = blockIdx.x % blocks_per_order * kPlanThreads + threadIdx.x;
-        plan_order(plan, {num_experts, offsets, counts, totals}, num_ranks, order, thread, sizes);
-        return;
-    }
-    const int64_t block = blockIdx.x - plan.num_orders * blocks_per_order;
-    const int64_t i = block * kPlanThreads + threadIdx.x;
+// The i-th of all ranks' routes, and the i-th padding row an expert may have.
+__device__ inline void plan_rows(const Sources& sources, const RowPlan& plan,
+                                 const ExpertRows& rows, int64_t i) {
+    const int num_ranks = sources.num_ranks, num_experts = rows.num_experts;
     if (i < plan.num_tokens * plan.top_k) {
         const int64_t token = i / plan.top_k;
         const int rank = source_of(sources, token);
         const Source& source = sources.source[rank];
-        const int64_t route = i - source.first_token * plan.top_k;
-        const int64_t id = source.topk_ids[route], expert = id - first_expert;
+        const int64_t route = i - source.first_token * plan.top_k, id = source.topk_ids[route];
         if (plan.topk_ids != source.topk_ids) plan.topk_ids[i] = id;
-        int row = -1;
-        if (id >= 0 && expert >= 0 && expert < num_experts) {
-            const int distance = (rank - sources.rank + num_ranks) % num_ranks;
-            const int before = distance == 0 ? 0 : counts[(distance - 1) * num_experts + expert];
-            row = offsets[expert] + before + source.ranks[route];
+        const int distance = (rank - sources.rank + num_ranks) % num_ranks;
+        const int64_t expert = id - int64_t{sources.rank} * num_experts;
+        const int row = rows.row(expert, distance, source.ranks[route]);
+        plan.row_of_route[i] = row;
+        if (row >= 0) {
             plan.token_of_row[row] = token;
             plan.row_weights[row] = plan.route_weights[i] = source.topk_weights[route];
         }
-        plan.row_of_route[i] = row;
         if (i % plan.top_k == 0) {
             plan.peers[token] = peers_of(source.topk_ids + route, plan.top_k, num_experts, rank);
         }
     }
-    // The i-th padding row an expert may have, and its i-th block.
     const int64_t expert = i / kRowBlock;
-    if (expert < num_experts) {
-        const int end = offsets[expert + 1];
-        const int row = offsets[expert] + totals[expert] + i % kRowBlock;
-        if (row < end) {
-            plan.token_of_row[row] = -1;
-            plan.row_weights[row] = 0.0f;
+    if (expert >= num_experts) return;
+    const int begin = rows.offsets[expert], end = rows.offsets[expert + 1];
+    const int total = rows.totals[expert], own = rows.counts[expert];
+    const int row = begin + total + i % kRowBlock;
+    if (row < end) {
+        plan.token_of_row[row] = -1;
+        plan.row_weights[row] = 0.0f;
+    }
+    for (int j = i % kRowBlock; j < (end - begin) / kRowBlock; j += kRowBlock) {
+        plan.remote_rows[begin / kRowBlock + j] =
+            max(min(total, (j + 1) * kRowBlock) - max(own, j * kRowBlock), 0);
+    }
+}
+
+// Rows of a GEMM's operand.
+struct OperandRows {
+    uint4* rows;
+    int64_t row_vectors;
+
+    __host__ __device__ int64_t parts() const {  // of a row, one a warp
+        return (row_vectors + kCopyVectors * 32 - 1) / (kCopyVectors * 32);
+    }
+};
+
+struct Words {
+    uint32_t* words;
+    int64_t size;
+};
+
+// A warp's part of a token, read once, whatever the number of its rows.
+class TokenPart {
+public:
+    __device__ TokenPart(const OperandRows& to, const void* tokens, int64_t token, int part)
+        : to_(to), first_(part * kCopyVectors * 32 + threadIdx.x % 32) {
+        const auto* from = static_cast<const uint4*>(tokens) + token * to.row_vectors;
+#pragma unroll
+        for (int i = 0; i < kCopyVectors; ++i) {
+            if (first_ + i * 32 < to.row_vectors) vectors_[i] = from[first_ + i * 32];
         }
-        const int num_blocks = (end - offsets[expert]) / kRowBlock;
-        for (int j = i % kRowBlock; j < num_blocks; j += kRowBlock) {
-            const int block = offsets[expert] / kRowBlock + j, own = counts[expert];
-            plan.remote_rows[block] = max(min(totals[expert], (j + 1) * kRowBlock) -
-                                          max(own, j * kRowBlock), 0);
+    }
+
+    __device__ void store(uint4* rows, int64_t row) const {
+#pragma unroll
+        for (int i = 0; i < kCopyVectors; ++i) {
+            const int64_t at = first_ + i * 32;
+            if (at < to_.row_vectors) rows[row * to_.row_vectors + at] = vectors_[i];
         }
+    }
+
+    // To the rows row_of(k), not negative, of its routes; a lane finds each.
+    template <typename RowOf>
+    __device__ void store_all(int64_t top_k, const RowOf& row_of) const {
+        for (int64_t first = 0; first < top_k; first += 32) {
+            const int64_t k = first + threadIdx.x % 32, own = k < top_k ? row_of(k) : -1;
+            for (uint32_t left = __ballot_sync(~0u, own >= 0); left != 0; left &= left - 1) {
+                store(to_.rows, __shfl_sync(~0u, own, __ffs(left) - 1));
+            }
+        }
+    }
+
+private:
+    const OperandRows& to_;
+    int64_t first_;
+    uint4 vectors_[kCopyVectors];
+};
+
+// A block an expert: zero to its rows before `end` as long as they are padding, and to counters.
+template <typename IsPadding>
+__device__ inline void clear(const OperandRows& to, int64_t end, const IsPadding& is_padding,
+                             const Words& counters, int64_t expert, int64_t num_experts) {
+    const int64_t thread = expert * blockDim.x + threadIdx.x;
+    for (int64_t i = thread; i < counters.size; i += num_experts * blockDim.x) {
+        counters.words[i] = 0;
+    }
+    for (int64_t row = end - 1 - threadIdx.x / 32; is_padding(row); row -= kRowWarps) {
+        for (int64_t i = threadIdx.x % 32; i < to.row_vectors; i += 32) {
+            to.rows[row * to.row_vectors + i] = uint4{};
+        }
+    }
+}
+
+__global__ void __launch_bounds__(kPlanThreads)
+    plan_and_dispatch_kernel(const __grid_constant__ Sources sources,
+                             const __grid_constant__ RowPlan plan, int blocks_per_order,
+                             int num_plan_blocks, int num_token_blocks, OperandRows to,
+                             Words counters) {
+    begin_kernel();
+    extern __shared__ int smem[];
+    const int num_experts = plan.num_experts;
+    // The orders first: they take longest.
+    const int order = blockIdx.x / blocks_per_order;
+    const int token_block = blockIdx.x - num_plan_blocks;
+    const int64_t expert = token_block - num_token_blocks;
+    const Source& own = sources.source[sources.rank];
+    if (order < plan.num_orders) {
+        const ExpertRows rows(sources, num_experts, smem);
+        const int thread = blockIdx.x % blocks_per_order * kPlanThreads + threadIdx.x;
+        plan_order(plan, rows, sources.num_ranks, order, thread);
+    } else if (token_block < 0) {
+        const ExpertRows rows(sources, num_experts, smem);
+        const int64_t block = blockIdx.x - plan.num_orders * blocks_per_order;
+        plan_rows(sources, plan, rows, block * kPlanThreads + threadIdx.x);
+        for (int i = threadIdx.x; block == 0 && i <= num_experts; i += kPlanThreads) {
+            plan.expert_offsets[i] = rows.offsets[i];
+        }
+    } else if (expert < 0) {
+        const int64_t item = int64_t{token_block} * kRowWarps + threadIdx.x / 32;
+        const int64_t token = item / to.parts(), last = own.num_tokens - 1;
+        // On its way while rows are counted.
+        const TokenPart part(to, own.tokens, min(token, last), item % to.parts());
+        const ExpertRows rows(sources, num_experts, smem);
+        if (token > last) return;
+        part.store_all(plan.top_k, [&](int64_t k) {
+            const int64_t route = token * plan.top_k + k;
+            const int64_t first_expert = int64_t{sources.rank} * num_experts;
+            return rows.row(own.topk_ids[route] - first_expert, 0, own.ranks[route]);
+        });
+    } else {
+        const ExpertRows rows(sources, num_experts, smem);
+        const int first = rows.offsets[expert] + rows.totals[expert];
+        const auto is_padding = [&](int64_t row) { return row >= first; };
+        clear(to, rows.offsets[expert + 1], is_padding, counters, expert, num_experts);
     }
 }
 
@@ -192,26 +311,19 @@ __global__ void __launch_bounds__(kPlanThreads)
 __global__ void __launch_bounds__(kRowWarps * 32)
     dispatch_rows_kernel(const __grid_constant__ Sources sources,
                          const __grid_constant__ RowPlan plan, int distance, int end_distance,
-                         uint4* rows, uint4* published, int64_t row_vectors,
-                         int64_t num_token_blocks, uint32_t* counters, int64_t num_counters) {
+                         int num_token_blocks, OperandRows to, uint4* published, Words counters) {
     begin_kernel();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (blockIdx.x >= num_token_blocks) {
-        const int64_t thread = (blockIdx.x - num_token_blocks) * blockDim.x + threadIdx.x;
-        for (int64_t i = thread; i < num_counters; i += plan.num_experts * blockDim.x) {
-            counters[i] = 0;
-        }
-        const int64_t expert = blockIdx.x - num_token_blocks;
+    const int64_t expert = int64_t{blockIdx.x} - num_token_blocks;
+    if (expert >= 0) {
         const int64_t begin = plan.expert_offsets[expert], end = plan.expert_offsets[expert + 1];
-        for (int64_t row = end - 1 - warp; row >= begin && plan.token_of_row[row] < 0;
-             row -= kRowWarps) {
-            for (int64_t i = lane; i < row_vectors; i += 32) rows[row * row_vectors + i] = uint4{};
-        }
+        const auto is_padding = [&](int64_t row) {
+            return row >= begin && plan.token_of_row[row] < 0;
+        };
+        clear(to, end, is_padding, counters, expert, plan.num_experts);
         return;
     }
-    const int64_t parts = (row_vectors + kCopyVectors * 32 - 1) / (kCopyVectors * 32);
-    const int64_t item = int64_t{blockIdx.x} * kRowWarps + warp;
-    int64_t token = item / parts;
+    const int64_t item = int64_t{blockIdx.x} * kRowWarps + threadIdx.x / 32;
+    int64_t token = item / to.parts();
     for (; distance < end_distance; ++distance) {
         const int64_t num_tokens = source_at(sources, distance).num_tokens;
         if (token < num_tokens) break;
@@ -219,26 +331,10 @@ __global__ void __launch_bounds__(kRowWarps * 32)
     }
     if (distance == end_distance) return;
     const Source& source = source_at(sources, distance);
-    // The token's part is read once, whatever the number of its rows.
-    const uint4* from = static_cast<const uint4*>(source.tokens) + token * row_vectors;
-    const int64_t first = item % parts * kCopyVectors * 32 + lane;
-    uint4 part[kCopyVectors];
-#pragma unroll
-    for (int i = 0; i < kCopyVectors; ++i) {
-        if (first + i * 32 < row_vectors) part[i] = from[first + i * 32];
-    }
-    const auto store = [&](uint4* to, int64_t row) {
-#pragma unroll
-        for (int i = 0; i < kCopyVectors; ++i) {
-            const int64_t at = first + i * 32;
-            if (at < row_vectors) to[row * row_vectors + at] = part[i];
-        }
-    };
-    if (published != nullptr) store(published, token);
+    const TokenPart part(to, source.tokens, token, item % to.parts());
+    if (published != nullptr) part.store(published, token);
     const int64_t* row_of_route = plan.row_of_route + (source.first_token + token) * plan.top_k;
-    for (int64_t k = 0; k < plan.top_k; ++k) {
-        if (row_of_route[k] >= 0) store(rows, row_of_route[k]);
-    }
+    part.store_all(plan.top_k, [&](int64_t k) { return row_of_route[k]; });
 }
 
 // kLanes of a warp share a route.

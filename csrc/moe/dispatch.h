@@ -66,13 +66,15 @@ struct RowPlan {
 // Whether a plan has room for so many experts of a rank.
 bool can_plan(int64_t num_experts, int num_ranks);
 
-// Writes the plan; topk_ids only where they are not the source's own.
-void plan_rows(const Sources& sources, const RowPlan& plan, cudaStream_t stream);
+// Writes the plan; topk_ids only where they are not the source's own. Meanwhile it writes, as
+// dispatch_rows does, the rows of this rank's tokens, whose tables can be read as all others'.
+void plan_and_dispatch(const Sources& sources, const RowPlan& plan, void* rows, int64_t row_bytes,
+                       uint32_t* counters, int64_t num_counters, cudaStream_t stream);
 
 // rows[r] = the token's activation for this rank's own tokens, zero in padding; both of row_bytes,
 // a multiple of 16. Rows of other ranks' tokens are left alone. Copies the tokens to where peers
 // read them, unless that is null. Sets counters, which kernels behind need (exchange.h), to zero.
-void dispatch_rows(const Sources& sources, const RowPlan& plan, void* rows, void* published,
+void dispatch_rows(const Sources& sources, const RowPlan& plan, void* published, void* rows,
                    int64_t row_bytes, uint32_t* counters, int64_t num_counters,
                    cudaStream_t stream);
 

@@ -7,18 +7,18 @@
 // 2. Grid: publish and sum_partials as many blocks as there is work; meet one block, a thread a
 //    rank. Tokens are pulled and results pushed by CTAs of the GEMM kernels (overlap.cuh);
 //    push_sums does the latter where there is no GEMM beside it. In forward copy engines may send
-//    all tokens to all ranks instead, beside the gate and dispatch_rows.
+//    all tokens to all ranks instead, beside the gate and plan_and_dispatch.
 // 3. Flags: flags[r][s] in r's memory, written by rank s (release, system scope), read by r
 //    (acquire, system scope): how many meetings s has come to. It only grows, and every rank counts
 //    its own meetings in memory, so nothing is reset and a captured graph can be replayed.
 //    Only meet waits for another rank, in one block that holds nothing a peer needs, whatever else
 //    runs beside it; everything else comes behind a meeting and finds what it reads, publish and
 //    send behind the last one of the direction before, also on a stream of their own.
-//    Two meetings a direction: after publish, or dispatch_rows in its place (tokens and tables can
-//    be read), and after the last push (slots are complete). Between them a third where tokens are
-//    sent: they have come. Memory is reused safely: who comes to the last has read what was
-//    published or sent to it, and a slot is written again only after the first meeting of the next
-//    direction, to which its owner comes when it has read it.
+//    Two meetings a direction: after publish, or dispatch_rows in its place (tables have come, and
+//    tokens can be read), and after the last push (slots are complete). Between them a third where
+//    tokens are sent: they have come. Memory is reused safely: who comes to the last has read what
+//    was published or has come, and a slot is written again only after the first meeting of the
+//    next direction, to which its owner comes when it has read it.
 // 4. Shared memory: push_sums a ring of slices for every warp (token_stream.cuh). Partial sums have
 //    one writer each and are added in order: the same input gives the same bits.
 // 5. Sources: PTX ISA, memory consistency model (system scope, cumulativity).

@@ -54,7 +54,7 @@ struct MeetParams {
     Exposure* exposure;  // to add to, or null
 };
 
-constexpr int kMaxCopies = 4;
+constexpr int kMaxCopies = 4 * (kMaxRanks - 1);
 
 struct CopyParams {
     const void* from[kMaxCopies];
@@ -87,7 +87,7 @@ struct Communication {
 
 // All throw std::runtime_error when a launch fails.
 
-// Copies blocks of memory to where peers read them; addresses are multiples of 16.
+// Copies blocks of memory to where peers read them, here or there; addresses are multiples of 16.
 void publish(const CopyParams& params, cudaStream_t stream);
 
 // Copies a block of memory to a peer by a copy engine, which takes no SM.
