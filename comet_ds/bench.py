@@ -17,9 +17,9 @@ GEMMs at ``PEAK_FLOPS``. Memory is above what is allocated before the step: `sav
 and backward, `peak` at most, which includes the parameters' gradients (`grads`).
 
 With several ranks on the fused path, `hidden` is the share of communication that computation hides:
-1 - (T - T_compute) / T_exchange. T_compute is a layer whose experts are all on its rank, as many as
-a rank has of the real one; T_exchange what ranks add to a layer that has nothing to hide it behind:
-no gate, and experts with next to nothing to compute (F = 8).
+1 - (T - T_compute) / T_exchange. T_compute is a layer with the same gate, whose experts are all on
+its rank, as many as a rank has of the real one; T_exchange is what ranks add to a layer that has
+nothing to hide it behind: no gate, and experts with next to nothing to compute (F = 8).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterator
@@ -50,6 +51,7 @@ from comet_ds.bench_layers import (
     fix_routing,
     launch_ranks,
     parse_shapes,
+    skew_routing,
     step,
 )
 from comet_ds.dispatcher import LocalDispatcher
@@ -165,7 +167,9 @@ def time_hidden(
     for name, other in layers.items():
         step(other, x, grad)
         other.zero_grad(set_to_none=True)
-        if name.startswith("small"):
+        if name == "compute":
+            fix_routing(other, layer.deepspeed_moe.gate.wg)
+        elif name != "layer":
             fix_routing(other)
         assert other.deepspeed_moe.path == "fused", f"{name} is not fused"
     times = time_layers(layers, x, grad, num_runs)
@@ -272,7 +276,14 @@ def _even_routing(shape: Shape, num_tokens: int) -> Routing:
 
 
 def bench(
-    name: str, shape: Shape, num_tokens: int, num_runs: int, *, with_autoep: bool, **options: Any
+    name: str,
+    shape: Shape,
+    num_tokens: int,
+    num_runs: int,
+    *,
+    with_autoep: bool,
+    skew: float = 0.0,
+    **options: Any,
 ) -> dict[str, Any]:
     """Check and time one shape; return all figures, and print them on rank 0.
 
@@ -282,20 +293,25 @@ def bench(
         num_tokens: of a rank.
         num_runs: medians are taken of these.
         with_autoep: whether DeepSpeed's AutoEP is timed too.
+        skew: standard deviation of the experts' shares of the routes; 0 leaves the gates alone.
         options: of our layer and, but for ``comet_ds``, of DeepSpeed's.
     """
     x, grad = draw_tokens(shape, num_tokens)
     ours = build(MoE, shape, **options)
     theirs = {key: value for key, value in options.items() if key != "comet_ds"}
     layers = {"comet_ds": ours, "deepspeed": build(DeepSpeedMoE, shape, **theirs)}
-    errors = check(layers, shape, x, grad)
     if with_autoep and shape.gated:
         layers["autoep"] = AutoEP(shape)
+    if skew:
+        skew_routing(ours, [other for other in layers.values() if other is not ours], x, skew)
+    errors = check({k: v for k, v in layers.items() if k != "autoep"}, shape, x, grad)
+    if "autoep" in layers:
         step(layers["autoep"], x, grad)
     record: dict[str, Any] = {
         "shape": name,
         **asdict(shape),
         "num_tokens": num_tokens,
+        "skew": skew,
         "path": ours.deepspeed_moe.path,
         "limit_forward_ms": shape.forward_limit_ms(num_tokens),
         "grads_mib": sum(p.numel() * 2 for p in ours.parameters()) / MIB,
@@ -306,10 +322,10 @@ def bench(
     if is_fused and not has_peers:
         record["gate"] = time_gates(ours, layers["deepspeed"], x, num_runs)
     layers.clear()
-    if is_fused and has_peers:
-        record["hidden_share"] = time_hidden(ours, shape, x, grad, num_runs, options)
-    elif is_fused:
+    if is_fused and not has_peers:
         record["kernels"] = time_kernels(ours, shape, num_tokens, num_runs)
+    elif is_fused and not skew:  # with it, a rank's load would be another alone
+        record["hidden_share"] = time_hidden(ours, shape, x, grad, num_runs, options)
     if dist.get_rank() == 0:
         print("\n".join(_lines(record)), flush=True)
     return record
@@ -320,7 +336,8 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
     limit = record["limit_forward_ms"]
     yield (
         f"\n{record['shape']}: H {record['hidden']}, F {record['ffn']}, E {record['num_experts']}, "
-        f"k {record['top_k']}, {record['num_tokens']} tokens a rank, path {record['path']}, "
+        f"k {record['top_k']}, {record['num_tokens']} tokens a rank, skew {record['skew']:g}, "
+        f"path {record['path']}, "
         f"limit {limit:.2f} / {3 * limit:.2f} ms, grads {record['grads_mib']:.0f} MiB"
     )
     errors = "; ".join(
@@ -365,6 +382,12 @@ def main() -> None:
     parser.add_argument("--num-runs", type=int, default=20)
     parser.add_argument("--path", default="auto", choices=("auto", "fused", "pipelined"))
     parser.add_argument("--no-drop", action="store_true", help="drop_tokens=False")
+    parser.add_argument(
+        "--skew",
+        type=lambda text: [float(std) for std in text.split(",")],
+        default=[0.0],
+        help="comma-separated standard deviations of the experts' shares of the routes",
+    )
     parser.add_argument("--autoep", action="store_true", help="time DeepSpeed's AutoEP too")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs of this host, a rank each")
     parser.add_argument("--json", type=Path, help="write all figures there")
@@ -377,10 +400,10 @@ def main() -> None:
     if dist.get_rank() == 0:
         print(f"{num_ranks} x {device}, torch {torch.__version__}, medians of {args.num_runs}")
     records = []
-    for name, shape in shapes.items():
+    for (name, shape), skew in itertools.product(shapes.items(), args.skew):
         options = {"comet_ds": {"path": args.path}, "drop_tokens": not args.no_drop}
         sizes = (shape, args.num_tokens, args.num_runs)
-        records.append(bench(name, *sizes, with_autoep=args.autoep, **options))
+        records.append(bench(name, *sizes, with_autoep=args.autoep, skew=skew, **options))
         torch.cuda.empty_cache()
     if args.json and dist.get_rank() == 0:
         facts = {"device": device, "num_ranks": num_ranks, "torch": torch.__version__}

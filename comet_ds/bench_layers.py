@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -162,16 +163,72 @@ def step(
     return [output.detach(), x.grad]
 
 
-def fix_routing(layer: MoE) -> None:
-    """Make a layer on the fused path route as in its last forward, without its gate."""
-    moe = layer.deepspeed_moe
-    found = moe.routing
+def fix_routing(layer: MoE, router: nn.Linear | None = None) -> None:
+    """Make a layer route as in its last forward, without its gate.
 
-    def route(x: Tensor, used_token: None = None) -> Routing:
-        weights, l_aux = (t.clone().requires_grad_() for t in (found.topk_weights, found.l_aux))
+    Args:
+        layer: has run once.
+        router: ``gate.wg`` of another layer with as many routes per token; a gate with a copy of it
+            runs for its time and gives the routes' weights.
+    """
+    moe = layer.deepspeed_moe
+    found, run = moe.routing, moe.gate.route
+    if router is not None:
+        moe.gate.wg = copy.deepcopy(router)
+
+    def route(x: Tensor, used_token: Tensor | None = None) -> Routing:
+        if router is not None:
+            made = run(x, used_token)
+            weights, l_aux, x = made.topk_weights, made.l_aux, made.tokens
+        else:
+            weights, l_aux = (t.clone().requires_grad_() for t in (found.topk_weights, found.l_aux))
         return replace(found, topk_weights=weights, l_aux=l_aux, tokens=x)
 
     moe.gate.route = route
+
+
+def skew_routing(layer: MoE, others: Sequence[nn.Module], x: Tensor, std: float) -> None:
+    """Give experts unequal loads: a constant in every token, to which gates respond unequally.
+
+    Collective.
+
+    Args:
+        layer: whose routing decides; its gate is changed.
+        others: layers, also ``AutoEP``, whose gates are changed likewise.
+        x: [T, H], this rank's tokens; changed.
+        std: standard deviation of the experts' shares of all ranks' routes, before dropping.
+
+    Raises:
+        ValueError: it is more than any gate gives.
+    """
+    weights = [gate_weight(layer) for layer in (layer, *others)]
+    generator = torch.Generator().manual_seed(0)
+    slopes = torch.randn(weights[0].shape[0], generator=generator).to(weights[0])
+    x[:, 0] = 1
+
+    @torch.no_grad()
+    def std_with(strength: float) -> float:
+        for weight in weights:
+            weight[:, 0] = strength * slopes
+        counts = layer.deepspeed_moe.gate.route(x).exp_counts.clone()
+        dist.all_reduce(counts)
+        return (counts / counts.sum()).std(unbiased=False).item()
+
+    low, high = 0.0, 1.0
+    while std_with(high) < std:
+        high *= 2
+        if high > 1e3:
+            raise ValueError(f"shares of {len(slopes)} experts cannot have a deviation of {std}")
+    for _ in range(16):
+        middle = (low + high) / 2
+        low, high = (middle, high) if std_with(middle) < std else (low, middle)
+
+
+def gate_weight(layer: nn.Module) -> Tensor:
+    """Return [E, H], what a layer multiplies tokens with to route them."""
+    if isinstance(layer, AutoEP):
+        return layer.layer.router.gate.weight
+    return layer.deepspeed_moe.gate.wg.weight
 
 
 class AutoEP(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 
 from comet_ds import MoE, bench
-from comet_ds.bench_layers import GatedMLP, Shape
+from comet_ds.bench_layers import GatedMLP, Shape, fix_routing, skew_routing
 from comet_ds.timing import slowest_rank
 
 SHAPE = Shape(64, 32, 8, 2)
@@ -23,6 +23,46 @@ def check_slowest(rank: int, size: int) -> list[list[float]]:
 
 def test_slowest_rank_counts(world) -> None:
     assert world(2).run(check_slowest) == [[[1.1, 0.0], [3.5, 2.0]]] * 2
+
+
+def check_skew(rank: int, size: int, k: int, std: float) -> list[int]:
+    torch.manual_seed(rank)
+    expert, x = GatedMLP(SHAPE.hidden, SHAPE.ffn), torch.randn(3000, SHAPE.hidden)
+    layers = [kind(SHAPE.hidden, expert, num_experts=8, k=k) for kind in (MoE, DeepSpeedMoE)]
+    with torch.no_grad():
+        layers[1].deepspeed_moe.gate.wg.weight.copy_(layers[0].deepspeed_moe.gate.wg.weight)
+    skew_routing(layers[0], layers[1:], x, std)
+    counts = layers[1].deepspeed_moe.gate(x, None)[3]
+    assert counts.sum() == 3000 * k
+    return counts.tolist()
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_routing_is_skewed(world, k: int) -> None:
+    """Shares of the experts deviate as much as was asked for, DeepSpeed's too."""
+    for std in (0.02, 0.05):
+        counts = torch.tensor(world(2).run(check_skew, k, std)).sum(0)
+        assert (counts / counts.sum()).std(unbiased=False) == pytest.approx(std, rel=0.1)
+
+
+def test_routing_is_fixed(world) -> None:
+    """A layer goes on with its routes, whatever its input; another's gate runs and is trained."""
+    world(1).run(check_fixed)
+
+
+def check_fixed(rank: int, size: int) -> None:
+    torch.manual_seed(0)
+    x, other = torch.randn(2, 50, 64)
+    layer, fixed, many = (MoE(64, GatedMLP(64, 32), num_experts=n, k=2) for n in (4, 4, 8))
+    for few, router in ((layer, None), (fixed, many.deepspeed_moe.gate.wg)):
+        few(x)
+        ids = few.deepspeed_moe.routing.topk_ids
+        fix_routing(few, router)
+        few(other)[0].sum().backward()
+        assert torch.equal(few.deepspeed_moe.routing.topk_ids, ids)
+    assert layer.deepspeed_moe.gate.wg.weight.grad is None
+    assert fixed.deepspeed_moe.gate.wg.weight.grad.shape == (8, 64)
+    assert many.deepspeed_moe.gate.wg.weight.grad is None
 
 
 def test_gates_are_timed_and_printed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,6 +87,7 @@ def test_gates_are_timed_and_printed(monkeypatch: pytest.MonkeyPatch) -> None:
         "shape": "small",
         **asdict(SHAPE),
         "num_tokens": 100,
+        "skew": 0.05,
         "path": "fused",
         "limit_forward_ms": 1.0,
         "grads_mib": 1.0,
@@ -57,7 +98,7 @@ def test_gates_are_timed_and_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     text = "\n".join(bench._lines(record))
     for part in (
-        "limit 1.00 / 3.00 ms",
+        "skew 0.05, path fused, limit 1.00 / 3.00 ms",
         "2.00      2.00     6.00     2.00",
         "gate                0.125 ms, f+b 0.375 ms",
         "deepspeed_gate      0.250 ms, f+b 0.500 ms",
