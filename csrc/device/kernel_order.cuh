@@ -16,7 +16,7 @@ __device__ inline void admit_next_kernel() {
 }
 
 // What every thread of a kernel does before it touches global memory; a kernel that waits for
-// another GPU admits nobody. The next kernel is admitted after the one before has ended, so never
+// another GPU admits the next one only then. The next kernel is admitted after the one before has ended, so never
 // more than one waits in place on a stream, and for a kernel that will end.
 __device__ inline void begin_kernel() {
     await_previous_kernel();

@@ -52,7 +52,6 @@ __global__ void publish_kernel(const __grid_constant__ CopyParams p) {
 }
 
 __global__ void __launch_bounds__(kMaxRanks) meet_kernel(const __grid_constant__ MeetParams p) {
-    // The next kernel is not admitted: its CTAs would hold SMs that a peer may be waiting for.
     await_previous_kernel();
     const int peer = threadIdx.x, rank = p.mailboxes.rank;
     const uint64_t come_ns = global_time_ns();
@@ -89,6 +88,8 @@ __global__ void __launch_bounds__(kMaxRanks) meet_kernel(const __grid_constant__
         __threadfence_system();
     }
     __syncthreads();
+    // Not before: its CTAs would hold SMs that a peer may be waiting for.
+    admit_next_kernel();
     if (threadIdx.x > 0) return;
     *p.epoch = epoch;
     if (p.exposure != nullptr) p.exposure->meeting += global_time_ns() - come_ns;

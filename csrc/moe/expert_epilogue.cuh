@@ -67,7 +67,8 @@ public:
         if (lane_ == 0) bulk_commit_group();
     }
 
-    // --- in and out by the warp: lane l has chunk l % 8 of rows l / 8 + 4 i ---
+    // --- in and out by the warp: lane l has chunk l % 8 of rows l / 8 + 4 i. What passes once must
+    // not take the place of operands in L2. ---
 
     // Loads a block of a row-major matrix into registers; zeros beyond column n.
     template <typename Element>
@@ -91,7 +92,7 @@ public:
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const uint4 chunk = ld_shared(chunk_address(buffer, i));
-            if (lane_ % 8 * 8 < cols) *to = chunk;
+            if (lane_ % 8 * 8 < cols) __stcs(to, chunk);
             to += n / 2;
         }
     }
