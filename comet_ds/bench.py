@@ -4,6 +4,7 @@
     python -m comet_ds.bench --shapes qwen2-moe,mixtral-8x7b
     python -m comet_ds.bench --hidden 1024 --ffn 512 --experts 32 --top-k 4 --num-tokens 2048
     python -m comet_ds.bench --ranks 2 --json result.json
+    python -m comet_ds.bench --ranks 2 --shapes mixtral-8x7b --no-drop --skew 0.01,0.05
 
 bf16, one expert parallel group over all ranks, gate included, DeepSpeed's layer beside ours with
 the same input and weights. Nothing is timed before our output and gradients are as close to fp32
@@ -20,6 +21,10 @@ With several ranks on the fused path, `hidden` is the share of communication tha
 1 - (T - T_compute) / T_exchange. T_compute is a layer with the same gate, whose experts are all on
 its rank, as many as a rank has of the real one; T_exchange is what ranks add to a layer that has
 nothing to hide it behind: no gate, and experts with next to nothing to compute (F = 8).
+
+With ``--skew`` gates prefer some experts, so much that the shares of the routes in our layer and
+DeepSpeed's have that standard deviation; there is no `hidden` then. AutoEP's gate prefers them as
+much, but where k is 2 the layers draw second experts at random: its shares deviate more.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def test_slowest_rank_counts(world) -> None:
     assert world(2).run(check_slowest) == [[[1.1, 0.0], [3.5, 2.0]]] * 2
 
 
-def check_skew(rank: int, size: int, k: int, std: float) -> list[int]:
+def check_skew(rank: int, size: int, k: int, std: float) -> tuple[list[int], list[float]]:
     torch.manual_seed(rank)
     expert, x = GatedMLP(SHAPE.hidden, SHAPE.ffn), torch.randn(3000, SHAPE.hidden)
     layers = [kind(SHAPE.hidden, expert, num_experts=8, k=k) for kind in (MoE, DeepSpeedMoE)]
@@ -34,14 +34,16 @@ def check_skew(rank: int, size: int, k: int, std: float) -> list[int]:
     skew_routing(layers[0], layers[1:], x, std)
     counts = layers[1].deepspeed_moe.gate(x, None)[3]
     assert counts.sum() == 3000 * k
-    return counts.tolist()
+    return counts.tolist(), layers[1].deepspeed_moe.gate.wg.weight[:, 0].tolist()
 
 
 @pytest.mark.parametrize("k", [2, 4])
 def test_routing_is_skewed(world, k: int) -> None:
     """Shares of the experts deviate as much as was asked for, DeepSpeed's too."""
     for std in (0.02, 0.05):
-        counts = torch.tensor(world(2).run(check_skew, k, std)).sum(0)
+        counts, slopes = zip(*world(2).run(check_skew, k, std), strict=True)
+        assert slopes[0] == slopes[1]
+        counts = torch.tensor(counts).sum(0)
         assert (counts / counts.sum()).std(unbiased=False) == pytest.approx(std, rel=0.1)
 
 

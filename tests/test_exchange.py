@@ -409,8 +409,11 @@ def test_parts_of_the_block(is_sent: bool) -> None:
         assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
 
 
+@pytest.mark.parametrize("is_sent", [False, True])
 @pytest.mark.parametrize("num_tokens", [(5, 5), (3, 8, 0), (2, 0, 7, 1, 1, 6, 3, 4)], ids=str)
-def test_what_is_sent_arrives(monkeypatch: pytest.MonkeyPatch, num_tokens: tuple[int, ...]) -> None:
+def test_what_ranks_exchange_arrives(
+    monkeypatch: pytest.MonkeyPatch, num_tokens: tuple[int, ...], is_sent: bool
+) -> None:
     """Every rank finds all others' tables and tokens where it reads them."""
     blocks = [torch.zeros(2**15, dtype=torch.uint8) for _ in num_tokens]
     tables = [
@@ -418,7 +421,7 @@ def test_what_is_sent_arrives(monkeypatch: pytest.MonkeyPatch, num_tokens: tuple
         for rank, n in enumerate(num_tokens)
     ]
     tokens = [torch.full((n, 16), 100 + rank).byte() for rank, n in enumerate(num_tokens)]
-    call = CallShape(num_tokens, top_k=1, num_experts=len(blocks), token_bytes=16, is_sent=True)
+    call = CallShape(num_tokens, 1, num_experts=len(blocks), token_bytes=16, is_sent=is_sent)
 
     def copy(copies: list[tuple[int, int, int]], stream: int) -> None:
         for source, to, size in copies:
@@ -438,9 +441,14 @@ def test_what_is_sent_arrives(monkeypatch: pytest.MonkeyPatch, num_tokens: tuple
         exchange.memory = SimpleNamespace(reserve=lambda size: None, **where)
         exchanges.append(exchange)
     for rank in reversed(range(len(blocks))):
-        exchanges[rank].send_half(0, tokens[rank], call)
-        exchanges[rank].send_tables(tables[rank], exchanges[rank].parts(call))
-        exchanges[rank].send_half(1, tokens[rank], call)
+        exchange = exchanges[rank]
+        if is_sent:
+            exchange.send_half(0, tokens[rank], call)
+        else:
+            exchange.publish_ahead(tokens[rank], call)
+        exchange.send_tables(tables[rank], exchange.parts(call))
+        if is_sent:
+            exchange.send_half(1, tokens[rank], call)
     for rank, exchange in enumerate(exchanges):
         for name in (*TABLES, "tokens"):
             for other, place in enumerate(exchange.parts(call).places(name, rank)):
@@ -470,9 +478,9 @@ def test_what_comes_meets_nothing_else() -> None:
     exchange = Exchange.__new__(Exchange)
     exchange.memory, exchange._used, exchange._parts = GrowingMemory(), [0, 0], Exchange._lay_out
     calls = [
-        CallShape((count, count // 2), k, 16, token_bytes, is_sent)
+        CallShape((count, count // 2, 1, 0), k, 16, token_bytes, is_sent)
         for count, token_bytes in ((64, 4096), (3000, 128), (700, 1024), (1, 16), (2000, 4096))
-        for k, is_sent in ((1, True), (8, False), (8, True))
+        for k, is_sent in ((8, False), (1, True), (8, True))
     ]
     for before, call in itertools.pairwise([*calls, *calls[::-1]]):
         exchange.parts(before)
@@ -794,13 +802,15 @@ def test_killed_rank_is_named() -> None:
 
 
 @pytest.mark.gpu(1)
-@pytest.mark.parametrize("num_split", [0, 5, 12])
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_order_of_blocks(num_ranks: int, num_split: int) -> None:
-    """Every block once; split experts' own blocks first; in pairs of one expert's where it can."""
+@pytest.mark.parametrize(
+    "num_ranks, num_split, num_local, top_k",
+    [*itertools.product((1, 2, 4), (0, 5, 12), (12,), (3,)), (1, 0, 300, 3), (2, 7, 40, 34)],
+)
+def test_plan(num_ranks: int, num_split: int, num_local: int, top_k: int) -> None:
+    """Own tokens in their rows. Every block once; split experts' own first; in pairs if it can."""
     kernels = load_kernels(torch.device("cuda", 0))
     torch.manual_seed(2)
-    num_local, top_k, block = 12, 3, kernels.row_block
+    block = kernels.row_block
     num_experts = num_local * num_ranks
     tables, counts = [], []
     for rank in range(num_ranks):
@@ -817,8 +827,17 @@ def test_order_of_blocks(num_ranks: int, num_split: int) -> None:
     ids = torch.empty(sum(num_tokens), top_k, dtype=torch.int64, device="cuda")
     ids = ids if num_ranks > 1 else tables[0][0]
     plan = RowPlan.empty(ids, num_local, size, block, num_ranks, (num_split,))
-    dispatch_own(kernels.Sources(rows, 0), tokens, plan, kernels, is_planned=False)
+    counters = torch.ones(1000, dtype=torch.int32, device="cuda")
+    torch.full((size, 72), torch.nan, dtype=tokens.dtype, device="cuda")  # what rows may have been
+    own = (kernels.Sources(rows, 0), tokens, plan, kernels, counters)
+    placed = dispatch_own(*own, is_planned=False)
     offsets = plan.expert_offsets.tolist()
+    is_padding = plan.token_of_row[: offsets[-1]] < 0
+    assert is_padding.any() and not placed[: offsets[-1]][is_padding].any()
+    row_of_route = plan.row_of_route[: num_tokens[0]]
+    token, _ = (has_row := row_of_route >= 0).nonzero(as_tuple=True)
+    assert has_row.any() and torch.equal(placed[row_of_route[has_row]], tokens[token])
+    assert not counters.any()
     num_blocks = offsets[-1] // block
     order, experts = (t[0, :num_blocks].tolist() for t in (plan.block_order, plan.expert_order))
     assert sorted(order) == list(range(num_blocks))

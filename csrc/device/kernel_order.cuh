@@ -15,9 +15,9 @@ __device__ inline void admit_next_kernel() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
-// What every thread of a kernel does before it touches global memory; a kernel that waits for
-// another GPU admits the next one only then. The next kernel is admitted after the one before has ended, so never
-// more than one waits in place on a stream, and for a kernel that will end.
+// What every thread of a kernel does before it touches global memory; a kernel that waits for other
+// GPUs admits the next one when all have come. The next kernel is admitted after the one before has
+// ended, so never more than one waits in place on a stream, and for a kernel that will end.
 __device__ inline void begin_kernel() {
     await_previous_kernel();
     admit_next_kernel();

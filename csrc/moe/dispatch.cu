@@ -21,7 +21,7 @@ OperandRows operand_rows(void* rows, int64_t row_bytes) {
     return {static_cast<uint4*>(rows), row_bytes / int64_t{sizeof(uint4)}};
 }
 
-int num_token_blocks(const OperandRows& to, int64_t num_tokens) {
+int token_blocks(const OperandRows& to, int64_t num_tokens) {
     return ceil_div(num_tokens * to.parts(), kRowWarps);
 }
 
@@ -58,11 +58,11 @@ void plan_and_dispatch(const Sources& sources, const RowPlan& plan, void* rows, 
     const int num_plan_blocks =
         plan.num_orders * blocks_per_order + ceil_div(num_items, kPlanThreads);
     const OperandRows to = operand_rows(rows, row_bytes);
-    const int num_tokens = num_token_blocks(to, source_at(sources, 0).num_tokens);
-    const unsigned num_blocks = num_plan_blocks + num_tokens + plan.num_experts;
+    const int num_token_blocks = token_blocks(to, source_at(sources, 0).num_tokens);
+    const unsigned num_blocks = num_plan_blocks + num_token_blocks + plan.num_experts;
     const size_t smem_bytes = plan_smem_bytes(plan.num_experts, sources.num_ranks);
     launch("plan_and_dispatch", plan_and_dispatch_kernel, {num_blocks, kPlanThreads, smem_bytes},
-           stream, sources, plan, blocks_per_order, num_plan_blocks, num_tokens, to,
+           stream, sources, plan, blocks_per_order, num_plan_blocks, num_token_blocks, to,
            Words{counters, num_counters});
 }
 
@@ -70,10 +70,10 @@ void dispatch_rows(const Sources& sources, const RowPlan& plan, void* published,
                    int64_t row_bytes, uint32_t* counters, int64_t num_counters,
                    cudaStream_t stream) {
     const OperandRows to = operand_rows(rows, row_bytes);
-    const int num_tokens = num_token_blocks(to, source_at(sources, 0).num_tokens);
-    const unsigned num_blocks = num_tokens + plan.num_experts;
+    const int num_token_blocks = token_blocks(to, source_at(sources, 0).num_tokens);
+    const unsigned num_blocks = num_token_blocks + plan.num_experts;
     launch("dispatch_rows", dispatch_rows_kernel, {num_blocks, kRowWarps * 32}, stream, sources,
-           plan, 0, 1, num_tokens, to, static_cast<uint4*>(published),
+           plan, 0, 1, num_token_blocks, to, static_cast<uint4*>(published),
            Words{counters, num_counters});
 }
 
@@ -81,7 +81,7 @@ void dispatch_other_rows(const Sources& sources, const RowPlan& plan, void* rows
                          int64_t row_bytes, cudaStream_t stream) {
     const OperandRows to = operand_rows(rows, row_bytes);
     const int64_t num_others = plan.num_tokens - source_at(sources, 0).num_tokens;
-    const int num_blocks = num_token_blocks(to, num_others);
+    const int num_blocks = token_blocks(to, num_others);
     if (num_blocks == 0) return;
     launch("dispatch_rows", dispatch_rows_kernel, {unsigned(num_blocks), kRowWarps * 32}, stream,
            sources, plan, 1, sources.num_ranks, num_blocks, to, nullptr, Words{});

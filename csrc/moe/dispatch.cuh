@@ -159,7 +159,7 @@ __device__ inline void plan_order(const RowPlan& plan, const ExpertRows& rows, i
     }
 }
 
-// The i-th of all ranks' routes, and the i-th padding row an expert may have.
+// The i-th of all ranks' routes, and the i-th padding row an expert may have, and its i-th block.
 __device__ inline void plan_rows(const Sources& sources, const RowPlan& plan,
                                  const ExpertRows& rows, int64_t i) {
     const int num_ranks = sources.num_ranks, num_experts = rows.num_experts;

@@ -14,7 +14,8 @@ constexpr int kRowBlock = 128;
 // Ranks of an expert parallel group; kernels take a table of them by value.
 constexpr int kMaxRanks = 32;
 
-// The tokens of one rank, where this one reads them, and what its gate says of them, in its memory.
+// The tokens of one rank and what its gate says of them, where this one reads them; slots and
+// grad_weights are in that rank's memory.
 struct Source {
     const int64_t* topk_ids;     // [num_tokens, top_k]: expert, of all ranks' ; -1 = dropped
     const float* topk_weights;   // [num_tokens, top_k]
@@ -66,8 +67,8 @@ struct RowPlan {
 // Whether a plan has room for so many experts of a rank.
 bool can_plan(int64_t num_experts, int num_ranks);
 
-// Writes the plan; topk_ids only where they are not the source's own. Meanwhile it writes, as
-// dispatch_rows does, the rows of this rank's tokens, whose tables can be read as all others'.
+// Writes the plan; topk_ids only where they are not the source's own. Meanwhile does what
+// dispatch_rows does, but for publishing.
 void plan_and_dispatch(const Sources& sources, const RowPlan& plan, void* rows, int64_t row_bytes,
                        uint32_t* counters, int64_t num_counters, cudaStream_t stream);
 

@@ -18,7 +18,9 @@
 //    tokens can be read), and after the last push (slots are complete). Between them a third where
 //    tokens are sent: they have come. Memory is reused safely: who comes to the last has read what
 //    was published or has come, and a slot is written again only after the first meeting of the
-//    next direction, to which its owner comes when it has read it.
+//    next direction, to which its owner comes when it has read it. Tables, and tokens that are
+//    sent, come before that meeting: to a part of the memory of which nothing is read after the
+//    last one (Exchange.parts in exchange.py).
 // 4. Shared memory: push_sums a ring of slices for every warp (token_stream.cuh). Partial sums have
 //    one writer each and are added in order: the same input gives the same bits.
 // 5. Sources: PTX ISA, memory consistency model (system scope, cumulativity).

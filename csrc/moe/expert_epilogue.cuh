@@ -67,8 +67,7 @@ public:
         if (lane_ == 0) bulk_commit_group();
     }
 
-    // --- in and out by the warp: lane l has chunk l % 8 of rows l / 8 + 4 i. What passes once must
-    // not take the place of operands in L2. ---
+    // --- in and out by the warp: lane l has chunk l % 8 of rows l / 8 + 4 i ---
 
     // Loads a block of a row-major matrix into registers; zeros beyond column n.
     template <typename Element>
@@ -85,14 +84,18 @@ public:
 #pragma unroll
         for (int i = 0; i < 4; ++i) st_shared(chunk_address(buffer, i), chunks[i]);
     }
-    template <typename Element>
+    // Streamed, results do not take the place of operands in L2.
+    template <bool kIsStreamed, typename Element>
     __device__ void store(int buffer, Element* block, int cols, int n) const {
         block += int64_t{lane_ / 8} * n + lane_ % 8 * 8;
         auto* to = reinterpret_cast<uint4*>(block);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const uint4 chunk = ld_shared(chunk_address(buffer, i));
-            if (lane_ % 8 * 8 < cols) __stcs(to, chunk);
+            if (lane_ % 8 * 8 < cols) {
+                if constexpr (kIsStreamed) __stcs(to, chunk);
+                else *to = chunk;
+            }
             to += n / 2;
         }
     }
@@ -222,7 +225,8 @@ __device__ inline void finish_down_grad(const float* acc, const Fragment& at,
 #pragma unroll
     for (int i = 0; i <= kUpBuffer; ++i) {
         auto* block = static_cast<Element*>(p.results[i]) + int64_t{at.warp_row} * p.n;
-        staging.store(i, block + at.block_col, p.n - at.block_col, p.n);
+        // Without gate there is less of them, and no register free.
+        staging.template store<kGated>(i, block + at.block_col, p.n - at.block_col, p.n);
     }
 }
 
