@@ -210,16 +210,15 @@ def time_gates(ours: MoE, theirs: DeepSpeedMoE, x: Tensor, num_runs: int) -> dic
     return forward | time_functions(backward, num_runs)
 
 
-def time_kernels(layer: MoE, shape: Shape, num_tokens: int, num_runs: int) -> list[dict[str, Any]]:
+def time_kernels(layer: MoE, shape: Shape, x: Tensor, num_runs: int) -> list[dict[str, Any]]:
     """Time every pass of the grouped GEMM beside torch's, on an even routing.
 
     Returns:
         one record a pass: FLOP, the limit, ms and TFLOP/s of both. torch's has no activation in
         it, and of gated experts' two equal matrices it is given one; its rate is compared.
     """
-    weights = layer.deepspeed_moe.fused._weights
+    weights, num_tokens = layer.deepspeed_moe.fused._weights, x.shape[0]
     dispatcher = LocalDispatcher(_even_routing(shape, num_tokens), weights.kernels)
-    x = torch.randn(num_tokens, shape.hidden, device="cuda", dtype=torch.bfloat16)
     rows, _ = dispatcher.dispatch(x)
     gemm = ExpertGemm(weights, dispatcher.plan)
     num_rows = gemm.rows.max_rows
@@ -328,7 +327,7 @@ def bench(
         record["gate"] = time_gates(ours, layers["deepspeed"], x, num_runs)
     layers.clear()
     if is_fused and not has_peers:
-        record["kernels"] = time_kernels(ours, shape, num_tokens, num_runs)
+        record["kernels"] = time_kernels(ours, shape, x, num_runs)
     elif is_fused and not skew:  # with it, a rank's load would be another alone
         record["hidden_share"] = time_hidden(ours, shape, x, grad, num_runs, options)
     if dist.get_rank() == 0:

@@ -487,7 +487,8 @@ def test_what_comes_meets_nothing_else() -> None:
         block = exchange.memory.block
         addresses = exchange.parts(call).addresses
         first = min(addresses[name][0] for name in (*TABLES, "tokens"))
-        assert first >= Exchange._lay_out(call)[0].size
+        lasting, incoming, _ = Exchange._lay_out(call)
+        assert lasting.size <= first <= exchange.memory.block.numel() - incoming.size
         assert exchange.memory.block is not block or first >= Exchange._lay_out(before)[0].size
 
 
