@@ -24,6 +24,9 @@ class CometConfig(BaseModel):
             "auto" takes 1 where nothing is communicated.
         exact_gate: compute gate logits with DeepSpeed's own operation everywhere; see ``TopKGate``.
         grouped_gemm: use torch's grouped GEMM where it applies (path "pipelined").
+        stack_experts: keep each matrix of all local experts in one parameter (``stacked.py``);
+            false keeps one parameter per expert, as DeepSpeed does. A layer that was built with
+            false stays so.
         timeout_s: seconds to wait for another rank of the expert parallel group (path "fused").
         tuning_table: file of ``comet_ds.tune``; None takes the user's (path "fused"). That of a
             group's first layer serves all its layers.
@@ -41,6 +44,7 @@ class CometConfig(BaseModel):
     num_chunks: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     exact_gate: bool = False
     grouped_gemm: bool = True
+    stack_experts: bool = True
     timeout_s: float = Field(default=600, gt=0, le=10**6)
     tuning_table: str | None = None
     refine: bool = False

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The user's experts: DeepSpeed's parameter tags, calling one, recognising an MLP.
+"""The user's experts: calling one, recognising an MLP.
 
-Experts stay the user's own modules with their own parameters. A module is recognised as an MLP by
+Experts stay the user's own modules. A module is recognised as an MLP by
 what it computes, never by its class name: it is traced, the graph must be one of
 
     down(act(up(x)))                 two-matrix MLP
@@ -12,8 +12,9 @@ and the recognised form must reproduce the module on a probe input.
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
+
+from comet_ds.expert_rows import RowDict, place_of_row
 
 # Relative L2 error between the module and the recognised form: both round in the same dtype.
 PROBE_TOLERANCE = {
@@ -31,15 +34,16 @@ PROBE_TOLERANCE = {
 }
 
 
-def tag_expert_parameters(experts: Iterable[nn.Module], group_name: str) -> None:
-    """Mark parameters as experts' for DeepSpeed: not all-reduced, owned by ``group_name``.
-
-    ``copy.deepcopy`` drops these attributes, and modules put in later never had them.
-    """
-    for expert in experts:
-        for param in expert.parameters():
-            param.allreduce = False
-            param.group_name = group_name
+def parameter_dtypes(expert: nn.Module) -> set[torch.dtype]:
+    """Return the dtypes of an expert's parameters, stacked ones too."""
+    dtypes = set()
+    for module in expert.modules():
+        own = module._parameters
+        if isinstance(own, RowDict):
+            dtypes |= {own.experts.stack(key).dtype for key in own.keys_of_rows.values()}
+            own = own.plain()
+        dtypes |= {param.dtype for param in own.values() if param is not None}
+    return dtypes
 
 
 def run_expert(expert: nn.Module, rows: Tensor) -> Tensor:
@@ -126,13 +130,18 @@ class ExpertMLP:
 
 
 class ModuleStructure:
-    """Module trees, cheap to compare with later (64 experts of 5 modules: 40 us).
+    """Module trees, cheap to compare with later.
 
     Remembered is what can change what recognised modules compute: their children, hooks, patched
     forwards, train or eval mode, dropout probabilities.
+
+    Args:
+        roots: of the trees.
+        watch: ``ModuleWatch`` of csrc/module_watch.cpp, which compares the same several times
+            faster (64 experts of 4 modules on a slow host: 160 us here); None without kernels.
     """
 
-    def __init__(self, roots: Sequence[nn.Module]) -> None:
+    def __init__(self, roots: Sequence[nn.Module], watch: type | None = None) -> None:
         self.roots = list(roots)
         modules = [m for root in self.roots for m in root.modules()]
         self._attributes = [m.__dict__ for m in modules]
@@ -153,20 +162,28 @@ class ModuleStructure:
         self._dropouts = [a for a in self._attributes if "p" in a]
         self._p_then = [a["p"] for a in self._dropouts]
         self._was_plain = self.is_plain()
+        self._watch = watch(self._attributes) if watch is not None and self._was_plain else None
 
     def is_plain(self) -> bool:
         """Whether no module has hooks or a patched forward."""
-        return not any(self._hooks) and not any("forward" in a for a in self._attributes)
+        is_patched = map(operator.contains, self._attributes, itertools.repeat("forward"))
+        return not any(self._hooks) and not any(is_patched)
 
     def holds(self, roots: Sequence[nn.Module]) -> bool:
         """Whether ``roots`` are the modules seen then, unchanged."""
+        if self.roots != list(roots):
+            return False
+        if self._watch is not None:
+            return self._watch.is_unchanged()
         return (
-            self.roots == list(roots)
-            and self.is_plain() == self._was_plain
+            self.is_plain() == self._was_plain
             and self._children == self._children_then
-            and [a["training"] for a in self._attributes] == self._training_then
+            and list(map(_TRAINING, self._attributes)) == self._training_then
             and [a["p"] for a in self._dropouts] == self._p_then
         )
+
+
+_TRAINING = operator.itemgetter("training")
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -213,12 +230,19 @@ class RecognisedExperts:
         """Forget in copies: what is remembered are other modules' dictionaries."""
         return RecognisedExperts, ()
 
-    def find(self, experts: Sequence[nn.Module]) -> list[ExpertMLP] | str:
-        """Return the MLPs or why there are none; the same object as long as nothing changes."""
-        mode = experts[0].training
+    def find(
+        self, experts: Sequence[nn.Module], watch: type | None = None
+    ) -> list[ExpertMLP] | str:
+        """Return the MLPs or why there are none; the same object as long as nothing changes.
+
+        Args:
+            experts: the modules.
+            watch: see ``ModuleStructure``.
+        """
+        mode = next(iter(experts)).training
         if mode in self._found and self._found[mode][0].holds(experts):
             return self._found[mode][1]
-        self._found[mode] = ModuleStructure(experts), self._recognise(experts)
+        self._found[mode] = ModuleStructure(experts, watch), self._recognise(experts)
         return self._found[mode][1]
 
     @staticmethod
@@ -265,7 +289,7 @@ class _Matcher:
         if strays := [n for n in self.graph.nodes if n not in self.seen]:
             raise _Unrecognised(f"{self._name(strays[0])} beside the MLP")
         matrices = [m for m in (up, gate, down) if m is not None]
-        if len({id(m.weight) for m in matrices}) < len(matrices):
+        if len({_identity(m) for m in matrices}) < len(matrices):
             raise _Unrecognised("two of its matrices share a parameter")
         num_parameters = sum(1 + (m.bias is not None) for m in matrices)
         if len(list(self.expert.parameters())) != num_parameters:
@@ -287,8 +311,10 @@ class _Matcher:
     def _linear(self, node: fx.Node) -> tuple[nn.Linear, fx.Node]:
         node = self._skip_identity(node)
         module = self.modules.get(node.target) if node.op == "call_module" else None
-        is_plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter
-        if not is_plain or not self._is_unary(node):
+        has_plain_weight = type(module) is nn.Linear and (
+            place_of_row(module, "weight") is not None or type(module.weight) is nn.Parameter
+        )
+        if not has_plain_weight or not self._is_unary(node):
             raise _Unrecognised(f"{self._name(node)} where a Linear is expected")
         self.seen.add(node)
         return module, node.args[0]
@@ -345,6 +371,11 @@ class _Matcher:
         if node.op == "call_module":
             return type(self.modules[node.target]).__name__
         return str(getattr(node.target, "__name__", node.target))
+
+
+def _identity(module: nn.Linear) -> Any:
+    """Return what two modules have in common where they share their matrix."""
+    return place_of_row(module, "weight") or id(module.weight)
 
 
 def _check_probe(mlp: ExpertMLP, expert: nn.Module) -> None:

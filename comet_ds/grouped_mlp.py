@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from comet_ds.expert_rows import find_stack
 from comet_ds.experts import ACTIVATIONS, ExpertMLP, RecognisedExperts, run_experts
 
 # From this many FLOP in one expert's matrix on, a GEMM of its own runs as fast as its share of a
@@ -63,6 +64,8 @@ class ExpertRunner:
     def stack(self, experts: range) -> list[Tensor | None]:
         """Return the matrices of some experts as [n, ...] tensors, for ``run``; grad flows back.
 
+        Those of all experts are the stacked parameters, where the layer has such.
+
         Returns:
             up, up bias, gate, gate bias, down, down bias (None where there is none); empty where
             the experts run one by one.
@@ -75,7 +78,12 @@ class ExpertRunner:
         for linears in zip(*columns, strict=True):
             for name in ("weight", "bias"):
                 params = [getattr(linear, name, None) for linear in linears]
-                stacked.append(None if params[0] is None else _Stack.apply(*params))
+                if params[0] is None:
+                    stacked.append(None)
+                elif (stack := find_stack(linears, name)) is not None:
+                    stacked.append(stack.view(len(linears), *params[0].shape))
+                else:
+                    stacked.append(_Stack.apply(*params))
         return stacked
 
     def run(

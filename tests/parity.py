@@ -64,10 +64,19 @@ def run(
     output, l_aux, exp_counts = layer(x, used_token)
     layer.zero_grad()
     torch.autograd.backward([output, l_aux], [grad, torch.ones_like(l_aux)])
-    grads = {f"grad of {n}": p.grad for n, p in layer.named_parameters()}
+    grads = named_grads(layer)
     assert None not in grads.values(), [n for n, g in grads.items() if g is None]
     result = {"output": output, "l_aux": l_aux, "exp_counts": exp_counts, "grad of x": x.grad}
     return {name: t.detach() for name, t in (result | grads).items()}
+
+
+def named_grads(layer: DeepSpeedMoE) -> dict[str, Tensor | None]:
+    """Return "grad of <name>", by the names that parameters have in a ``state_dict()``."""
+    experts = layer.deepspeed_moe.experts.deepspeed_experts
+    prefix = "deepspeed_moe.experts"
+    named = {n: p for n, p in layer.named_parameters() if not n.startswith(prefix)}
+    named |= {f"{prefix}.deepspeed_experts.{n}": p for n, p in experts.named_parameters()}
+    return {f"grad of {name}": param.grad for name, param in named.items()}
 
 
 def oracle(layer: Any, x: Tensor, grad: Tensor, experts: list[nn.Module]) -> dict[str, Tensor]:

@@ -255,6 +255,10 @@ def check_checkpointing(rank: int, size: int, reentrant: bool) -> None:
         def forward(self, x, used_token):
             return torch.utils.checkpoint.checkpoint(layer, x, used_token, use_reentrant=reentrant)
 
+        @property
+        def deepspeed_moe(self):
+            return layer.deepspeed_moe
+
         def named_parameters(self, *args, **kwargs):
             return layer.named_parameters(*args, **kwargs)
 
