@@ -3,8 +3,11 @@
 
 from comet_ds.config import CometConfig
 from comet_ds.engine import initialize
+from comet_ds.engine_hooks import install_hooks
 from comet_ds.layer import MoE
 from comet_ds.monitor import attach_metrics
+
+install_hooks()
 
 __version__ = "0.1.0"
 __all__ = ["CometConfig", "MoE", "attach_metrics", "initialize"]

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 from deepspeed.pipe import PipelineModule
 from experts_zoo import randomize, sequential
-from tolerance import LOSS_CURVE
+from tolerance import CURVE_NOISE, LOSS_CURVE
 from torch import nn
 from training import CLASSES, FFN, HIDDEN, NUM_EXPERTS, batches, build_engine, config, train
 
@@ -31,85 +33,114 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
     return {"zero_optimization": {"stage": stage, **more}}
 
 
-def check_curve(rank: int, size: int, settings: dict, options: dict, dtype: torch.dtype) -> float:
-    """Return the largest difference between the two loss curves, relative to the loss.
+Curve = list[float]
+_noise: dict[Any, Curve] = {}  # of this process, by what the curves depend on
 
-    In half precision a rounding flips a route now and then: windows of 10 steps are compared.
+
+def differences(curve: Curve, other: Curve, dtype: torch.dtype) -> Curve:
+    """Return the relative difference of two loss curves in each tenth of them.
+
+    The largest one in fp32. In half precision a rounding flips a route now and then, and the means
+    are compared.
     """
-    curves = {}
-    for kind in CLASSES:
+    a, b = (torch.tensor(c).view(10, -1) for c in (curve, other))
+    if dtype != torch.float32:
+        a, b = a.mean(dim=1), b.mean(dim=1)
+    return ((a - b).abs() / b.abs()).view(10, -1).amax(dim=1).tolist()
+
+
+def curve_error(
+    ours: Curve, theirs: Curve, run: Callable[[int], Curve], dtype: torch.dtype, key: Any
+) -> float:
+    """Return how far two loss curves are apart, in multiples of the reference's noise.
+
+    Args:
+        run: trains the reference with a disturbance; see ``batches``.
+        key: what the noise depends on; curves with the same key share it.
+
+    In each tenth, the noise is the largest so far or in the next one, since a route that flips may
+    do so a little earlier.
+    """
+    assert sum(theirs[-5:]) < 0.8 * sum(theirs[:5]), "the reference run does not learn"
+    if key not in _noise:
+        found = [differences(run(disturbance), theirs, dtype) for disturbance in (1, 2)]
+        _noise[key] = [max(pair) for pair in zip(*found, strict=True)]
+    noise = [max(_noise[key][: tenth + 2]) for tenth in range(10)]
+    return max(d / n for d, n in zip(differences(ours, theirs, dtype), noise, strict=True))
+
+
+def check_curve(rank: int, size: int, settings: dict, options: dict, dtype: torch.dtype) -> float:
+    """Return how far the two layers' loss curves are apart, see ``curve_error``."""
+
+    def run(kind: str, disturbance: int = 0) -> Curve:
         extra = {} if kind == "deepspeed" else {"comet_ds": {"num_chunks": 2}}
         engine = build_engine(kind, config(size, **settings, **extra), **options)
-        curves[kind] = train(engine, rank, STEPS, dtype)
+        curve = train(engine, rank, STEPS, dtype, disturbance)
         engine.destroy()
-    theirs, ours = (torch.tensor(curves[kind]) for kind in ("deepspeed", "comet_ds"))
-    assert theirs[-5:].mean() < 0.8 * theirs[:5].mean(), "the reference run does not learn"
-    if dtype != torch.float32:
-        theirs, ours = (curve.view(-1, 10).mean(dim=1) for curve in (theirs, ours))
-    return ((ours - theirs).abs() / theirs.abs()).max().item()
+        return curve
+
+    # ZeRO's stages, offload and the like change where numbers are, not what they are.
+    key = [size, dtype, *sorted(options.items())]
+    key += [settings.get(name) for name in ("gradient_accumulation_steps", "gradient_clipping")]
+    disturbed = functools.partial(run, "deepspeed")
+    return curve_error(run("comet_ds"), run("deepspeed"), disturbed, dtype, tuple(key))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_fp32_loss_curves(world, stage: int, k: int) -> None:
-    difference = max(world(2).run(check_curve, zero(stage), {"ep_size": 2, "k": k}, torch.float32))
-    print(f"ZeRO {stage}, k={k}: largest relative difference over {STEPS} steps {difference:.1e}")
-    assert difference <= LOSS_CURVE
+    error = max(world(2).run(check_curve, zero(stage), {"ep_size": 2, "k": k}, torch.float32))
+    print(f"ZeRO {stage}, k={k}: {error:.1f} times the noise over {STEPS} steps")
+    assert error <= CURVE_NOISE
 
 
-# The difference allowed is what rounding makes of it in 50 steps: the dtype's epsilon, roughly.
 ENGINES = {
-    "replicas and parallel experts": (4, zero(1), {"ep_size": 2, "k": 2}, torch.float32, 1e-5),
-    "ep_size 1": (2, zero(2), {"ep_size": 1, "k": 2}, torch.float32, 1e-5),
-    "clipping": (2, {**zero(1), **CLIP}, {"ep_size": 2, "k": 1}, torch.float32, 1e-5),
+    "replicas and parallel experts": (4, zero(1), {"ep_size": 2, "k": 2}, torch.float32),
+    "ep_size 1": (2, zero(2), {"ep_size": 1, "k": 2}, torch.float32),
+    "clipping": (2, {**zero(1), **CLIP}, {"ep_size": 2, "k": 1}, torch.float32),
     "accumulation": (
         2,
         {**zero(2), "gradient_accumulation_steps": 3},
         {"ep_size": 2, "k": 2},
         torch.float32,
-        1e-5,
     ),
-    "optimizer offload": (2, OFFLOAD, {"ep_size": 2, "k": 2}, torch.float32, 1e-5),
-    "overlap_comm": (2, zero(2, overlap_comm=True), {"ep_size": 2, "k": 2}, torch.float32, 1e-5),
+    "optimizer offload": (2, OFFLOAD, {"ep_size": 2, "k": 2}, torch.float32),
+    "overlap_comm": (2, zero(2, overlap_comm=True), {"ep_size": 2, "k": 2}, torch.float32),
     "comms_logger": (
         2,
         {**zero(1), "comms_logger": {"enabled": True}},
         {"ep_size": 2, "k": 2},
         torch.float32,
-        1e-5,
     ),
-    "checkpointing": (
-        2,
-        zero(1),
-        {"ep_size": 2, "k": 2, "checkpointing": True},
-        torch.float32,
-        1e-5,
-    ),
+    "checkpointing": (2, zero(1), {"ep_size": 2, "k": 2, "checkpointing": True}, torch.float32),
     "jitter, residual": (
         2,
         zero(1),
         {"ep_size": 2, "k": 2, "noisy_gate_policy": "Jitter", "use_residual": True},
         torch.float32,
-        1e-5,
     ),
-    "no dropping": (2, zero(1), {"ep_size": 2, "drop_tokens": False}, torch.float32, 1e-5),
-    "bf16, ZeRO 1": (2, {**zero(1), **BF16}, {"ep_size": 2, "k": 2}, torch.bfloat16, 2e-2),
-    "bf16, ZeRO 2": (2, {**zero(2), **BF16}, {"ep_size": 2, "k": 1}, torch.bfloat16, 2e-2),
+    "no dropping": (2, zero(1), {"ep_size": 2, "drop_tokens": False}, torch.float32),
+    "bf16, ZeRO 1": (2, {**zero(1), **BF16}, {"ep_size": 2, "k": 2}, torch.bfloat16),
+    "bf16, ZeRO 2": (2, {**zero(2), **BF16}, {"ep_size": 2, "k": 1}, torch.bfloat16),
 }
 
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_engine_settings(world, name: str) -> None:
-    size, settings, options, dtype, limit = ENGINES[name]
-    assert max(world(size).run(check_curve, settings, options, dtype)) <= limit
+    size, settings, options, dtype = ENGINES[name]
+    error = max(world(size).run(check_curve, settings, options, dtype))
+    print(f"{name}: {error:.1f} times the noise over {STEPS} steps")
+    assert error <= CURVE_NOISE
 
 
 # ---- checkpoints -------------------------------------------------------------------------------
 
 
-def check_checkpoint(rank: int, size: int, folder: str, first: str, then: str, stage: int) -> None:
+def check_checkpoint(
+    rank: int, size: int, folder: str, first: str, then: str, stage: int, **more: Any
+) -> None:
     """Train with one layer, save; load with the other, and go on as if nothing had happened."""
-    options, settings = {"ep_size": size, "k": 2}, config(size, **zero(stage))
+    options, settings = {"ep_size": size, "k": 2}, config(size, **zero(stage), **more)
     engine = build_engine(first, settings, **options)
     train(engine, rank, 5)
     engine.save_checkpoint(folder, tag="t")
@@ -141,6 +172,16 @@ def test_checkpoints(world, tmp_path: Path, first: str, then: str, stage: int) -
     assert all(".deepspeed_experts.3." in name for name in state)
     # A file holds its own expert's numbers, not the storage they were cut from.
     assert all(t.untyped_storage().nbytes() == t.nbytes for t in state.values())
+
+
+def check_checkpoint_logged(rank: int, size: int, folder: str) -> None:
+    logged = {"comms_logger": {"enabled": True}}
+    check_checkpoint(rank, size, folder, "comet_ds", "comet_ds", 1, **logged)
+
+
+def test_checkpoint_with_comms_logger(world, tmp_path: Path) -> None:
+    """DeepSpeed's logger ends a process that exchanges objects through DeepSpeed."""
+    world(2).run(check_checkpoint_logged, str(tmp_path))
 
 
 def check_resharding(rank: int, size: int, folder: str) -> None:
@@ -185,10 +226,10 @@ class PipeMoE(nn.Module):
         return x + self.moe(x)[0]
 
 
-def check_pipeline(rank: int, size: int) -> None:
-    """Two stages of two ranks, an MoE layer in each."""
-    curves = []
-    for kind in CLASSES:
+def check_pipeline(rank: int, size: int) -> float:
+    """Two stages of two ranks, an MoE layer in each; return the curves' distance."""
+
+    def run(kind: str, disturbance: int = 0) -> Curve:
         torch.manual_seed(0)
         moe = [PipeMoE(kind, rank) for _ in range(2)]
         layers = [nn.Linear(HIDDEN, HIDDEN), *moe, nn.Linear(HIDDEN, HIDDEN)]
@@ -203,16 +244,17 @@ def check_pipeline(rank: int, size: int) -> None:
         settings["train_micro_batch_size_per_gpu"] = 2
         engine = comet_ds.initialize(model=model, config=settings)[0]
         torch.manual_seed(5)
-        data = iter(list(batches(rank % 2, 40)))
-        curves.append([engine.train_batch(data_iter=data).item() for _ in range(20)])
+        data = iter(list(batches(rank % 2, 40, disturbance=disturbance)))
+        curve = [engine.train_batch(data_iter=data).item() for _ in range(20)]
         engine.destroy()
-    theirs, ours = (torch.tensor(c) for c in curves)
-    assert theirs[-1] < theirs[0]
-    assert ((ours - theirs).abs() / theirs).max() <= LOSS_CURVE
+        return curve
+
+    disturbed = functools.partial(run, "deepspeed")
+    return curve_error(run("comet_ds"), run("deepspeed"), disturbed, torch.float32, "pipeline")
 
 
 def test_pipeline_module(world) -> None:
-    world(4).run(check_pipeline)
+    assert max(world(4).run(check_pipeline)) <= CURVE_NOISE
 
 
 # ---- initialize --------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,11 +20,23 @@ CLASSES = {"deepspeed": DeepSpeedMoE, "comet_ds": comet_ds.MoE}
 class Model(nn.Module):
     """Two MoE layers between linear ones; the loss adds their auxiliary losses."""
 
-    def __init__(self, cls: type[DeepSpeedMoE], *, checkpointing: bool = False, **options: Any):
+    def __init__(
+        self,
+        cls: type[DeepSpeedMoE],
+        *,
+        checkpointing: bool = False,
+        expert: Callable[[], nn.Module] | None = None,
+        **options: Any,
+    ):
         super().__init__()
         self.first = nn.Linear(HIDDEN, HIDDEN)
         self.moe = nn.ModuleList(
-            cls(HIDDEN, sequential(HIDDEN, FFN), num_experts=NUM_EXPERTS, **options)
+            cls(
+                HIDDEN,
+                sequential(HIDDEN, FFN) if expert is None else expert(),
+                num_experts=NUM_EXPERTS,
+                **options,
+            )
             for _ in range(2)
         )
         self.last = nn.Linear(HIDDEN, HIDDEN)
@@ -52,13 +65,23 @@ def config(size: int, **overrides: Any) -> dict[str, Any]:
     }
 
 
-def batches(rank: int, count: int, dtype: torch.dtype = torch.float32):
-    """Yield inputs and targets of a fixed function, different on every rank."""
+def batches(rank: int, count: int, dtype: torch.dtype = torch.float32, disturbance: int = 0):
+    """Yield inputs and targets of a fixed function, different on every rank.
+
+    Args:
+        disturbance: 0, or which noise to add to the inputs: one rounding error of either sign.
+    """
     generator = torch.Generator().manual_seed(1000 + rank)
+    noise = torch.Generator().manual_seed(100 * disturbance + rank)
     teacher = torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(1))
     for _ in range(count):
         x = torch.randn(2, 12, HIDDEN, generator=generator)
-        yield x.to(dtype), torch.tanh(x @ teacher).to(dtype)
+        target = torch.tanh(x @ teacher).to(dtype)
+        x = x.to(dtype)
+        if disturbance:
+            signs = torch.randint(0, 2, x.shape, generator=noise) * 2 - 1
+            x = x * (1 + torch.finfo(dtype).eps * signs).to(dtype)
+        yield x, target
 
 
 def build_engine(kind: str, settings: dict[str, Any], **options: Any):
@@ -68,11 +91,14 @@ def build_engine(kind: str, settings: dict[str, Any], **options: Any):
     return comet_ds.initialize(model=model, config=settings)[0]
 
 
-def train(engine: Any, rank: int, steps: int, dtype: torch.dtype = torch.float32) -> list[float]:
+def train(
+    engine: Any, rank: int, steps: int, dtype: torch.dtype = torch.float32, disturbance: int = 0
+) -> list[float]:
     """Train for some optimizer steps; return the loss of every micro-batch."""
     torch.manual_seed(5 + rank)
     losses = []
-    for x, target in batches(rank, steps * engine.gradient_accumulation_steps(), dtype):
+    count = steps * engine.gradient_accumulation_steps()
+    for x, target in batches(rank, count, dtype, disturbance):
         loss = engine(x.to(engine.device), target.to(engine.device))
         engine.backward(loss)
         engine.step()

@@ -1,0 +1,547 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of stacked experts: DeepSpeed's files bit for bit, refused where they do not fit.
+
+``test_files`` is the main one. For each way to train it has DeepSpeed's layer write a checkpoint
+('theirs'), read it and write it again ('again'), and comet_ds read it and write it ('ours'). 'ours'
+and 'again' must have the same content; and whoever resumes from either must get the losses of the
+run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
+from deepspeed.pipe import PipelineModule
+from experts_zoo import TiedMLP, randomize, sequential
+from test_training import BF16, OFFLOAD, PipeMoE, zero
+from tolerance import RESUMED
+from torch import nn
+from torch.distributed import TCPStore
+from training import CLASSES, FFN, HIDDEN, Model, batches, config, train
+
+from comet_ds import stackable
+from comet_ds.checkpoint_layout import NativeParameter, ParameterTable, find_clusters
+from comet_ds.flat_groups import flatten, plan_moves, run_moves
+from comet_ds.optimizer_choice import stacked_experts
+from comet_ds.stacked import StackedExperts
+
+HAS_ALIGNMENT = hasattr(deepspeed.runtime.zero.config.DeepSpeedZeroConfig(), "parameter_alignment")
+FP16 = {"fp16": {"enabled": True, "initial_scale_power": 8}}
+FUSED_ADAM = {"optimizer": {"type": "Adam", "params": {"lr": 1e-2}}}
+FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
+MUON = {"optimizer": {"type": "Muon", "params": {"lr": 1e-2, "momentum": 0.9, "torch_adam": True}}}
+SGD = {
+    "optimizer": {"type": "SGD", "params": {"lr": 1e-2, "momentum": 0.9}},
+    "zero_allow_untested_optimizer": True,
+}
+EP1, EP2, EP4 = ({"ep_size": size, "k": 2} for size in (1, 2, 4))
+STEPS = 3
+
+
+# ---- engines -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def machine(limit: int | None, dtype: torch.dtype) -> Iterator[None]:
+    """Let DeepSpeed split groups at a small size, and its CPU backend train in fp16."""
+    accelerator, defaults, own = get_accelerator(), split.__defaults__, stackable.MAX_GROUP_NUMEL
+    if limit is not None:
+        split.__defaults__, stackable.MAX_GROUP_NUMEL = (limit,), limit
+    if dtype == torch.float16:
+        accelerator.is_fp16_supported = lambda: True
+        accelerator.supported_dtypes = lambda: [torch.float, torch.half, torch.bfloat16]
+    try:
+        yield
+    finally:
+        split.__defaults__, stackable.MAX_GROUP_NUMEL = defaults, own
+        for name in ("is_fp16_supported", "supported_dtypes"):
+            accelerator.__dict__.pop(name, None)
+
+
+def freeze_first(model: nn.Module) -> None:
+    """Freeze the first matrix of every expert, by name as users do."""
+    for name, param in model.named_parameters():
+        if "deepspeed_experts" in name and name.endswith(("0_stacked.weight", ".0.weight")):
+            param.requires_grad_(False)
+
+
+def build(
+    kind: str, size: int, settings: dict, options: dict, *, freeze: bool = False, **arguments: Any
+) -> Any:
+    """Initialise an engine by DeepSpeed's own function, for a layer of one kind."""
+    torch.manual_seed(0)
+    if kind == "unstacked":
+        options = {**options, "comet_ds": {"stack_experts": False}}
+    model = Model(CLASSES["deepspeed" if kind == "deepspeed" else "comet_ds"], **options)
+    if freeze:
+        freeze_first(model)
+    made = {name: make(model) for name, make in arguments.items()}
+    return deepspeed.initialize(model=model, config=config(size, **settings), **made)[0]
+
+
+def load(engine: Any, folder: str, tag: str) -> Any:
+    """Load a checkpoint into an engine whose weights are all wrong."""
+    with torch.no_grad():
+        for param in engine.module.parameters():
+            param.add_(1.0)
+    path, _ = engine.load_checkpoint(folder, tag=tag)
+    assert path is not None
+    return engine
+
+
+# ---- comparing files ---------------------------------------------------------------------------
+
+
+def assert_same(a: Any, b: Any, where: str, *, values: bool = True) -> None:
+    """Assert that two files have the same content, in the same order, or all but its values."""
+    assert type(a) is type(b), f"{where}: {type(a)} and {type(b)}"
+    if torch.is_tensor(a):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), f"{where}: {a.shape} and {b.shape}"
+        assert not values or torch.equal(a, b), f"{where}: {(a - b).abs().max()}"
+    elif isinstance(a, dict):
+        if where.endswith(".state"):  # in the order of the optimizer's first step
+            a, b = dict(sorted(a.items())), dict(sorted(b.items()))
+        assert list(a) == list(b), f"{where}: {list(a)} and {list(b)}"
+        for key in a.keys() - {"ds_config", "ds_version"}:
+            assert_same(a[key], b[key], f"{where}.{key}", values=values)
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), f"{where}: {len(a)} and {len(b)} items"
+        for index, pair in enumerate(zip(a, b, strict=True)):
+            assert_same(*pair, f"{where}[{index}]", values=values)
+    elif hasattr(a, "__dict__"):
+        assert_same(vars(a), vars(b), where, values=values)
+    else:
+        assert a == b or not values, f"{where}: {a} and {b}"
+
+
+def assert_same_files(folder: str, tag: str, other: str, *, values: bool = True) -> None:
+    names = sorted(os.listdir(f"{folder}/{tag}"))
+    assert names == sorted(os.listdir(f"{folder}/{other}"))
+    for name in names:
+        paths = [f"{folder}/{t}/{name}" for t in (tag, other)]
+        if name.endswith(".pt"):
+            assert_same(*(torch.load(p, weights_only=False) for p in paths), name, values=values)
+        sizes = [os.path.getsize(path) for path in paths]
+        assert abs(sizes[0] - sizes[1]) < 1024, f"{name}: {sizes} bytes"  # zip pads to 64
+
+
+def worst(got: list[float], expected: list[float]) -> float:
+    """Return the largest relative difference between two loss curves."""
+    return max(abs(a - b) / abs(b) for a, b in zip(got, expected, strict=True))
+
+
+def check_files(rank: int, size: int, folder: str, settings: dict, options: dict, **more: Any):
+    """Return the largest difference of the losses of each direction."""
+    dtype, limit = more.pop("dtype", torch.float32), more.pop("limit", None)
+    make = functools.partial(build, size=size, settings=settings, options=options, **more)
+    with machine(limit, dtype):
+        engine = make("deepspeed")
+        train(engine, rank, STEPS, dtype)
+        engine.save_checkpoint(folder, tag="theirs")
+        expected = train(engine, rank, STEPS, dtype)
+        engine.destroy()
+        curves = {}
+        for kind, tag, saved in (
+            ("deepspeed", "theirs", "again"),
+            ("comet_ds", "theirs", "ours"),
+            ("deepspeed", "ours", None),
+            ("comet_ds", "ours", "ours again"),
+            ("unstacked", "ours", None),
+        ):
+            engine = load(make(kind), folder, tag)
+            if saved:
+                engine.save_checkpoint(folder, tag=saved)
+            curves[kind, tag] = train(engine, rank, STEPS, dtype)
+            engine.destroy()
+        engine = make("comet_ds")
+        assert stacked_experts(engine.module)
+        train(engine, rank, STEPS, dtype)
+        engine.save_checkpoint(folder, tag="fresh")
+        engine.destroy()
+    torch.distributed.barrier()
+    if rank == 0:
+        assert_same_files(folder, "again", "ours")
+        assert_same_files(folder, "ours", "ours again")
+        assert_same_files(folder, "theirs", "fresh", values=False)
+    return {f"{tag} -> {kind}": worst(c, expected) for (kind, tag), c in curves.items()}
+
+
+LION = {
+    "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}},
+    "optimizer": {"type": "Lion", "params": {"lr": 1e-3}},
+}
+HALF, BRAIN = {"dtype": torch.float16}, {"dtype": torch.bfloat16}
+# Of a rank 2 experts and 1072 elements of each in a layer with ep_size 2, twice that with 1.
+SPLIT = {"limit": 700}  # stacks of 1024 and 64 elements, native parameters of 512 and 32, 16
+FILES: dict[str, tuple] = {
+    "ZeRO 0": (2, zero(0), EP2, {}),
+    "ZeRO 0, FusedAdam": (2, {**zero(0), **FUSED_ADAM}, EP2, {}),
+    "ZeRO 0, groups split": (2, zero(0), EP2, SPLIT),
+    "ZeRO 0, Adagrad": (2, {**zero(0), "optimizer": {"type": "Adagrad"}}, EP2, {}),
+    "ZeRO 0, bf16": (2, {**zero(0), **BF16}, EP2, BRAIN),
+    "ZeRO 0, bf16, FusedAdam": (2, {**zero(0), **BF16, **FUSED_ADAM}, EP2, BRAIN),
+    "ZeRO 0, fp16": (2, {**zero(0), **FP16}, EP2, HALF),
+    "ZeRO 0, fp16, FusedAdam, split": (2, {**zero(0), **FP16, **FUSED_ADAM}, EP2, HALF | SPLIT),
+    "ZeRO 1": (2, zero(1), EP2, {}),
+    "ZeRO 1, replicas": (2, zero(1), EP1, {}),
+    "ZeRO 1, one local expert": (4, zero(1), EP4, {}),
+    "ZeRO 1, replicas of parallel experts": (4, zero(1), EP2, {}),
+    "ZeRO 1, bf16": (2, {**zero(1), **BF16}, EP2, BRAIN),
+    "ZeRO 1, fp16": (2, {**zero(1), **FP16}, EP2, HALF),
+    "ZeRO 1, SGD": (2, {**zero(1), **SGD}, EP1, {}),
+    "ZeRO 1, CPULion": (2, LION, EP1, {}),
+    "ZeRO 1, frozen, split": (2, zero(1), EP1, {"freeze": True} | SPLIT),
+    "ZeRO 2": (2, zero(2), EP2, {}),
+    "ZeRO 2, replicas": (2, zero(2), EP1, {}),
+    "ZeRO 2, replicas of parallel experts": (4, zero(2), EP2, {}),
+    "ZeRO 2, bf16": (2, {**zero(2), **BF16}, EP2, BRAIN),
+    "ZeRO 2, split, replicas": (2, zero(2), EP1, SPLIT),
+    "ZeRO 2, round robin": (2, zero(2, round_robin_gradients=True), EP1, {}),
+    "ZeRO 2, frozen": (2, zero(2), EP2, {"freeze": True}),
+    "ZeRO 2, frozen, replicas": (2, zero(2), EP1, {"freeze": True}),
+    "ZeRO 2, residual": (2, zero(2), {**EP2, "use_residual": True}, {}),
+    "ZeRO 2, offload": (2, OFFLOAD, EP1, {}),
+    "ZeRO 2, Muon, replicas": (2, {**zero(2), **MUON}, EP1, {}),
+    "BF16_Optimizer": (2, {**zero(1), **BF16, **FP32_SUMS}, EP2, BRAIN),
+    "BF16_Optimizer, replicas": (2, {**zero(1), **BF16, **FP32_SUMS}, EP1, BRAIN),
+}
+if HAS_ALIGNMENT:
+    both = {"parameter_alignment": True, "round_robin_gradients": True}
+    FILES["ZeRO 2, alignment"] = (2, zero(2, parameter_alignment=True), EP1, {})
+    FILES["ZeRO 2, alignment, round robin, split"] = (2, zero(2, **both), EP1, SPLIT)
+
+
+def run_or_skip(world: Any, function: Any, *args: Any) -> list[Any]:
+    """Run on all ranks; skip where DeepSpeed has no such optimizer for this machine."""
+    try:
+        return world.run(function, *args)
+    except AssertionError as error:
+        if "not been implemented on CPU backend" in str(error):
+            pytest.skip("DeepSpeed has no such optimizer for the CPU")
+        raise
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files(world, tmp_path: Path, name: str) -> None:
+    size, settings, options, more = FILES[name]
+    check = functools.partial(check_files, **more)
+    found = run_or_skip(world(size), check, str(tmp_path), settings, options)
+    limit = RESUMED[more.get("dtype", torch.float32)]
+    for direction in found[0]:
+        difference = max(of_rank[direction] for of_rank in found)
+        print(f"{name}: {direction}: {difference:.1e}")
+        assert difference <= limit, direction
+
+
+# ---- a process without comet_ds ----------------------------------------------------------------
+
+STOCK = """
+import sys, types
+import deepspeed, torch
+from deepspeed.moe.layer import MoE
+stub = types.ModuleType("comet_ds")  # what tests/training.py needs of it: DeepSpeed's own
+stub.MoE, stub.initialize = MoE, deepspeed.initialize
+sys.modules["comet_ds"] = stub
+import training
+folder, rank, size, settings, options, steps = {arguments!r}
+torch.set_num_threads(1)
+deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+engine = training.build_engine("deepspeed", training.config(size, **settings), **options)
+engine.load_checkpoint(folder, tag="ours")
+losses = training.train(engine, rank, steps)
+assert not [name for name in sys.modules if name.startswith("comet_ds.")]
+torch.save(losses, f"{{folder}}/losses_{{rank}}.pt")
+"""
+
+
+def check_saved(rank: int, size: int, folder: str, settings: dict, options: dict) -> list[float]:
+    engine = build("comet_ds", size, settings, options)
+    assert stacked_experts(engine.module)
+    train(engine, rank, STEPS)
+    engine.save_checkpoint(folder, tag="ours")
+    return train(engine, rank, STEPS)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_process_without_comet_ds_resumes(world, tmp_path: Path, stage: int) -> None:
+    settings = zero(stage)
+    expected = world(2).run(check_saved, str(tmp_path), settings, EP2)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes = []
+    for rank in range(2):
+        arguments = (str(tmp_path), rank, 2, settings, EP2, STEPS)
+        env = {
+            **os.environ,
+            **{name: str(rank) for name in ("RANK", "LOCAL_RANK")},
+            **{name: "2" for name in ("WORLD_SIZE", "LOCAL_SIZE")},
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "DS_ACCELERATOR": "cpu",
+        }
+        script = STOCK.format(arguments=arguments)
+        command = [sys.executable, "-c", script]
+        processes.append(subprocess.Popen(command, env=env, cwd=Path(__file__).parent))
+    assert [process.wait(timeout=200) for process in processes] == [0, 0]
+    for rank in range(2):
+        losses = torch.load(tmp_path / f"losses_{rank}.pt")
+        assert worst(losses, expected[rank]) <= RESUMED[torch.float32]
+
+
+# ---- refused -----------------------------------------------------------------------------------
+
+
+def forge_stacks(rank: int, folder: str) -> None:
+    """Make the file one with stacks, as a naive implementation would write."""
+    if rank == 0:
+        path = f"{folder}/t/mp_rank_00_model_states.pt"
+        state = torch.load(path, weights_only=False)
+        group = state["param_shapes"][1]
+        name = "moe.0.deepspeed_moe.experts.deepspeed_experts.0.0.weight"
+        made = {n.replace(".0.0.weight", "_0_stacked.weight"): s for n, s in group.items()}
+        assert name in group and name not in made
+        state["param_shapes"][1] = made
+        torch.save(state, path)
+
+
+def forge_stacked_states(rank: int, folder: str) -> None:
+    path = f"{folder}/t/expp_rank_{rank}_mp_rank_00_optim_states.pt"
+    state = torch.load(path, weights_only=False)
+    for group in state["optimizer"]["param_groups"][1:]:
+        group["params"] = group["params"][::2]
+    torch.save(state, path)
+
+
+def forge_world_size(rank: int, folder: str) -> None:
+    if rank == 0:
+        path = f"{folder}/t/mp_rank_00_model_states.pt"
+        torch.save({**torch.load(path, weights_only=False), "dp_world_size": 4}, path)
+
+
+ELASTIC = zero(1, elastic_checkpoint=True)
+ROUND_ROBIN = zero(1, round_robin_gradients=True)
+# Kind of layer and settings of the run that saves, of the one that loads, what is done to the
+# file between, and what is said.
+REFUSED: dict[str, tuple] = {
+    "ep_size, ZeRO 0": (zero(0), EP2, zero(0), EP1, {}, None, "parameters, expected"),
+    "ep_size, ZeRO 0, to more": (zero(0), EP1, zero(0), EP2, {}, None, "ep_size"),
+    "ep_size, ZeRO 1": (zero(1), EP2, zero(1), EP1, {}, None, "ep_size was another"),
+    "ep_size, ZeRO 2, to more": (zero(2), EP1, zero(2), EP2, {}, None, "ep_size was another"),
+    "number of ranks": (zero(1), EP2, zero(1), EP2, {}, forge_world_size, "4 data parallel ranks"),
+    "round robin": (zero(1), EP1, ROUND_ROBIN, EP1, {}, None, "round_robin_gradients"),
+    "ZeRO stage": (zero(0), EP2, zero(1), EP2, {}, None, "ZeRO stage was another"),
+    "elastic": (ELASTIC, EP2, zero(1), EP2, {}, None, "elastic_checkpoint"),
+    "group limit": (zero(1), EP2, zero(1), EP2, SPLIT, None, "groups of parameters, expected"),
+    "stacks, ZeRO 1": (zero(1), EP2, zero(1), EP2, {}, forge_stacks, "stacks of experts"),
+    "stacks, ZeRO 0": (zero(0), EP2, zero(0), EP2, {}, forge_stacked_states, "expected"),
+}
+if HAS_ALIGNMENT:
+    aligned = zero(1, parameter_alignment=True)
+    small = {**EP1, "expert": functools.partial(sequential, HIDDEN, FFN - 1)}
+    REFUSED["alignment"] = (zero(1), small, aligned, small, {}, None, "parameter_alignment")
+
+
+def check_refused(
+    rank: int,
+    size: int,
+    folder: str,
+    saved: tuple[dict, dict],
+    loaded: tuple[dict, dict],
+    limit: int | None,
+    forge: Any,
+    message: str,
+) -> None:
+    with machine(limit, torch.float32):
+        engine = build("deepspeed", size, *saved)
+        train(engine, rank, STEPS)
+        engine.save_checkpoint(folder, tag="t")
+        engine.destroy()
+    if forge:
+        forge(rank, folder)
+    torch.distributed.barrier()
+    engine = build("comet_ds", size, *loaded)
+    before = copy.deepcopy(engine.module.state_dict())
+    with pytest.raises(ValueError, match=message) as error:
+        engine.load_checkpoint(folder, tag="t")
+    assert "load_module_only=True" in str(error.value)
+    assert_same(before, engine.module.state_dict(), "weights")
+    engine.load_checkpoint(folder, tag="t", load_module_only=True)
+    assert not torch.equal(before["first.weight"], engine.module.first.weight)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_is_refused_before_a_weight_is_loaded(
+    world, tmp_path: Path, name: str
+) -> None:
+    settings, options, *loaded, more, forge, message = REFUSED[name]
+    args = str(tmp_path), (settings, options), tuple(loaded), more.get("limit"), forge, message
+    world(2).run(check_refused, *args)
+
+
+# ---- what else is in the files -----------------------------------------------------------------
+
+
+def check_frozen(rank: int, size: int, folder: str) -> None:
+    """Frozen experts differ between ranks, and DeepSpeed's fragments are rank 0's only."""
+    engine = build("comet_ds", size, zero(2), EP2, freeze=True)
+    for layer in engine.module.moe:
+        for index, expert in enumerate(layer.deepspeed_moe.experts.deepspeed_experts):
+            randomize(expert, seed=10 * rank + index)
+    saved = copy.deepcopy(engine.module.state_dict())
+    engine.optimizer.refresh_fp32_params()
+    engine.save_checkpoint(folder, tag="t")
+    engine.destroy()
+    engine = load(build("comet_ds", size, zero(2), EP2, freeze=True), folder, "t")
+    assert_same(saved, engine.module.state_dict(), "weights")
+
+
+def test_frozen_experts_are_each_ranks_own(world, tmp_path: Path) -> None:
+    world(2).run(check_frozen, str(tmp_path))
+
+
+def check_tied(rank: int, size: int, folder: str) -> None:
+    options = {**EP2, "expert": functools.partial(TiedMLP, HIDDEN)}
+    for kind in CLASSES:
+        engine = build(kind, size, zero(1), options)
+        train(engine, rank, STEPS)
+        engine.save_checkpoint(folder, tag=kind)
+        engine.destroy()
+    torch.distributed.barrier()
+    assert_same_files(folder, "deepspeed", "comet_ds", values=False)
+    path = f"{folder}/comet_ds/mp_rank_00_model_states.pt"
+    assert len(torch.load(path, weights_only=False)["shared_params"]) == 4
+
+
+def test_tied_parameters_have_both_names(world, tmp_path: Path) -> None:
+    world(2).run(check_tied, str(tmp_path))
+
+
+def check_pipeline(rank: int, size: int, folder: str) -> float:
+    """Two stages of two ranks, each with a layer."""
+    settings = config(2, gradient_accumulation_steps=2, **zero(1))
+    settings["train_micro_batch_size_per_gpu"] = 2
+
+    def make(kind: str) -> Any:
+        torch.manual_seed(0)
+        layers = [PipeMoE(kind, rank) for _ in range(2)]
+        model = PipelineModule(
+            layers=layers,
+            num_stages=2,
+            loss_fn=nn.functional.mse_loss,
+            partition_method="uniform",
+            activation_checkpoint_interval=0,
+        )
+        return deepspeed.initialize(model=model, config=settings)[0]
+
+    def run(engine: Any) -> list[float]:
+        torch.manual_seed(5)
+        data = iter(list(batches(rank % 2, 2 * STEPS)))
+        return [engine.train_batch(data_iter=data).item() for _ in range(STEPS)]
+
+    engine = make("deepspeed")
+    run(engine)
+    engine.save_checkpoint(folder, tag="theirs")
+    expected = run(engine)
+    engine.destroy()
+    engine = load(make("deepspeed"), folder, "theirs")
+    engine.save_checkpoint(folder, tag="again")
+    engine.destroy()
+    engine = load(make("comet_ds"), folder, "theirs")
+    engine.save_checkpoint(folder, tag="ours")
+    torch.distributed.barrier()
+    assert_same_files(folder, "again", "ours")
+    return worst(run(engine), expected)
+
+
+def test_pipeline_module(world, tmp_path: Path) -> None:
+    assert max(world(4).run(check_pipeline, str(tmp_path))) <= RESUMED[torch.float32]
+
+
+# ---- layouts by hand ---------------------------------------------------------------------------
+
+
+def natives(**sizes: int) -> list[list[NativeParameter]]:
+    made = {name: torch.empty(size) for name, size in sizes.items()}
+    return [[NativeParameter(name, t.shape, t, None)] for name, t in made.items()]
+
+
+def test_flat_group() -> None:
+    group = flatten(natives(a=4, b=2, c=3), 2, end_alignment=4)
+    assert (group.offsets, group.size, group.partition_size) == ([0, 4, 6], 12, 6)
+    assert group.pieces(0) == [("a", 0, 4, 0), ("b", 0, 2, 4)]
+    assert group.pieces(1) == [("c", 0, 3, 0)]
+    assert [group.padding_of(rank) for rank in range(2)] == [0, 3]
+    group = flatten(natives(a=4, b=2, c=3), 2, alignment=8, end_alignment=4, is_round_robin=True)
+    assert [unit[0].name for unit in group.units] == ["a", "c", "b"]
+    assert (group.offsets, group.paddings, group.size) == ([0, 8, 16], [4, 5, 0], 20)
+    assert group.pieces(0) == [("a", 0, 4, 0), ("c", 0, 2, 8)]
+    assert group.pieces(1) == [("c", 2, 1, 0), ("b", 0, 2, 6)]
+    assert group.whole_pieces(1) == [("c", 0, 3, 0), ("b", 0, 2, 3)]
+    assert {k: vars(v) for k, v in group.slice_mapping(1).items()} == {
+        "b": {"numel": 2, "start": 6},
+        "c": {"numel": 1, "start": 0},
+    }
+
+
+def test_moves() -> None:
+    """Two experts of a (3 elements) and b (2): from a0 a1 b0 b1 to a0 b0 a1 b1."""
+    a0, a1, b0, b1 = natives(a0=3, a1=3, b0=2, b1=2)
+    source, target = flatten([a0 + a1, b0 + b1], 1), flatten([a0, b0, a1, b1], 1)
+    moves = plan_moves([[source.pieces(0)]], [[target.pieces(0)]])
+    found = run_moves(moves, [torch.arange(10)], [10], torch.int64, None)
+    assert found[0].tolist() == [0, 1, 2, 6, 7, 3, 4, 5, 8, 9]
+
+
+@pytest.mark.parametrize("limit", [100, 600, 700, 1100, 2000, 5000, 10**9])
+@pytest.mark.parametrize("is_given_groups", [False, True])
+def test_groups_are_those_of_deepspeeds_layer(limit: int, is_given_groups: bool) -> None:
+    """Also where weights and biases are in groups of their own."""
+    found = {}
+    with machine(limit, torch.float32):
+        for kind, cls in CLASSES.items():
+            torch.manual_seed(0)
+            model = Model(cls)
+            names = {param: name for name, param in model.named_parameters()}
+            groups = [{"name": "all", "params": list(model.parameters()), "lr": 1}]
+            if is_given_groups:
+                parts = [[p for p in model.parameters() if (p.dim() > 1) == m] for m in (0, 1)]
+                groups = [{"name": str(m), "params": p, "lr": m} for m, p in enumerate(parts)]
+            groups = [group for group in split(groups) if group["params"]]
+            table = ParameterTable(model, names)
+            clusters = find_clusters(groups, table)
+            found[kind] = [[n.name for n in group] for c in clusters for group in c.native]
+            if kind == "deepspeed":
+                assert found[kind] == [[names[p] for p in g["params"]] for g in groups]
+    assert found["comet_ds"] == found["deepspeed"]
+
+
+def test_order_with_parameters_beside_the_stacks() -> None:
+    """As LoRA adds them: an expert's parameters keep their order."""
+
+    class Adapted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(4, 3), nn.Linear(3, 4)
+
+    def orders(stack: bool) -> list[str]:
+        layer = StackedExperts(Adapted(), 2, "ep_size_1", stack=stack)
+        for expert in layer.deepspeed_experts:
+            expert.fc1.register_module("lora", nn.Linear(4, 2, bias=False))
+        names = {param: name for name, param in layer.named_parameters()}
+        return [n.name for n in ParameterTable(layer, names).expand(layer.parameters())]
+
+    assert orders(True) == orders(False)
+    assert len(orders(True)) == 10
