@@ -37,7 +37,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["comet_ds", "comet_ds.*"]),
-    package_data={"comet_ds": ["csrc/*.cpp", "csrc/*/*.h", "csrc/*/*.cu", "csrc/*/*.cuh"]},
+    package_data={"comet_ds": ["csrc/*.*", "csrc/*/*.*"]},
     ext_modules=[Extension("comet_ds.comet_ds_moe", [])] if IS_BUILT_AHEAD else [],
     cmdclass={"build_ext": BuildKernels},
     install_requires=[

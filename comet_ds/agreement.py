@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -196,8 +196,7 @@ class CountExchange:
         return host[:, 2:], self._gathered.view(self.ep_size, -1)[:, 2:]
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What a rank says of its next forward.
 
     Attributes:

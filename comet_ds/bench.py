@@ -5,6 +5,7 @@
     python -m comet_ds.bench --hidden 1024 --ffn 512 --experts 32 --top-k 4 --num-tokens 2048
     python -m comet_ds.bench --ranks 2 --json result.json
     python -m comet_ds.bench --ranks 2 --shapes mixtral-8x7b --no-drop --skew 0.01,0.05
+    python -m comet_ds.bench train --ranks 2        # a whole model's steps: comet_ds.bench_train
 
 bf16, one expert parallel group over all ranks, gate included, DeepSpeed's layer beside ours with
 the same input and weights. Nothing is timed before our output and gradients are as close to fp32
@@ -35,6 +36,7 @@ import functools
 import itertools
 import json
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -59,8 +61,8 @@ from comet_ds.bench_layers import (
     skew_routing,
     step,
 )
-from comet_ds.dispatcher import LocalDispatcher
-from comet_ds.expert_gemm import ExpertGemm
+from comet_ds.exchange import TABLES
+from comet_ds.fused_call import CallSizes, plan_of, prepare_call
 from comet_ds.gate import Routing
 from comet_ds.layer import MoE
 from comet_ds.reference import reference_moe
@@ -217,35 +219,49 @@ def time_kernels(layer: MoE, shape: Shape, x: Tensor, num_runs: int) -> list[dic
         one record a pass: FLOP, the limit, ms and TFLOP/s of both. torch's has no activation in
         it, and of gated experts' two equal matrices it is given one; its rate is compared.
     """
-    weights, num_tokens = layer.deepspeed_moe.fused._weights, x.shape[0]
-    dispatcher = LocalDispatcher(_even_routing(shape, num_tokens), weights.kernels)
-    rows, _ = dispatcher.dispatch(x)
-    gemm = ExpertGemm(weights, dispatcher.plan)
-    num_rows = gemm.rows.max_rows
-    offsets = gemm.rows.expert_offsets[1:].contiguous()
-    num_ups = 1 + shape.gated
+    weights, num_tokens = layer.deepspeed_moe.fused.weights, x.shape[0]
+    routing = _even_routing(shape, num_tokens)
+    sizes = CallSizes((num_tokens,), (routing.capacity,), shape.top_k, shape.num_experts)
+    prepared = prepare_call(weights, sizes)
+    call, num_rows = prepared.forward, prepared.max_rows
 
-    def wide(count: int) -> list[Tensor]:
-        sizes = (count, num_rows, shape.ffn)
-        return list(torch.randn(sizes, device="cuda", dtype=torch.bfloat16))
+    def bf16(*size: int) -> Tensor:
+        return torch.randn(size, device="cuda", dtype=torch.bfloat16)
 
-    dy, y = (torch.randn_like(rows) for _ in range(2))
-    hidden, pre, dpre = wide(1)[0], wide(num_ups), wide(num_ups)
-    up = torch.stack([p.detach() for p in weights.weights[0]])
-    down = torch.stack([p.detach() for p in weights.weights[-1]])
-    grad_up, grad_down = torch.empty_like(up), torch.empty_like(down)
-    gmm = F.grouped_mm
+    def fp32(*size: int) -> Tensor:
+        return torch.empty(size, device="cuda")
+
+    rows, results, grad_rows = (bf16(num_rows, shape.hidden) for _ in range(3))
+    hidden, *wide = (bf16(num_rows, shape.ffn) for _ in range(3 + 2 * shape.gated))
+    pre, grad_pre = wide[::2], wide[1::2]
+    workspace = torch.empty(call.workspace_bytes, device="cuda", dtype=torch.uint8)
+    common = {"workspace": workspace, "stream": torch.cuda.current_stream().cuda_stream}
+    forward = {name: getattr(routing, name) for name in TABLES} | common
+    forward |= {"tokens": x, "rows": rows, "hidden": hidden, "pre": pre}
+    forward |= {"results": results, "output": torch.empty_like(x)}
+    call.forward(**forward, part="dispatch")
+    down_grad = {"grad": x, "grad_rows": grad_rows, "pre": pre, "grad_pre": grad_pre, **common}
+    down_grad |= {"weighted_hidden": hidden, "row_dots": fp32(call.num_row_dots, num_rows)}
+    down_grad |= {"grad_weights": fp32(num_tokens, shape.top_k), "only_gemm": True}
+    up_grad = {"grad_pre": grad_pre, "rows": rows, "grad_rows": results, "only_gemm": True}
+    up, down = (weights.weights[name].params[0].detach() for name in ("up", "down"))  # stacks
+    of_up = {"a": grad_pre[0], "b": rows, "grad": torch.empty_like(up), "is_down": False}
+    of_down = {"a": grad_rows, "b": hidden, "grad": torch.empty_like(down), "is_down": True}
+    offsets = plan_of(call, workspace)["expert_offsets"][1:].contiguous()
+    num_ups, gmm = 1 + shape.gated, F.grouped_mm
     passes: list[tuple[str, int, Callable, Callable]] = [
-        ("up", num_ups, lambda: gemm.up(rows, hidden, pre),
+        ("up", num_ups, lambda: call.forward(**forward, part="up"),
          lambda: gmm(rows, up.mT, offs=offsets)),
-        ("down", 1, lambda: gemm.down(hidden, y), lambda: gmm(hidden, down.mT, offs=offsets)),
-        ("down_grad", 1, lambda: gemm.down_grad(dy, dispatcher.plan.row_weights, pre, dpre, hidden),
-         lambda: gmm(dy, down, offs=offsets)),
-        ("up_grad", num_ups, lambda: gemm.up_grad(dpre, y), lambda: gmm(dpre[0], up, offs=offsets)),
-        ("up weight_grad", 1, lambda: gemm.weight_grad(dpre[0], rows, grad_up),
-         lambda: gmm(dpre[0].t(), rows, offs=offsets)),
-        ("down weight_grad", 1, lambda: gemm.weight_grad(dy, hidden, grad_down),
-         lambda: gmm(dy.t(), hidden, offs=offsets)),
+        ("down", 1, lambda: call.forward(**forward, part="down"),
+         lambda: gmm(hidden, down.mT, offs=offsets)),
+        ("down_grad", 1, lambda: call.backward_down(**down_grad),
+         lambda: gmm(grad_rows, down, offs=offsets)),
+        ("up_grad", num_ups, lambda: call.backward_up(**up_grad, **common),
+         lambda: gmm(grad_pre[0], up, offs=offsets)),
+        ("up weight_grad", 1, lambda: call.weight_grad(**of_up, **common),
+         lambda: gmm(grad_pre[0].t(), rows, offs=offsets)),
+        ("down weight_grad", 1, lambda: call.weight_grad(**of_down, **common),
+         lambda: gmm(grad_rows.t(), hidden, offs=offsets)),
     ]  # fmt: skip
     functions = {f"{name} {who}": f for name, _, *pair in passes for who, f in zip("ct", pair)}  # noqa: B905
     times = time_functions(functions, num_runs)
@@ -377,7 +393,12 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Parse the command line and run every shape."""
+    """Parse the command line and run every shape, or ``comet_ds.bench_train`` after ``train``."""
+    if sys.argv[1:2] == ["train"]:
+        from comet_ds import bench_train  # needs the checkout's example
+
+        bench_train.main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -9,13 +9,14 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import torch
 import torch.nn.functional as F
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from torch import Tensor, nn
 
@@ -88,7 +89,7 @@ def launch_ranks(module: str, num_ranks: int) -> None:
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(num_ranks)]
         command = [sys.executable, *launcher, "-m", module, *sys.argv[1:]]
         os.execv(sys.executable, command)
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -139,7 +140,7 @@ def build(
         )
     torch.manual_seed(1 + dist.get_rank())
     with torch.no_grad():
-        for param in layer.deepspeed_moe.experts.parameters():
+        for param in layer.deepspeed_moe.experts.deepspeed_experts.parameters():
             param.copy_(torch.randn_like(param) * param.shape[-1] ** -0.5)
     layer.to(torch.bfloat16).set_deepspeed_parallelism()
     return layer
@@ -182,7 +183,7 @@ def fix_routing(layer: MoE, router: nn.Linear | None = None) -> None:
             weights, l_aux, x = made.topk_weights, made.l_aux, made.tokens
         else:
             weights, l_aux = (t.clone().requires_grad_() for t in (found.topk_weights, found.l_aux))
-        return replace(found, topk_weights=weights, l_aux=l_aux, tokens=x)
+        return found._replace(topk_weights=weights, l_aux=l_aux, tokens=x)
 
     moe.gate.route = route
 

@@ -7,7 +7,6 @@ read its own there (csrc/moe/exchange.cuh says when). All layers of a group shar
 
 from __future__ import annotations
 
-import enum
 import functools
 import os
 import socket
@@ -20,7 +19,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from deepspeed import comm as dist
-from torch import Tensor
 
 from comet_ds.agreement import RollCall
 from comet_ds.config import CometConfig
@@ -32,14 +30,8 @@ from comet_ds.tuning import Origin, TuningTable, default_path, read
 
 # Parts of a block start at multiples of this.
 ALIGNMENT = 256
-
-
-class Meeting(enum.IntEnum):
-    """Meeting in csrc/moe/exchange.h."""
-
-    TOKENS = 0
-    SENT_TOKENS = 1
-    RESULTS = 2
+# What all ranks have to know of a rank's routing, by name: Source in csrc/moe/dispatch.h.
+TABLES = ("topk_ids", "topk_weights", "ranks", "kept_counts")
 
 
 @dataclass(frozen=True)
@@ -161,7 +153,8 @@ class Exchange:
         late: [2] int64; ``LateWait`` of csrc/moe/exchange.h.
         table: division points that were measured.
         division: points for all layers, in place of those and the cost model's.
-        exposure: address of the ``Exposure`` that this call's kernels add to, or 0.
+        has_copy_engines: whether they send tokens; else a kernel does.
+        generation: how often the blocks have moved; places of before are not valid any more.
         origin: what measured points belong to.
     """
 
@@ -183,8 +176,9 @@ class Exchange:
         state = torch.zeros(3, dtype=torch.int64, device=memory.block.device)
         self._epoch, self.late = state[:1], state[1:]
         self.division: Division | None = None
-        self.exposure = 0
-        self._last_stream: torch.cuda.Stream | None = None
+        self.has_copy_engines = True
+        self.generation = 0
+        self._last_stream: int | None = None
         self._side_stream: torch.cuda.Stream | None = None
         self._used = [0, 0]  # bytes of the block, from its start and from its end
         self._parts = functools.lru_cache(maxsize=64)(self._lay_out)
@@ -220,7 +214,9 @@ class Exchange:
         """
         lasting, incoming, place_bytes = self._parts(call)
         used = [max(self._used[0], lasting.size), max(self._used[1], incoming.size)]
+        block = self.memory.block
         self.memory.reserve(sum(used))
+        self.generation += self.memory.block is not block
         self._used = used
         begin = self.memory.block.numel() - incoming.size
         offsets = lasting.offsets | {name: begin + at for name, at in incoming.offsets.items()}
@@ -251,75 +247,43 @@ class Exchange:
             sizes["tokens"] = place_bytes["tokens"]
         return Layout.of(lasting), Layout.of(sizes), place_bytes
 
-    def enter(self) -> None:
-        """Wait, on the GPU, for what an earlier call did on another stream."""
+    def places(self, call: CallShape) -> dict[str, Any]:
+        """Return the arguments of LayerCall that say where a call's parts lie: by ``parts``.
+
+        Collective where the blocks have to grow.
+        """
+        parts, rank = self.parts(call), self.memory.rank
+        columns = [parts.places(name, rank) for name in (*TABLES, "tokens")]
+        columns += [parts.addresses["slots"], parts.addresses["grad_weights"]]
+        receivers = [(rank + i) % len(call.num_tokens) for i in range(1, len(call.num_tokens))]
+        sent = (*TABLES, "tokens") if call.is_sent else TABLES
+        return {
+            "sources": list(zip(*columns, strict=True)),
+            "published": 0 if call.is_sent else parts.addresses["tokens"][rank],
+            "flags": parts.addresses["flags"],
+            **{name: [parts.place(name, to, rank) for to in receivers] for name in sent},
+            "epoch": self._epoch.data_ptr(),
+            "late": self.late.data_ptr(),
+            "timeout_ns": self.timeout_ns,
+            "has_copy_engines": self.has_copy_engines,
+        }
+
+    def enter(self) -> tuple[int, int]:
+        """Wait, on the GPU, for what an earlier call did on another stream.
+
+        Returns:
+            The current stream and the side stream, which copies what travels meanwhile.
+        """
+        stream = current_stream(self._epoch)
         if torch.cuda.is_current_stream_capturing():
             self.memory.is_captured = True
-            return
-        stream = torch.cuda.current_stream()
-        last, self._last_stream = self._last_stream, stream
-        if last not in (None, stream):
-            stream.wait_stream(last)
-
-    def publish_ahead(self, tokens: Tensor, call: CallShape) -> None:
-        """Begin to publish a call's tokens beside what comes next, until ``join``."""
-        to = self.parts(call).addresses["tokens"][self.memory.rank]
-        self._copy([(tokens, to)], self._fork().cuda_stream)
-
-    def send_half(self, half: int, tokens: Tensor, call: CallShape) -> None:
-        """Begin to copy half 0 or 1 of a call's tokens to all ranks, until ``join``.
-
-        All ranks have come to the last meeting for results, so nobody reads anyone's tokens.
-        """
-        parts, stream = self.parts(call), self._fork()
-        begin, end = (tokens.shape[0] * i // 2 * call.token_bytes for i in (half, half + 1))
-        for receiver in self._receivers(call) if end > begin else ():
-            to = parts.place("tokens", receiver, self.memory.rank) + begin
-            self.kernels.send(tokens.data_ptr() + begin, to, end - begin, stream.cuda_stream)
-
-    def _receivers(self, call: CallShape) -> list[int]:
-        """Return all other ranks, in ring order."""
-        num_ranks = len(call.num_tokens)
-        return [(self.memory.rank + distance) % num_ranks for distance in range(1, num_ranks)]
-
-    def join(self) -> None:
-        """Wait, on the GPU, for the copies that have begun."""
-        torch.cuda.current_stream().wait_stream(self._side_stream)
-
-    def _fork(self) -> torch.cuda.Stream:
-        """Return the side stream, which has waited for the current one."""
-        self.enter()
+        elif stream != self._last_stream:
+            last, self._last_stream = self._last_stream, stream
+            if last is not None:
+                torch.cuda.current_stream().wait_stream(torch.cuda.ExternalStream(last))
         if self._side_stream is None:
             self._side_stream = torch.cuda.Stream()
-        self._side_stream.wait_stream(torch.cuda.current_stream())
-        return self._side_stream
-
-    def send_tables(self, tables: Mapping[str, Tensor], parts: Parts) -> None:
-        """Write routing tables, by the name of their part, into the memory of all other ranks."""
-        rank = self.memory.rank
-        copies = [
-            (table, parts.place(name, receiver, rank))
-            for receiver in self._receivers(parts.call)
-            for name, table in tables.items()
-        ]
-        self._copy(copies, current_stream(self._epoch))
-
-    def _copy(self, copies: Sequence[tuple[Tensor, int]], stream: int) -> None:
-        sizes = [(t.data_ptr(), to, t.numel() * t.element_size()) for t, to in copies]
-        self.kernels.publish(sizes, stream)
-
-    def meet(self, flags: Sequence[int], what: Meeting) -> None:
-        """Wait, on the GPU, until all ranks have come here."""
-        self.kernels.meet(
-            flags,
-            self.memory.rank,
-            self._epoch.data_ptr(),
-            self.late.data_ptr(),
-            self.timeout_ns,
-            int(what),
-            self.exposure,
-            current_stream(self._epoch),
-        )
+        return stream, self._side_stream.cuda_stream
 
 
 # One a process group, as long as it lives: all layers of a group share its memory.

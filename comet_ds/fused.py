@@ -1,37 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fused path: a rank's experts on the kernels of csrc, forward and backward.
 
-One token's way, with the rows of ``RowPlan``:
+One token's way, with the rows of ``fused_call.py``; csrc/moe/layer_call.cpp has the launches:
 
     forward    x -> dispatch -> up + activation -> down -> combine -> output
     backward   grad -> dispatch -> down, weight and activation -> up -> combine -> x.grad;
                weight gradients
 
-``dispatcher.py`` has dispatch and combine, on one rank and between ranks.
-
-Saved for backward are the dispatched rows and the pre-activations; the rest is computed again in
-the epilogue that needs it. No step waits on the host, but the first after parameters have moved.
+Saved for backward are the dispatched rows, the pre-activations and the plan; the rest is computed
+again in the epilogue that needs it. No step waits on the host, but the first after parameters have
+moved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from comet_ds.dispatcher import LocalDispatcher, PeerDispatcher
-from comet_ds.exchange import CallShape, Exchange, ExposureMeter
-from comet_ds.expert_gemm import ALIGNMENT_BYTES, ExpertGemm, ExpertWeights, why_not_addressable
+from comet_ds.exchange import Exchange, ExposureMeter
+from comet_ds.expert_weights import (
+    ALIGNMENT_BYTES,
+    ExpertWeights,
+    MatrixGrads,
+    Pass,
+    why_not_addressable,
+)
 from comet_ds.experts import ExpertMLP, RecognisedExperts
+from comet_ds.fused_call import CallSizes, PreparedCall, layer_shape, prepare_call
 from comet_ds.gate import Routing, TopKGate
 from comet_ds.kernels import current_stream, load_kernels, why_no_kernels
 from comet_ds.overlap import Division, LayerShape
 from comet_ds.refine import Trial
 
 DTYPES = (torch.bfloat16, torch.float16)
+MAX_PREPARED = 64  # sizes of a layer whose launches are kept
+
+
+@dataclass(frozen=True)
+class FusedCall:
+    """One forward of a layer and its backward.
+
+    Attributes:
+        prepared: the launches.
+        trial: the CTA splits to measure, if any are.
+        meter: of what communication takes from computation, if anyone asks.
+        side_stream: address of the stream of copies that run meanwhile, 0 on one rank.
+    """
+
+    prepared: PreparedCall
+    trial: Trial | None = None
+    meter: ExposureMeter | None = None
+    side_stream: int = 0
+
+    def events(self, gemm: Pass) -> tuple[int, int]:
+        """Return the events to record around a launch beside which ranks communicate."""
+        return (0, 0) if self.trial is None else self.trial.events(gemm)
+
+    def exposure(self, direction: int) -> int:
+        """Return where kernels note what communication takes; 0 forward, 1 backward."""
+        # A graph would add to the meter's memory long after its end.
+        if self.meter is None or torch.cuda.is_current_stream_capturing():
+            return 0
+        return self.meter.begin(direction)
 
 
 class FusedExperts:
@@ -39,18 +74,18 @@ class FusedExperts:
 
     Attributes:
         experts: the layer's modules; looked at again on every call.
-        shape, division: what the last forward's division points were chosen for, and they; None
-            without other ranks.
+        weights: their matrices; another object when they have changed, None before the first call.
+        shape, division: layer shape and CTA split of the last forward; None on a single rank.
         meter: of what communication takes from computation, while anyone asks.
     """
 
     def __init__(self, experts: Sequence[nn.Module]) -> None:
         self.experts = experts
         self._recognised = RecognisedExperts()
-        self._weights: ExpertWeights | None = None
+        self.weights: ExpertWeights | None = None
+        self._prepared: dict[Any, PreparedCall] = {}
         self.shape: LayerShape | None = None
         self.division: Division | None = None
-        self._trial: Trial | None = None  # of the forward that has begun
         self.meter: ExposureMeter | None = None
 
     def __reduce__(self) -> tuple[type, tuple]:
@@ -71,21 +106,22 @@ class FusedExperts:
         kernels = load_kernels(x.device)
         if kernels is None:
             return f"it has no kernels: {why_no_kernels()}"
-        mlps = self._recognised.find(self.experts)
+        mlps = self._recognised.find(self.experts, kernels.ModuleWatch)
         if isinstance(mlps, str):
             return mlps
         if not kernels.can_plan(len(mlps), 1):
             return f"a plan has no room for {len(mlps)} experts"
         if not self._fits(mlps, x):
-            self._weights = None
+            self.weights = None
+            self._prepared.clear()
             if reason := why_not_addressable(mlps, x):
                 return reason
-            self._weights = ExpertWeights(mlps, kernels)
+            self.weights = ExpertWeights(mlps, kernels)
         return None
 
     def _fits(self, mlps: Sequence[ExpertMLP], x: Tensor) -> bool:
         """Whether the tables made last are right for these experts and this input."""
-        weights = self._weights
+        weights = self.weights
         return (
             weights is not None
             and weights.mlps == mlps  # train and eval mode have lists of their own, often equal
@@ -95,147 +131,206 @@ class FusedExperts:
 
     def describe(self) -> str:
         """Return a phrase for the log line."""
-        return f"{self._weights.mlps[0].describe()} experts"
+        stacked = "stacked " if self.weights.weights["up"].is_stacked else ""
+        return f"{stacked}{self.weights.mlps[0].describe()} experts"
 
     def begin(
-        self,
-        x: Tensor,
-        exchange: Exchange | None,
-        num_tokens: tuple[int, ...],
-        gate: TopKGate,
-    ) -> Tensor:
-        """Return the input as ``run`` reads it, on its way to the other ranks while the gate runs.
+        self, x: Tensor, exchange: Exchange | None, num_tokens: tuple[int, ...], gate: TopKGate
+    ) -> tuple[Tensor, FusedCall]:
+        """Send the input on its way to the other ranks while the gate runs.
 
         Args:
             x: [T, H], what ``why_not`` has accepted.
-            exchange, num_tokens: as ``run`` will have them.
+            exchange: of the expert parallel group, whose ranks all make this call; None where all
+                experts are local.
+            num_tokens: T of every rank of the group.
             gate: the layer's.
+
+        Returns:
+            The input as ``run`` reads it, and what ``run`` is to be given.
         """
-        x, weights = _aligned(x), self._weights
+        x = _aligned(x)
+        capacities = None
+        if gate.drop_tokens:
+            by_count = {count: gate.capacity(count) for count in set(num_tokens)}
+            capacities = tuple(by_count[count] for count in num_tokens)
+        sizes = CallSizes(num_tokens, capacities, gate.k, gate.wg.weight.shape[0])
         if exchange is None:
-            return x
-        num_experts, hidden = gate.wg.weight.shape
-        self.shape = LayerShape(
-            num_tokens,
-            exchange.memory.rank,
-            gate.k,
-            num_experts,
-            1 + weights.is_gated,
-            hidden,
-            weights.ffn,
-            str(weights.dtype).removeprefix("torch."),
-            weights.num_sms,
-        )
-        self._trial = exchange.trial(self.shape, self._has_backward(x, gate.wg.weight))
-        self.division = self._trial.division
-        is_sent, token_bytes = self.division.is_sent, hidden * x.element_size()
-        call = CallShape(num_tokens, gate.k, num_experts, token_bytes, is_sent)
-        if is_sent:
-            exchange.send_half(0, x, call)
+            return x, FusedCall(self._prepare(sizes))
+        trial = None
+        if exchange.tuner is not None:
+            shape = layer_shape(self.weights, sizes, exchange.memory.rank)
+            trial = exchange.trial(shape, self._has_backward(x, gate.wg.weight))
+        prepared = self._prepare(sizes, exchange, trial)
+        self.shape, self.division = prepared.shape, prepared.division
+        stream, side_stream = exchange.enter()
+        prepared.forward.begin(tokens=x, stream=stream, side_stream=side_stream)
+        return x, FusedCall(prepared, trial, self.meter, side_stream)
+
+    def _prepare(
+        self, sizes: CallSizes, exchange: Exchange | None = None, trial: Trial | None = None
+    ) -> PreparedCall:
+        """Return the launches of some sizes, remembered as long as nothing moves."""
+        if exchange is None:
+            key, division = sizes, None
         else:
-            exchange.publish_ahead(x, call)
-        return x
+            division = trial.division if trial is not None else exchange.division
+            key = sizes, division, exchange.generation
+        if (found := self._prepared.get(key)) is None:
+            if exchange is not None and division is None:
+                shape = layer_shape(self.weights, sizes, exchange.memory.rank)
+                division = exchange.trial(shape, has_backward=True).division
+            if len(self._prepared) >= MAX_PREPARED:
+                self._prepared.clear()
+            found = prepare_call(self.weights, sizes, exchange, division)
+            if exchange is not None:  # the memory may have grown for it
+                key = (*key[:2], exchange.generation)
+            self._prepared[key] = found
+        return found
 
     def _has_backward(self, *inputs: Tensor) -> bool:
-        needed = (*inputs, *self._weights.parameters)
+        needed = (*inputs, *self.weights.parameters)
         return torch.is_grad_enabled() and any(t.requires_grad for t in needed)
 
-    def run(
-        self,
-        routing: Routing,
-        exchange: Exchange | None = None,
-        num_tokens: tuple[int, ...] = (),
-        capacities: Sequence[int] | None = None,
-    ) -> Tensor:
+    def run(self, routing: Routing, call: FusedCall) -> Tensor:
         """Compute the layer's output for this rank's tokens.
 
         Args:
             routing: from the CUDA gate, of what ``begin`` has returned.
-            exchange: of the expert parallel group, whose ranks all make this call; None where all
-                experts are local.
-            num_tokens: T of every rank of the group.
-            capacities: most routes of a rank's tokens one expert keeps, by rank; None for no limit.
+            call: what ``begin`` has returned.
 
         Returns:
             [T, H] in the tokens' dtype. Gradients for them, the routing weights and every expert
             parameter; the same input gives the same bits.
         """
-        weights, x = self._weights, routing.tokens
-        has_backward = self._has_backward(x, routing.topk_weights)
-        if exchange is None:
-            dispatcher = LocalDispatcher(routing, weights.kernels)
-        else:
-            arguments = (num_tokens, capacities, self._trial, weights.num_sms, self.meter)
-            dispatcher = PeerDispatcher(routing, exchange, *arguments)
-        inputs = (x, routing.topk_weights, dispatcher, weights, has_backward)
-        return _FusedMLP.apply(*inputs, *weights.parameters)
+        has_backward = self._has_backward(routing.tokens, routing.topk_weights)
+        inputs = (routing.tokens, routing.topk_weights, routing, call, has_backward)
+        return _FusedMLP.apply(*inputs, *call.prepared.weights.parameters)
+
+
+_NO_GRADS = MatrixGrads(None, None)
 
 
 class _FusedMLP(torch.autograd.Function):
+    """Dispatch, experts and combine, as one node of the graph."""
+
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         topk_weights: Tensor,
-        dispatcher: LocalDispatcher | PeerDispatcher,
-        weights: ExpertWeights,
+        routing: Routing,
+        call: FusedCall,
         has_backward: bool,
         *parameters: Tensor,
     ) -> Tensor:
-        gemm = ExpertGemm(weights, dispatcher.plan, dispatcher.trial)
-        rows, pull = dispatcher.dispatch(x)
-        hidden = x.new_empty(dispatcher.plan.max_rows, weights.ffn)
-        pre = None
+        prepared, weights = call.prepared, call.prepared.weights
+        launches = prepared.forward
+        workspace = x.new_empty(launches.workspace_bytes, dtype=torch.uint8)
+        rows = x.new_empty(prepared.max_rows, weights.hidden)
+        hidden = x.new_empty(prepared.max_rows, weights.ffn)
+        pre = (
+            [torch.empty_like(hidden) for _ in range(1 + weights.is_gated)] if has_backward else ()
+        )
+        results, output = torch.empty_like(rows), torch.empty_like(x)
+        is_pulling = prepared.division is not None and not prepared.division.is_sent
+        launches.forward(
+            tokens=x,
+            topk_ids=routing.topk_ids,
+            topk_weights=topk_weights.contiguous(),
+            ranks=routing.ranks,
+            kept_counts=routing.kept_counts,
+            workspace=workspace,
+            rows=rows,
+            hidden=hidden,
+            pre=pre,
+            results=results,
+            output=output,
+            events=(call.events(Pass.UP) if is_pulling else (0, 0), call.events(Pass.DOWN)),
+            exposure=call.exposure(0),
+            stream=current_stream(x),
+            side_stream=call.side_stream,
+        )
         if has_backward:
-            pre = [torch.empty_like(hidden) for _ in range(1 + weights.is_gated)]
-            ctx.dispatcher, ctx.weights = dispatcher, weights
-            ctx.versions = [p._version for p in parameters]
-            ctx.save_for_backward(rows, *pre)
-        gemm.up(rows, hidden, pre, beside=pull)
-        y = torch.empty_like(rows)
-        push = dispatcher.push(y, is_weighted=True)
-        gemm.down(hidden, y, beside=push)
-        return dispatcher.combine(y, is_weighted=True, is_pushed=push is not None)
+            ctx.call, ctx.versions = call, [p._version for p in parameters]
+            ctx.save_for_backward(workspace, rows, *pre)
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, *pre = ctx.saved_tensors
-        dispatcher, weights = ctx.dispatcher, ctx.weights
+        workspace, rows, *pre = ctx.saved_tensors
+        call, prepared = ctx.call, ctx.call.prepared
+        weights, launches = prepared.weights, prepared.backward
         _check_unchanged(weights, ctx.versions)
-        gemm = ExpertGemm(weights, dispatcher.plan, dispatcher.trial)
-        needs_parameters = any(ctx.needs_input_grad[5:])
-        dy, pull = dispatcher.dispatch(_aligned(grad))
+        grad = _aligned(grad)
+        if prepared.has_peers:
+            prepared.exchange.enter()
+        common = {"workspace": workspace, "stream": current_stream(grad)}
+        exposure = call.exposure(1)
         # Nobody reads the pre-activations again, unless the graph is kept: their gradients take
         # their place.
         is_kept = torch._C._autograd._get_current_graph_task_keep_graph()
-        dpre = [torch.empty_like(p) for p in pre] if is_kept else pre
+        grad_pre = [torch.empty_like(p) for p in pre] if is_kept else pre
+        grad_rows = torch.empty_like(rows)
         weighted_hidden = torch.empty_like(pre[0])
-        row_weights = dispatcher.plan.row_weights
-        row_dots = gemm.down_grad(dy, row_weights, pre, dpre, weighted_hidden, beside=pull)
-        bias, _ = weights.bias_addresses(-1)
-        dispatcher.send_grad_weights(row_dots, dy, bias, weights.dtype == torch.bfloat16)
-        grads = _ParameterGrads(gemm)
-        if needs_parameters:  # what is not needed any more goes before the next is allocated
-            grads.add(dy, weighted_hidden, is_weighted=True)
-        del dy, weighted_hidden, row_dots
-        grad_x = push = None
-        has_dx = ctx.needs_input_grad[0] or dispatcher.has_peers
+        fp32 = {"dtype": torch.float32}
+        row_dots = rows.new_empty(launches.num_row_dots, prepared.max_rows, **fp32)
+        grad_weights = rows.new_empty(grad.shape[0], prepared.sizes.top_k, **fp32)
+        needs_parameters = any(ctx.needs_input_grad[5:])
+        accumulators = [node for node, _ in ctx.next_functions[-len(weights.parameters) :]]
+        grads = {"down": weights.new_grads("down", accumulators)} if needs_parameters else {}
+        of_down = grads.get("down", _NO_GRADS)
+        launches.backward_down(
+            grad=grad,
+            grad_rows=grad_rows,
+            pre=pre,
+            grad_pre=grad_pre,
+            weighted_hidden=weighted_hidden,
+            row_dots=row_dots,
+            grad_weights=grad_weights,
+            grad_down=of_down.weight,
+            grad_down_bias=of_down.bias,
+            adds_to_down=of_down.is_added,
+            events=call.events(Pass.DOWN_GRAD),
+            exposure=exposure,
+            **common,
+        )
+        del weighted_hidden, row_dots  # before the next is allocated
+        grad_x = None
+        has_dx = ctx.needs_input_grad[0] or prepared.has_peers
+        names = dict(zip(weights.names, grad_pre, strict=False)) if needs_parameters else {}
+        # One weight gradient is long enough to hide the results' way; alone, there is no such way.
+        first = next(iter(names)) if prepared.has_peers and names else None
+        if first is not None:
+            grads[first] = weights.new_grads(first, accumulators)
+        of_first = grads.get(first, _NO_GRADS)
+        launches.backward_up(
+            grad_pre=grad_pre,
+            rows=rows,
+            grad_rows=grad_rows if has_dx else None,  # down's gradient has been used
+            grad_first=of_first.weight,
+            grad_first_bias=of_first.bias,
+            adds_to_first=of_first.is_added,
+            events=call.events(Pass.WEIGHT_GRAD) if first is not None else (0, 0),
+            exposure=exposure,
+            **common,
+        )
+        if first is not None:
+            _free(names.pop(first))
         if has_dx:
-            dx = torch.empty_like(rows)
-            gemm.up_grad(dpre, dx)
-            if needs_parameters:
-                push = dispatcher.push(dx, is_weighted=False)
-        num_hiding = int(push is not None)  # one weight gradient is long enough
-        if needs_parameters:
-            grads.add_ups(dpre[:num_hiding], rows, beside=push)
-        if has_dx:
-            grad_x = dispatcher.combine(dx, is_weighted=False, is_pushed=push is not None)
-            del dx
-        if needs_parameters:
-            grads.add_ups(dpre[num_hiding:], rows)
-        grad_weights = dispatcher.grad_weights()
-        return grad_x, grad_weights, None, None, None, *grads.in_order(needs_parameters)
+            grad_x = torch.empty_like(grad)
+            given = {"grad_rows": grad_rows, "grad_tokens": grad_x, "grad_weights": grad_weights}
+            launches.sum_grads(**given, exposure=exposure, **common)
+        del grad_rows
+        for name, of_matrix in names.items():
+            found = grads[name] = weights.new_grads(name, accumulators)
+            given = {"a": of_matrix, "b": rows, "grad": found.weight, "grad_bias": found.bias}
+            launches.weight_grad(**given, adds=found.is_added, is_down=False, **common)
+            _free(of_matrix)
+        for found in grads.values():
+            found.hand_over()
+        return grad_x, grad_weights, None, None, None, *weights.grads_in_order(grads)
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -244,70 +339,15 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT_BYTES else tensor
 
 
+def _free(tensor: Tensor) -> None:
+    """Free memory to which autograd still has a reference."""
+    tensor.untyped_storage().resize_(0)
+
+
 def _check_unchanged(weights: ExpertWeights, versions: Sequence[int]) -> None:
     """Refuse weights changed or moved since forward, as autograd refuses saved tensors."""
-    if [p._version for p in weights.parameters] != list(versions) or not weights.is_in_place():
+    if [p._version for p in weights.parameters] != versions or not weights.is_in_place():
         raise RuntimeError(
             "an expert parameter needed for gradient computation has been modified in place or "
             "moved between forward and backward"
         )
-
-
-class _ParameterGrads:
-    """Gradients of ``ExpertWeights.parameters``, computed matrix by matrix, ``down`` first."""
-
-    def __init__(self, gemm: ExpertGemm) -> None:
-        self.gemm = gemm
-        self._weights: list[tuple[Tensor, ...]] = []
-        self._biases: list[tuple[Tensor, ...]] = []
-
-    def add(self, a: Tensor, b: Tensor, *, is_weighted: bool, beside: object | None = None) -> None:
-        """Add a^T b over every expert's rows, and where the matrix has a bias the sum of a's rows.
-
-        Args:
-            a, b: [R, m], [R, n].
-            is_weighted: for the bias multiply a's rows by the routing weight.
-            beside: what CTAs set apart do meanwhile.
-        """
-        weights, plan = self.gemm.weights, self.gemm.rows
-        num_experts = len(weights.mlps)
-        result = a.new_empty(num_experts, a.shape[1], b.shape[1])
-        self.gemm.weight_grad(a, b, result, beside=beside)
-        self._weights.append(result.unbind())
-        matrix = len(self._weights) - 2  # -1 is down, which comes first, then 0 and on
-        if weights.biases[matrix] is None:
-            return
-        sums = a.new_empty(num_experts, a.shape[1])
-        weights.kernels.sum_expert_rows(
-            plan.fields(),
-            a.data_ptr(),
-            is_weighted,
-            a.shape[1],
-            weights.dtype == torch.bfloat16,
-            sums.data_ptr(),
-            current_stream(a),
-        )
-        self._biases.append(sums.unbind())
-
-    def add_ups(self, dpre: Sequence[Tensor], x: Tensor, *, beside: object | None = None) -> None:
-        """Add those of some of the first matrices, in their order, and free what they are made of.
-
-        Args:
-            dpre: [R, F] each, freed.
-            x: [R, H].
-            beside: as in ``add``, of the first.
-        """
-        for of_matrix in dpre:
-            self.add(of_matrix, x, is_weighted=False, beside=beside)
-            of_matrix.untyped_storage().resize_(0)  # autograd still has a reference
-            beside = None
-
-    def in_order(self, is_needed: bool) -> list[Tensor | None]:
-        """Return them in the parameters' order, or as many times None."""
-        if not is_needed:
-            return [None] * len(self.gemm.weights.parameters)
-        groups = [*self._weights[1:], self._weights[0]]
-        if self._biases:
-            num_first = int(self.gemm.weights.biases[-1] is not None)
-            groups += [*self._biases[num_first:], *self._biases[:num_first]]
-        return [grad for group in groups for grad in group]

@@ -11,21 +11,21 @@ so a run that swaps the layer in keeps its loss curve; the result is one entry p
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from deepspeed.moe import sharded_moe
 from torch import Tensor
 
-from comet_ds.gate_kernels import Choice, FastLogits, RouteTokens
+from comet_ds.gate_kernels import Choice, RouteLogits, RouteTokens
 from comet_ds.kernels import load_kernels
 
 GATE_TIMER = "topk_gate"
 
 
-@dataclass(frozen=True)
-class Routing:
+class Routing(NamedTuple):
     """Where every token of this rank goes, and with which weight.
 
     Attributes:
@@ -38,7 +38,7 @@ class Routing:
             dropped; None where the CUDA kernels did not run.
         kept_counts: [E] int32; kept routes per expert; None likewise.
         tokens: [T, H]; the gate's input for the fused path, which alone may read this and once, so
-            that the gradients of both meet in the gate's (``FastLogits``); None likewise.
+            that the gradients of both meet in the gate's (``RouteTokens``); None likewise.
     """
 
     topk_ids: Tensor
@@ -53,7 +53,7 @@ class Routing:
     def detach(self) -> Routing:
         """Return the same without gradients and tokens."""
         weights, l_aux = self.topk_weights.detach(), self.l_aux.detach()
-        return replace(self, topk_weights=weights, l_aux=l_aux, tokens=None)
+        return self._replace(topk_weights=weights, l_aux=l_aux, tokens=None)
 
 
 class TopKGate(sharded_moe.TopKGate):
@@ -75,6 +75,10 @@ class TopKGate(sharded_moe.TopKGate):
         if self.ep_group is not ep_group:
             super()._set_ep_group(ep_group)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the process group out of copies."""
+        return {**self.__dict__, "ep_group": None}
+
     def route(self, x: Tensor, used_token: Tensor | None = None) -> Routing:
         """Route the tokens of this rank.
 
@@ -92,63 +96,65 @@ class TopKGate(sharded_moe.TopKGate):
         """
         if self.wall_clock_breakdown:
             self.timers(GATE_TIMER).start()
-        logits, passed = self._logits(x)
         capacity = self.capacity(x.shape[0]) if self.drop_tokens else None
-        rsample = self.noisy_gate_policy == "RSample" and self.training
-        kernels = load_kernels(logits.device) if logits.dtype == torch.float32 else None
-        if kernels is not None and x.shape[0] > 0:
-            choice = self._choice(logits, capacity, used_token, rsample)
-            weights, l_aux, ids, ranks, kept_counts, exp_counts = RouteTokens.apply(
-                logits, choice, kernels
-            )
-            routing = Routing(
-                ids, weights, l_aux, exp_counts, capacity, ranks, kept_counts, tokens=passed
-            )
-        elif self.k == 1:
-            routing = top1_routing(
-                logits, capacity, used_token=used_token, rsample=rsample, use_rts=self.use_rts
-            )
-        elif self.k == 2:
-            routing = top2_routing(logits, capacity, sample_second=self.top2_2nd_expert_sampling)
+        kernels = load_kernels(x.device)
+        if kernels is not None and not torch.is_autocast_enabled(x.device.type):
+            routing = self._route_by_kernels(x, capacity, used_token, kernels)
         else:
-            routing = topk_routing(logits, capacity, k=self.k)
-        if kernels is not None and routing.ranks is None:  # no tokens
-            counts = torch.zeros_like(routing.exp_counts, dtype=torch.int32)
-            ranks = routing.topk_ids.int()
-            routing = replace(routing, ranks=ranks, kept_counts=counts, tokens=passed)
+            routing = self._route_by_torch(self._logits(x), capacity, used_token)
         if self.wall_clock_breakdown:
             self.timers(GATE_TIMER).stop()
             self.gate_time = self.timers(GATE_TIMER).elapsed(reset=True)
         return routing
 
-    def _logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return [T, E], fp32 but under autocast, and x for ``Routing.tokens``."""
+    def _route_by_kernels(
+        self, x: Tensor, capacity: int | None, used_token: Tensor | None, kernels: ModuleType
+    ) -> Routing:
         weight = self.wg.weight
-        jitter = self.noisy_gate_policy == "Jitter" and self.training
-        fits = x.dtype == weight.dtype == torch.bfloat16 and x.shape[1] % 8 == 0
-        if fits and not (jitter or self.exact_logits):
-            kernels = load_kernels(x.device)
-            is_plain = weight.is_contiguous() and (x.data_ptr() | weight.data_ptr()) % 16 == 0
-            if kernels and is_plain and not torch.is_autocast_enabled(x.device.type):
-                return FastLogits.apply(x, weight, kernels)
-        passed, x = x, x.float()
-        if jitter:
-            x = sharded_moe.multiplicative_jitter(x, device=x.device)
-        return F.linear(x, weight.float()), passed
+        has_jitter = self.noisy_gate_policy == "Jitter" and self.training
+        is_bfloat16 = x.dtype == weight.dtype == torch.bfloat16 and x.shape[1] % 8 == 0
+        is_aligned = weight.is_contiguous() and (x.data_ptr() | weight.data_ptr()) % 16 == 0
+        if is_bfloat16 and is_aligned and not (has_jitter or self.exact_logits):
+            choice = self._choice(x, capacity, used_token)
+            weights, l_aux, tokens = RouteTokens.apply(x, weight, choice, kernels)
+        else:
+            logits, tokens = self._logits(x), x
+            choice = self._choice(x, capacity, used_token)
+            weights, l_aux = RouteLogits.apply(logits, choice, kernels)
+        ids, ranks, kept_counts, exp_counts = choice.chosen
+        return Routing(ids, weights, l_aux, exp_counts, capacity, ranks, kept_counts, tokens)
 
-    def _choice(
-        self, logits: Tensor, capacity: int | None, used_token: Tensor | None, rsample: bool
-    ) -> Choice:
+    def _route_by_torch(
+        self, logits: Tensor, capacity: int | None, used_token: Tensor | None
+    ) -> Routing:
+        if self.k == 1:
+            options = {"used_token": used_token, "rsample": self._samples_first()}
+            return top1_routing(logits, capacity, **options, use_rts=self.use_rts)
+        if self.k == 2:
+            return top2_routing(logits, capacity, sample_second=self.top2_2nd_expert_sampling)
+        return topk_routing(logits, capacity, k=self.k)
+
+    def _samples_first(self) -> bool:
+        return self.noisy_gate_policy == "RSample" and self.training
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """Return [T, E], fp32 but under autocast."""
+        x = x.float()
+        if self.noisy_gate_policy == "Jitter" and self.training:
+            x = sharded_moe.multiplicative_jitter(x, device=x.device)
+        return F.linear(x, self.wg.weight.float())
+
+    def _choice(self, x: Tensor, capacity: int | None, used_token: Tensor | None) -> Choice:
         """Return what the kernels choose by; draws what DeepSpeed draws, in its order."""
-        logits = logits.detach()
-        scores = priority = None
-        if (self.k == 1 and rsample) or (self.k == 2 and self.top2_2nd_expert_sampling):
-            scores = logits + sharded_moe.gumbel_rsample(logits.shape, device=logits.device)
-        elif self.k == 2:
-            scores = logits
+        shape = torch.Size((x.shape[0], self.wg.weight.shape[0]))
+        noise = priority = None
+        if (self.k == 1 and self._samples_first()) or (
+            self.k == 2 and self.top2_2nd_expert_sampling
+        ):
+            noise = sharded_moe.gumbel_rsample(shape, device=x.device)
         if self.k == 1 and self.use_rts:
-            priority = torch.rand(logits.shape, device=logits.device)
-        return Choice(self.k, capacity, scores, priority, used_token if self.k == 1 else None)
+            priority = torch.rand(shape, device=x.device)
+        return Choice(self.k, capacity, noise, priority, used_token if self.k == 1 else None)
 
     def capacity(self, num_tokens: int) -> int:
         """Return how many routes of this rank an expert accepts, in rows.

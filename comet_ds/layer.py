@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from deepspeed import comm as dist
 from deepspeed.moe import layer as deepspeed_layer
 from deepspeed.moe import sharded_moe
-from deepspeed.moe.experts import Experts
 from deepspeed.moe.mappings import drop_tokens, gather_tokens
 from deepspeed.utils import groups, log_dist, logger
 from deepspeed.utils.bwc import (
@@ -28,7 +27,8 @@ from comet_ds.agreement import Answer, CountExchange, InputRules, agree_on_setup
 from comet_ds.chunks import ChunkChoice
 from comet_ds.config import CometConfig
 from comet_ds.exchange import Exchange
-from comet_ds.experts import tag_expert_parameters
+from comet_ds.expert_rows import REMEDY
+from comet_ds.experts import parameter_dtypes
 from comet_ds.fused import FusedExperts
 from comet_ds.gate import Routing, TopKGate
 from comet_ds.grouped_mlp import ExpertRunner
@@ -36,6 +36,7 @@ from comet_ds.path import PathChoice
 from comet_ds.pipelined import pipelined_forward
 from comet_ds.reference import reference_forward
 from comet_ds.routing import plan_routes
+from comet_ds.stacked import StackedExperts
 
 
 class MoE(deepspeed_layer.MoE):
@@ -110,7 +111,9 @@ class MoE(deepspeed_layer.MoE):
         )
         if use_tutel:
             log_dist("comet_ds: use_tutel is ignored", [0])
-        experts = Experts(expert, self.num_local_experts, self.expert_group_name)
+        config = CometConfig.parse(comet_ds)
+        sizes = (self.num_local_experts, self.expert_group_name)
+        experts = StackedExperts(expert, *sizes, stack=config.stack_experts)
         gate = TopKGate(
             hidden_size,
             num_experts,
@@ -130,7 +133,7 @@ class MoE(deepspeed_layer.MoE):
         if use_residual:
             self.mlp = expert
             self.coefficient = nn.Linear(hidden_size, 2)
-        self.configure(CometConfig.parse(comet_ds))
+        self.configure(config)
 
     def configure(self, config: CometConfig) -> None:
         """Set the options; before ``set_deepspeed_parallelism``, the same on all ranks."""
@@ -142,25 +145,31 @@ class MoE(deepspeed_layer.MoE):
         Collective over the ranks that hold the layer.
 
         Raises:
-            ValueError: on all of them, if they disagree about the layer or ``ep_size`` does not
-                divide their number.
+            ValueError: on all of them, if they disagree about the layer, ``ep_size`` does not
+                divide their number, or some experts of a stack are frozen.
         """
         num_stages = bwc_pipeline_parallel_world_size(groups.mpu)
         stage_size = dist.get_world_size() // num_stages
         first = dist.get_rank() // stage_size * stage_size
+        experts = self.deepspeed_moe.experts
+        if isinstance(experts, StackedExperts):
+            experts.unstack_if_replaced()
         agree_on_setup(self._facts(), range(first, first + stage_size))
         if stage_size % self.ep_size:
             raise ValueError(
                 f"ep_size must divide the number of ranks that hold the layer ({stage_size}), "
                 f"got {self.ep_size}"
             )
+        if isinstance(experts, StackedExperts):
+            experts.check_frozen()
         self._tag_experts()
         super().set_deepspeed_parallelism(use_data_before_expert_parallel_)
 
     def _facts(self) -> dict[str, Any]:
         """Return what all ranks that hold the layer must agree on."""
         gate, config = self.deepspeed_moe.gate, self.deepspeed_moe.config
-        expert = self.deepspeed_moe.experts.deepspeed_experts[0]
+        experts = self.deepspeed_moe.experts
+        expert = experts.deepspeed_experts[0]
         options = (
             "k",
             "capacity_factor",
@@ -182,6 +191,10 @@ class MoE(deepspeed_layer.MoE):
             "expert parameters": [
                 [name, list(p.shape), str(p.dtype)] for name, p in expert.named_parameters()
             ],
+            "expert parameters are stacked": list(getattr(experts, "shapes", ())),
+            f"experts that are frozen without the others ({REMEDY})": (
+                experts.partly_frozen() if isinstance(experts, StackedExperts) else {}
+            ),
             "path": config.path,
             "num_chunks": config.num_chunks,
             "exact_gate": config.exact_gate,
@@ -190,18 +203,23 @@ class MoE(deepspeed_layer.MoE):
         }
 
     def _tag_experts(self) -> None:
-        experts = self.deepspeed_moe.experts.deepspeed_experts
-        tag_expert_parameters(experts, self.expert_group_name)
+        """Mark parameters as experts' for DeepSpeed: not all-reduced, owned by a group."""
+        for param in self.deepspeed_moe.experts.parameters():
+            param.allreduce = False
+            param.group_name = self.expert_group_name
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._tag_experts()  # copy.deepcopy of a parameter loses them
 
 
+_NO_CONTEXT = nullcontext()
+
+
 def _current(device: torch.device) -> AbstractContextManager[Any]:
     """Make a CUDA device the current one, where it is not."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
+        return _NO_CONTEXT
     return torch.cuda.device(device)
 
 
@@ -217,6 +235,8 @@ class MOELayer(sharded_moe.MOELayer):
     def configure(self, config: CometConfig) -> None:
         """Set the options."""
         self.config = config
+        if not config.stack_experts and isinstance(self.experts, StackedExperts):
+            self.experts.unstack('"stack_experts" is false')
         self.path = "pipelined" if config.path == "auto" else config.path
         self.gate.exact_logits = config.exact_gate
         sizes = (self.ep_size, self.num_local_experts)
@@ -225,8 +245,14 @@ class MOELayer(sharded_moe.MOELayer):
         self.fused = FusedExperts(self.experts.deepspeed_experts)
         self.runner = ExpertRunner(self.experts.deepspeed_experts, grouped_gemm=config.grouped_gemm)
         self.routing: Routing | None = None
-        self._announced: str | None = None
+        self._announced: Any = None  # what the last line in the log was about
         self._reason: str | None = None  # why the path is not fused
+        self._rules: InputRules | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of copies what belongs to this process or to the last forward's graph."""
+        own = ("ep_group", "l_aux", "_announced", "_rules")
+        return {**self.__dict__, **dict.fromkeys(own)}
 
     @torch.compiler.disable
     def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> Tensor:
@@ -242,12 +268,17 @@ class MOELayer(sharded_moe.MOELayer):
 
         Raises:
             ValueError: input of wrong size, dtype or device (on every rank of the EP group,
-                whichever rank it happened on); an expert that returns a wrong shape.
+                whichever rank it happened on); an expert that returns a wrong shape; experts of a
+                stack that are frozen without the others.
             RuntimeError: ep_size > 1 without process groups.
         """
+        if isinstance(self.experts, StackedExperts):
+            self.experts.check_frozen()
         group = self._group()
         rules = self._input_rules()
         exchange = self.choice.connect(group, rules)
+        if rules.check(hidden_states, used_token)[0] != rules.OK:
+            rules = self._input_rules(is_fresh=True)  # modules may have been put in
         fault = rules.check(hidden_states, used_token)
         if fault[0] != rules.OK:
             self._raise_everywhere(fault, rules, group, exchange)
@@ -255,16 +286,21 @@ class MOELayer(sharded_moe.MOELayer):
             x = hidden_states.reshape(-1, hidden_states.shape[-1])
             why_not = functools.partial(self._why_not_fused, x)
             decision = self.choice.choose(why_not, x.shape[0], exchange, rules)
-            self.path, self._reason = decision.path, decision.why_not_fused
-            num_tokens = decision.num_tokens
-            if self.path == "fused":
-                self._announce(self.fused.describe())
-                x = self.fused.begin(x, exchange, num_tokens, self.gate)
-            routing = self.gate.route(x, used_token)
-            self.l_aux, self.exp_counts = routing.l_aux, routing.exp_counts
-            self.routing = routing.detach()
-            if self.path == "fused":
-                output = self._run_fused(routing, exchange, num_tokens)
+            # Module.__setattr__ looks every one of these up in three tables.
+            state, gate, fused = self.__dict__, self.gate, self.fused
+            state["path"], state["_reason"] = decision.path, decision.why_not_fused
+            is_fused = decision.path == "fused"
+            if is_fused:
+                if self._announced is not fused.weights:
+                    self._announce(fused.describe())
+                    state["_announced"] = fused.weights
+                num_tokens = decision.num_tokens or (x.shape[0],)
+                x, call = fused.begin(x, exchange, num_tokens, gate)
+            routing = gate.route(x, used_token)
+            state["l_aux"], state["exp_counts"] = routing.l_aux, routing.exp_counts
+            state["routing"] = routing.detach()
+            if is_fused:
+                output = fused.run(routing, call)
             else:
                 output = self._run_tensor_parallel(x, routing, group, rules)
         if self.wall_clock_breakdown:
@@ -275,16 +311,6 @@ class MOELayer(sharded_moe.MOELayer):
         self.fused.experts = self.experts.deepspeed_experts  # whatever stands there now
         return self.fused.why_not(x)
 
-    def _run_fused(
-        self, routing: Routing, exchange: Exchange | None, num_tokens: tuple[int, ...]
-    ) -> Tensor:
-        if exchange is None:
-            return self.fused.run(routing)
-        capacities = None
-        if self.gate.drop_tokens:
-            capacities = [self.gate.capacity(count) for count in num_tokens]
-        return self.fused.run(routing, exchange, num_tokens, capacities)
-
     def _run_tensor_parallel(
         self, x: Tensor, routing: Routing, group: Any, rules: InputRules
     ) -> Tensor:
@@ -294,6 +320,11 @@ class MOELayer(sharded_moe.MOELayer):
         equal part and the outputs are gathered. With tensor parallel experts every rank needs all
         rows, and gets them by sending its own copy through its own EP group.
         """
+        experts = self.experts
+        with experts.unbound() if isinstance(experts, StackedExperts) else nullcontext():
+            return self._run_share(x, routing, group, rules)
+
+    def _run_share(self, x: Tensor, routing: Routing, group: Any, rules: InputRules) -> Tensor:
         ids, weights = routing.topk_ids, routing.topk_weights
         tp_size = bwc_tensor_model_parallel_world_size(groups.mpu)
         if tp_size == 1 or groups._get_expert_model_parallel_world_size() > 1:
@@ -353,16 +384,30 @@ class MOELayer(sharded_moe.MOELayer):
             )
         return dist.get_world_group()
 
-    def _input_rules(self) -> InputRules:
-        wg = self.gate.wg
-        dtypes = {p.dtype for p in self.experts.deepspeed_experts[0].parameters()}
-        is_free = len(dtypes) != 1 or torch.is_autocast_enabled(wg.weight.device.type)
-        return InputRules(
-            hidden=wg.in_features,
-            dtype=None if is_free else dtypes.pop(),
-            device=wg.weight.device,
-            takes_used_token=self.gate.k == 1,
+    def _input_rules(self, *, is_fresh: bool = False) -> InputRules:
+        """Return what the input must be.
+
+        Kept from the last forward where the dtype of the experts is known for sure, because the
+        fused path has looked at them, and device and dtype are still the same.
+
+        Args:
+            is_fresh: look at the experts again.
+        """
+        gate, weights, rules = self.gate, self.fused.weights, self._rules
+        wg = gate.wg.weight
+        is_autocast = torch.is_autocast_enabled(wg.device.type)
+        is_known = rules is not None and weights is not None and not (is_fresh or is_autocast)
+        if is_known and (rules.dtype, rules.device) == (weights.parameters[0].dtype, wg.device):
+            return rules
+        dtypes = parameter_dtypes(self.experts.deepspeed_experts[0])
+        rules = InputRules(
+            hidden=wg.shape[1],
+            dtype=None if len(dtypes) != 1 or is_autocast else dtypes.pop(),
+            device=wg.device,
+            takes_used_token=gate.k == 1,
         )
+        self.__dict__["_rules"] = rules
+        return rules
 
     def _raise_everywhere(
         self,
@@ -395,11 +440,11 @@ class MOELayer(sharded_moe.MOELayer):
         # DeepSpeed's logger hides everything below a warning.
         logger.log_dist_once(message, ranks=[0], level=logging.WARNING)
 
+    def _timed(self, name: str) -> AbstractContextManager[None]:
+        return self._running_timer(name) if self.wall_clock_breakdown else _NO_CONTEXT
+
     @contextmanager
-    def _timed(self, name: str):
-        if not self.wall_clock_breakdown:
-            yield
-            return
+    def _running_timer(self, name: str):
         self.timers(name).start()
         try:
             yield

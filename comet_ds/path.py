@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed.utils import groups
@@ -21,8 +20,7 @@ from comet_ds.gate import TopKGate
 MAX_SLACK = 2
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """What a forward does.
 
     Attributes:
@@ -51,6 +49,11 @@ class PathChoice:
     ) -> None:
         self.config, self.ep_size = config, ep_size
         self.num_local_experts, self.gate = num_local_experts, gate
+        self._connected: tuple[Any, torch.device, Exchange] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of copies what belongs to this process."""
+        return {**self.__dict__, "_connected": None}
 
     def connect(self, group: Any, rules: InputRules) -> Exchange | str | None:
         """Return what the fused path exchanges tokens by, or why it cannot run on this group.
@@ -63,6 +66,10 @@ class PathChoice:
         """
         if self.config.path in ("reference", "pipelined"):
             return None
+        if self._connected is not None and groups.mpu is None:
+            own_group, device, exchange = self._connected
+            if own_group is group and device == rules.device and self._can_be_fused():
+                return exchange
         tp_size = bwc_tensor_model_parallel_world_size(groups.mpu)
         if tp_size > 1:
             found = f"it needs whole experts and tokens, tensor parallel size is {tp_size}"
@@ -70,7 +77,7 @@ class PathChoice:
             found = f"it needs a CUDA device, not {rules.device.type}"
         elif self.ep_size == 1:
             return None
-        elif self.config.path == "auto" and self.ep_size > MAX_SLACK and not self.gate.drop_tokens:
+        elif not self._can_be_fused():
             found = (
                 f"without dropping it reserves {self.ep_size} times the memory an even routing "
                 'needs, which only "path": "fused" asks for'
@@ -79,7 +86,10 @@ class PathChoice:
             with torch.cuda.device(rules.device):
                 found = connect(group, rules.device, self.config)
             if isinstance(found, Exchange):
-                found = self._why_too_large(found.kernels) or found
+                reason = self._why_too_large(found.kernels)
+                if reason is None:
+                    self._connected = group, rules.device, found
+                found = reason or found
         if isinstance(found, str):
             self._check_pin(found)
         return found
@@ -118,6 +128,12 @@ class PathChoice:
             return Decision("fused", None, tuple(answer.num_tokens for answer in answers))
         self._check_pin(reason)
         return Decision("pipelined", reason)
+
+    def _can_be_fused(self) -> bool:
+        """Whether "auto" may reserve the memory that the fused path needs without dropping."""
+        if self.config.path == "fused" or self.ep_size <= MAX_SLACK:
+            return True
+        return self.gate.drop_tokens
 
     def _why_too_large(self, kernels: ModuleType) -> str | None:
         if self.gate.k > kernels.max_top_k:

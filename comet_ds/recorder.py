@@ -26,7 +26,7 @@ import torch
 from deepspeed.utils import logger
 from torch import Tensor, nn
 
-from comet_ds.expert_gemm import Pass
+from comet_ds.expert_weights import Pass
 from comet_ds.kernels import load_kernels, num_sms
 from comet_ds.timing import LayerTimer
 
@@ -270,12 +270,12 @@ class TimelineRecorder:
         """Record."""
         self._is_on = True
         end = self._records.data_ptr() + self._records.numel()
-        self.kernels.record(end - self._left, self._left)
+        self.kernels.set_timeline_room(end - self._left, self._left)
 
     def pause(self) -> None:
         """Stop; launches that are under way still record."""
         if self._is_on:
-            self._left, self._is_on = self.kernels.record(0, 0), False
+            self._left, self._is_on = self.kernels.set_timeline_room(0, 0), False
 
     @contextmanager
     def recording(self) -> Iterator[None]:

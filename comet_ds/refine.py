@@ -12,11 +12,10 @@ tells.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import statistics
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.utils import logger
 
-from comet_ds.expert_gemm import Pass
+from comet_ds.expert_weights import Pass
 from comet_ds.overlap import Division, DivisionPoint, LayerShape, divide
 from comet_ds.tuning import Origin, TuningKey, candidates, write
 
@@ -71,18 +70,16 @@ class Trial:
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     num_tokens: int = 0
 
-    @contextlib.contextmanager
-    def timed(self, gemm: Pass) -> Iterator[None]:
-        """Time the launch inside, where it is a sample."""
-        found = self.samples.get(GEMMS.get(gemm, ""))
+    def events(self, gemm: Pass) -> tuple[int, int]:
+        """Return the events to record before and behind a launch, 0 where it is no sample."""
+        found = self.samples.get(GEMMS[gemm])
         if found is None:
-            yield
-            return
+            return 0, 0
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        yield
-        end.record()
+        for event in (start, end):  # an event exists from its first record on
+            event.record()
         found.append(Sample(start, end, self.num_tokens))
+        return start.cuda_event, end.cuda_event
 
 
 Medians = dict[str, list[float]]

@@ -46,7 +46,8 @@ class CometMoEBuilder(CUDAOpBuilder):
 
     def sources(self) -> list[str]:
         """Return absolute paths: DeepSpeed resolves others against its own package."""
-        return [str(CSRC / "bindings.cpp"), *map(str, sorted((CSRC / "moe").glob("*.cu")))]
+        host = [*CSRC.glob("*.cpp"), *CSRC.glob("moe/*.cpp")]
+        return [str(path) for path in sorted((*host, *CSRC.glob("moe/*.cu")))]
 
     def include_paths(self) -> list[str]:
         """Return the root of the include paths used in csrc."""

@@ -24,24 +24,24 @@ import torch.nn.functional as F
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from distributed import World
 from experts_zoo import randomize
-from parity import build, oracle, run
+from parity import build, named_grads, oracle, run
 from test_fused import BF16, FORMS, FP16
 from tolerance import ERROR_RATIO, assert_close, relative_error
 from torch.utils.checkpoint import checkpoint
 from virtual_ranks import NUM_SMS, VirtualGroup, both_ways
 
 from comet_ds import MoE, path
-from comet_ds import exchange as exchange_module
 from comet_ds.agreement import Answer, InputRules, RollCall
 from comet_ds.config import CometConfig
-from comet_ds.dispatcher import TABLES, RowPlan, dispatch_own, max_rows
 from comet_ds.exchange import (
+    TABLES,
     CallShape,
     Exchange,
     ExposureMeter,
     _why_not_connected,
     exchange_of,
 )
+from comet_ds.fused_call import max_rows, plan_of
 from comet_ds.kernels import load_kernels
 from comet_ds.overlap import divide
 from comet_ds.path import PathChoice
@@ -411,9 +411,7 @@ def test_parts_of_the_block(is_sent: bool) -> None:
 
 @pytest.mark.parametrize("is_sent", [False, True])
 @pytest.mark.parametrize("num_tokens", [(5, 5), (3, 8, 0), (2, 0, 7, 1, 1, 6, 3, 4)], ids=str)
-def test_what_ranks_exchange_arrives(
-    monkeypatch: pytest.MonkeyPatch, num_tokens: tuple[int, ...], is_sent: bool
-) -> None:
+def test_what_ranks_exchange_arrives(num_tokens: tuple[int, ...], is_sent: bool) -> None:
     """Every rank finds all others' tables and tokens where it reads them."""
     blocks = [torch.zeros(2**15, dtype=torch.uint8) for _ in num_tokens]
     tables = [
@@ -421,42 +419,40 @@ def test_what_ranks_exchange_arrives(
         for rank, n in enumerate(num_tokens)
     ]
     tokens = [torch.full((n, 16), 100 + rank).byte() for rank, n in enumerate(num_tokens)]
-    call = CallShape(num_tokens, 1, num_experts=len(blocks), token_bytes=16, is_sent=is_sent)
-
-    def copy(copies: list[tuple[int, int, int]], stream: int) -> None:
-        for source, to, size in copies:
-            ctypes.memmove(to, source, size)
-
-    kernels = SimpleNamespace(
-        publish=copy, send=lambda source, to, size, stream: copy([(source, to, size)], stream)
-    )
-    monkeypatch.setattr(Exchange, "_fork", lambda self: SimpleNamespace(cuda_stream=0))
-    monkeypatch.setattr(exchange_module, "current_stream", lambda tensor: 0)
-    exchanges = []
+    call = CallShape(num_tokens, 2, num_experts=len(blocks), token_bytes=16, is_sent=is_sent)
+    found = []
     for rank, block in enumerate(blocks):
-        exchange = Exchange.__new__(Exchange)
-        exchange.kernels, exchange._used, exchange._parts = kernels, [0, 0], Exchange._lay_out
-        exchange._epoch = None
         where = {"rank": rank, "block": block, "addresses": [b.data_ptr() for b in blocks]}
-        exchange.memory = SimpleNamespace(reserve=lambda size: None, **where)
-        exchanges.append(exchange)
-    for rank in reversed(range(len(blocks))):
-        exchange = exchanges[rank]
-        if is_sent:
-            exchange.send_half(0, tokens[rank], call)
-        else:
-            exchange.publish_ahead(tokens[rank], call)
-        exchange.send_tables(tables[rank], exchange.parts(call))
-        if is_sent:
-            exchange.send_half(1, tokens[rank], call)
-    for rank, exchange in enumerate(exchanges):
-        for name in (*TABLES, "tokens"):
-            for other, place in enumerate(exchange.parts(call).places(name, rank)):
-                if other != rank:
-                    sent = tokens[other] if name == "tokens" else tables[other][name]
-                    expected = bytes(sent.flatten().tolist())
-                    found = ctypes.string_at(place, len(expected))
-                    assert found == expected, f"{name} of rank {other} at {rank}"
+        memory = SimpleNamespace(reserve=lambda size: None, **where)
+        found.append(exchange_over(memory).places(call))
+    for rank, places in enumerate(found):
+        for i in range(len(blocks) - 1):
+            for name, table in tables[rank].items():
+                ctypes.memmove(places[name][i], table.data_ptr(), table.numel())
+            if is_sent:
+                ctypes.memmove(places["tokens"][i], tokens[rank].data_ptr(), tokens[rank].numel())
+        if not is_sent:
+            size = tokens[rank].numel()
+            ctypes.memmove(places["published"], tokens[rank].data_ptr(), size)
+    for rank, places in enumerate(found):
+        for other, sources in enumerate(places["sources"]):
+            for name, address in zip((*TABLES, "tokens"), sources, strict=False):
+                if other == rank:
+                    assert address == 0, f"{name} of rank {rank} itself"
+                    continue
+                sent = tokens[other] if name == "tokens" else tables[other][name]
+                expected = bytes(sent.flatten().tolist())
+                got = ctypes.string_at(address, len(expected))
+                assert got == expected, f"{name} of rank {other} at {rank}"
+
+
+def exchange_over(memory: Any) -> Exchange:
+    """Return an exchange that only lays out memory."""
+    exchange = Exchange.__new__(Exchange)
+    exchange.memory, exchange._used, exchange._parts = memory, [0, 0], Exchange._lay_out
+    exchange.generation, exchange.has_copy_engines, exchange.timeout_ns = 0, True, 1
+    exchange._epoch = exchange.late = torch.zeros(1)
+    return exchange
 
 
 class GrowingMemory:
@@ -475,8 +471,7 @@ class GrowingMemory:
 
 def test_what_comes_meets_nothing_else() -> None:
     """What comes for one call can come while its receiver still reads the call before's sums."""
-    exchange = Exchange.__new__(Exchange)
-    exchange.memory, exchange._used, exchange._parts = GrowingMemory(), [0, 0], Exchange._lay_out
+    exchange = exchange_over(GrowingMemory())
     calls = [
         CallShape((count, count // 2, 1, 0), k, 16, token_bytes, is_sent)
         for count, token_bytes in ((64, 4096), (3000, 128), (700, 1024), (1, 16), (2000, 4096))
@@ -493,8 +488,7 @@ def test_what_comes_meets_nothing_else() -> None:
 
 
 def test_too_large_a_call_leaves_the_memory_usable() -> None:
-    exchange = Exchange.__new__(Exchange)
-    exchange.memory, exchange._used, exchange._parts = GrowingMemory(), [0, 0], Exchange._lay_out
+    exchange = exchange_over(GrowingMemory())
     call = CallShape((64, 64), 2, 8, token_bytes=4096, is_sent=True)
     before = exchange.parts(call)
     with pytest.raises(RuntimeError, match="no symmetric memory"):
@@ -662,8 +656,8 @@ def check_frozen_and_recomputed(rank: int, size: int) -> None:
     for reentrant in (False, True):
         got = grad_of_x(lambda x, how=reentrant: checkpoint(layer, x, use_reentrant=how))
         assert torch.equal(got, expected["grad of x"]), f"checkpointed, {reentrant=}"
-        for name, param in layer.named_parameters():
-            assert torch.equal(param.grad, expected[f"grad of {name}"]), name
+        for name, grad in named_grads(layer).items():
+            assert torch.equal(grad, expected[name]), name
     layer.deepspeed_moe.experts.requires_grad_(False)
     assert torch.equal(grad_of_x(layer), expected["grad of x"])
     with torch.no_grad():
@@ -817,30 +811,66 @@ def test_plan(num_ranks: int, num_split: int, num_local: int, top_k: int) -> Non
     for rank in range(num_ranks):
         ids = torch.randint(-1, num_experts, (700 + 300 * rank, top_k), device="cuda")
         is_routed = F.one_hot(ids.flatten() + 1, num_experts + 1)
-        ranks = (is_routed.cumsum(0) - 1).gather(1, ids.flatten()[:, None] + 1).int()
+        ranks = (is_routed.cumsum(0) - 1).gather(1, ids.flatten()[:, None] + 1)
+        ranks = ranks.int().view_as(ids)
         counts.append(is_routed.sum(0)[1:].int())
         tables.append((ids, torch.rand(ids.shape, device="cuda"), ranks, counts[-1]))
     tokens = torch.randn(tables[0][0].shape[0], 72, dtype=torch.bfloat16, device="cuda")
-    at = tokens.data_ptr()
-    rows = [(*(t.data_ptr() for t in tb), at, 0, 0, tb[0].shape[0]) for tb in tables]
     num_tokens = [table[0].shape[0] for table in tables]
     size = max_rows(num_tokens, None, top_k, num_local, block)
-    ids = torch.empty(sum(num_tokens), top_k, dtype=torch.int64, device="cuda")
-    ids = ids if num_ranks > 1 else tables[0][0]
-    plan = RowPlan.empty(ids, num_local, size, block, num_ranks, (num_split,))
-    counters = torch.ones(1000, dtype=torch.int32, device="cuda")
-    torch.full((size, 72), torch.nan, dtype=tokens.dtype, device="cuda")  # what rows may have been
-    own = (kernels.Sources(rows, 0), tokens, plan, kernels, counters)
-    placed = dispatch_own(*own, is_planned=False)
+    # Of rank 0's, the tables are the call's own.
+    sources = [
+        (*(t.data_ptr() * (rank > 0) for t in tb), 0, 0, 0) for rank, tb in enumerate(tables)
+    ]
+    call = kernels.LayerCall(
+        hidden=72,
+        ffn=8,
+        num_experts=num_local,
+        num_all_experts=num_experts,
+        top_k=top_k,
+        max_rows=size,
+        num_tokens=num_tokens,
+        rank=0,
+        num_sms=132,
+        is_bfloat16=True,
+        is_gated=False,
+        activation=0,
+        maps=[0, 0, 0],
+        biases=[0, 0, 0],
+        pull=[2, num_split],
+        push=[2, num_split],
+        pull_grad=[2, num_split],
+        push_grad=[2, num_split],
+        sources=sources,
+    )
+    workspace = torch.full((call.workspace_bytes,), 1, dtype=torch.uint8, device="cuda")
+    placed = torch.full((size, 72), torch.nan, dtype=tokens.dtype, device="cuda")
+    hidden = torch.empty(size, 8, dtype=tokens.dtype, device="cuda")
+    call.forward(
+        tokens=tokens,
+        **dict(zip(TABLES, tables[0], strict=True)),
+        workspace=workspace,
+        rows=placed,
+        hidden=hidden,
+        pre=(),
+        results=torch.empty_like(placed),
+        output=torch.empty_like(tokens),
+        stream=torch.cuda.current_stream().cuda_stream,
+        part="plan",
+    )
+    plan = SimpleNamespace(**plan_of(call, workspace))
     offsets = plan.expert_offsets.tolist()
     is_padding = plan.token_of_row[: offsets[-1]] < 0
     assert is_padding.any() and not placed[: offsets[-1]][is_padding].any()
     row_of_route = plan.row_of_route[: num_tokens[0]]
     token, _ = (has_row := row_of_route >= 0).nonzero(as_tuple=True)
     assert has_row.any() and torch.equal(placed[row_of_route[has_row]], tokens[token])
-    assert not counters.any()
+    assert not plan.counters.any()
+    order_idx = 1  # the first splits nothing
     num_blocks = offsets[-1] // block
-    order, experts = (t[0, :num_blocks].tolist() for t in (plan.block_order, plan.expert_order))
+    order, experts = (
+        t[order_idx, :num_blocks].tolist() for t in (plan.block_order, plan.expert_order)
+    )
     assert sorted(order) == list(range(num_blocks))
     held = torch.stack(counts)[:, :num_local].cumsum(0).cpu()
     phases, distances = [], []  # of each block, by its farthest rank
@@ -860,7 +890,7 @@ def test_plan(num_ranks: int, num_split: int, num_local: int, top_k: int) -> Non
     segments = Counter(zip(phases, experts, strict=True))
     num_mixed = sum(a != b for a, b in pairs)
     assert num_mixed <= sum(size % 2 for size in segments.values()) / 2
-    own, *begins = plan.remote_begin[0].tolist()
+    own, *begins = plan.remote_begin[order_idx].tolist()
     assert own == 0
     for distance, begin in enumerate(begins, 1):
         # As late as it can be in pairs: behind it come those of unsplit experts too.

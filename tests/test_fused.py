@@ -16,7 +16,7 @@ from parity import build, oracle, run
 from tolerance import ERROR_RATIO, assert_close, relative_error
 from torch import nn
 
-from comet_ds import MoE
+from comet_ds import MoE, expert_weights
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -275,6 +275,84 @@ def test_moved_parameters_are_noticed() -> None:
         expert.w2.bias = nn.Parameter(torch.ones_like(expert.w2.bias))
     output, _, _ = layer(x)
     torch.testing.assert_close(output, torch.ones_like(output))  # weights of a token sum to 1
+
+
+def stack_grads(layer: MoE, x: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
+    """Run forward and backward on top of what there is; return the gradients of all stacks."""
+    torch.manual_seed(7)
+    layer(x)[0].backward(grad)
+    return [stack.grad for stack in layer.deepspeed_moe.experts.stacks().values()]
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("form", ["swiglu", "swiglu with biases", "gelu"])
+def test_kernels_add_up_micro_batches(
+    form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit as autograd adds, where nobody can see it; else autograd does."""
+    shape = (300, 8, 2, 136, 200)
+    (x, grad), layer = case(shape, dtype), build_fused(shape, form, dtype)
+    num_matrices = sum(key.endswith("weight") for key in layer.deepspeed_moe.experts.shapes)
+    alone = []
+    for tokens, of_output in ((x, grad), (x * 2, grad * 3)):
+        layer.zero_grad()
+        alone.append([g.clone() for g in stack_grads(layer, tokens, of_output)])
+    expected = [a + b for a, b in zip(*alone, strict=True)]
+    was_added = []
+    can_add = expert_weights._can_add_to_grad
+
+    def spy(*args) -> bool:
+        was_added.append(can_add(*args))
+        return was_added[-1]
+
+    monkeypatch.setattr(expert_weights, "_can_add_to_grad", spy)
+    layer.zero_grad()
+    stack_grads(layer, x, grad)
+    assert was_added == [False] * num_matrices
+    got = stack_grads(layer, x * 2, grad * 3)
+    assert was_added[num_matrices:] == [True] * num_matrices
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+    was_added.clear()
+    # torch.autograd.grad adds to nothing.
+    stacks = list(layer.deepspeed_moe.experts.stacks().values())
+    torch.manual_seed(7)
+    found = torch.autograd.grad(layer(x)[0], stacks, grad)
+    assert all(torch.equal(a, b) for a, b in zip(found, alone[0], strict=True))
+    assert all(torch.equal(p.grad, b) for p, b in zip(stacks, expected, strict=True))
+    # Hooks get the new gradient alone.
+    seen: list[torch.Tensor] = []
+    handles = [stack.register_hook(lambda g: seen.append(g.clone())) for stack in stacks]
+    layer.zero_grad()
+    stack_grads(layer, x, grad)
+    got = stack_grads(layer, x * 2, grad * 3)
+    assert not any(was_added)
+    for handle in handles:
+        handle.remove()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    in_second = {id(g): g for g in seen[len(stacks) :]}.values()
+    for gradient in in_second:
+        assert any(gradient.shape == b.shape and torch.equal(gradient, b) for b in alone[1])
+
+
+@pytest.mark.gpu(1)
+def test_launches_refuse_other_tensors() -> None:
+    """Every tensor of a launch is checked, and named with what it must be."""
+    shape = (64, 8, 2, 128, 192)
+    (x, _), layer = case(shape, BF16), build_fused(shape, "swiglu", BF16)
+    layer(x)
+    fused, gate = layer.deepspeed_moe.fused, layer.deepspeed_moe.gate
+    x, call = fused.begin(x, None, (64,), gate)
+    routing = gate.route(x)
+    message = r"topk_weights must be contiguous torch.float32 \[64, 2\] on a CUDA device, got "
+    for wrong, got in (
+        (routing.topk_weights.double(), "torch.float64"),
+        (routing.topk_weights[:, :1], r"torch.float32 torch.Size\(\[64, 1\]\)"),
+        (routing.topk_weights.cpu(), "torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=message + got):
+            fused.run(routing._replace(topk_weights=wrong), call)
 
 
 @pytest.mark.gpu(1)

@@ -12,7 +12,7 @@ from deepspeed.moe import sharded_moe
 from tolerance import relative_error
 
 from comet_ds.gate import Routing, TopKGate
-from comet_ds.gate_kernels import FastLogits
+from comet_ds.gate_kernels import gate_logits, gate_logits_backward
 from comet_ds.kernels import load_kernels
 
 HIDDEN, NUM_EXPERTS = 24, 8
@@ -165,13 +165,16 @@ def test_fast_logits_are_as_close_as_deepspeeds(
         if name == "fp64":  # gradients unrounded
             leaves = [t.detach().double().requires_grad_() for t in leaves]
         if name == "fast":
-            logits, passed = FastLogits.apply(*leaves, kernels)
-        else:
-            logits, passed = torch.nn.functional.linear(*(t.to(dtype) for t in leaves)), leaves[0]
+            logits = gate_logits(x.detach(), weight.detach(), kernels)
+            add_to = grad_read.clone() if has_reader else None
+            grads = gate_logits_backward(grad, x.detach(), weight.detach(), kernels, add_to=add_to)
+            results[name] = [logits, *grads]
+            continue
+        logits = torch.nn.functional.linear(*(t.to(dtype) for t in leaves))
         outputs, grads = [logits], [grad.to(logits.dtype)]
         if has_reader:
-            outputs.append(passed * 1)
-            grads.append(grad_read.to(passed.dtype))
+            outputs.append(leaves[0] * 1)
+            grads.append(grad_read.to(leaves[0].dtype))
         results[name] = [logits, *torch.autograd.grad(outputs, leaves, grads)]
     for what, fast, fp32, fp64 in zip(("logits", "x", "weight"), *results.values(), strict=True):
         error, limit = relative_error(fast, fp64), relative_error(fp32, fp64)
@@ -187,7 +190,7 @@ def test_fast_logits_of_odd_sizes(num_tokens: int, hidden: int, num_experts: int
     """One step and seventeen, a step, tile of tokens and tile of experts in part."""
     x = torch.randn(num_tokens, hidden, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(num_experts, hidden, device="cuda", dtype=torch.bfloat16)
-    logits, _ = FastLogits.apply(x, weight, load_kernels(x.device))
+    logits = gate_logits(x, weight, load_kernels(x.device))
     assert relative_error(logits, x.double() @ weight.double().t()) < 1e-6
 
 

@@ -14,7 +14,7 @@ from parity import build
 from tolerance import relative_error
 
 from comet_ds import MoE, recorder
-from comet_ds.expert_gemm import Pass
+from comet_ds.expert_weights import Pass
 from comet_ds.kernels import use_timeline_kernels
 from comet_ds.recorder import (
     ACTIVITIES,

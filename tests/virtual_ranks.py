@@ -7,11 +7,10 @@ Everything between ranks on the fused path runs as on real ones, but for NVLink.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
-from parity import build
+from parity import build, named_grads
 from torch import Tensor
 
 from comet_ds import MoE
@@ -29,20 +28,6 @@ NUM_QUEUES = 8  # of a GPU: CUDA_DEVICE_MAX_CONNECTIONS
 def both_ways(division: Division) -> list[Division]:
     """Return the same with tokens sent, and with tokens pulled, as they always are in backward."""
     return [division._replace(pull=pull) for pull in (SENT, division.pull_grad)]
-
-
-class VirtualKernels:
-    """The kernels, of which one copies in place of the copy engines: what waits for another rank
-    must not stand in a queue before that rank's copies."""
-
-    def __init__(self, kernels: ModuleType) -> None:
-        self._kernels = kernels
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._kernels, name)
-
-    def send(self, source: int, to: int, num_bytes: int, stream: int) -> None:
-        self.publish([(source, to, num_bytes)], stream)
 
 
 class VirtualMemory:
@@ -65,7 +50,7 @@ class VirtualGroup:
             build(MoE, rank, ep_size=num_ranks, device="cuda", **options)
             for rank in range(num_ranks)
         ]
-        kernels = VirtualKernels(load_kernels(torch.device("cuda", 0)))
+        kernels = load_kernels(torch.device("cuda", 0))
         blocks = [
             torch.zeros(BLOCK_BYTES, dtype=torch.uint8, device="cuda") for _ in range(num_ranks)
         ]
@@ -73,6 +58,9 @@ class VirtualGroup:
             Exchange(VirtualMemory(blocks, rank), kernels, timeout_s=timeout_s)
             for rank in range(num_ranks)
         ]
+        for exchange in self.exchanges:
+            # What waits for another rank must not stand in a queue before that rank's copies.
+            exchange.has_copy_engines = False
         self.streams = [torch.cuda.Stream() for _ in range(num_ranks)]
         if 2 * num_ranks > NUM_QUEUES:  # one stream of a rank, not two, may wait for the others
             for exchange, stream in zip(self.exchanges, self.streams, strict=True):
@@ -106,7 +94,7 @@ class VirtualGroup:
             fused.experts = layer.deepspeed_moe.experts.deepspeed_experts
             assert fused.why_not(x) is None
             # All ranks' kernels fit on the GPU together, as on GPUs of their own.
-            fused._weights.num_sms = NUM_SMS // len(self.layers) // 2 * 2
+            fused.weights.num_sms = NUM_SMS // len(self.layers) // 2 * 2
         torch.cuda.synchronize()
         outputs = []
         for rank in range(len(self.layers)) if ranks is None else ranks:
@@ -114,14 +102,10 @@ class VirtualGroup:
             with torch.cuda.stream(self.streams[rank]):
                 torch.manual_seed(7)
                 exchange, gate = self.exchanges[rank], moe.gate
-                x = moe.fused.begin(inputs[rank], exchange, num_tokens, gate)
+                x, call = moe.fused.begin(inputs[rank], exchange, num_tokens, gate)
                 routing = gate.route(x)
                 moe.routing = routing.detach()
-                capacities = None
-                if gate.drop_tokens:
-                    capacities = [gate.capacity(count) for count in num_tokens]
-                arguments = (routing, exchange, num_tokens, capacities)
-                outputs.append((moe.fused.run(*arguments), routing.l_aux))
+                outputs.append((moe.fused.run(routing, call), routing.l_aux))
         return outputs
 
     def run(self, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> list[dict[str, Tensor]]:
@@ -137,6 +121,6 @@ class VirtualGroup:
         torch.cuda.synchronize()
         return [
             {"output": output.detach(), "l_aux": l_aux.detach(), "grad of x": x.grad}
-            | {f"grad of {n}": p.grad for n, p in layer.named_parameters()}
+            | named_grads(layer)
             for (output, l_aux), x, layer in zip(outputs, inputs, self.layers, strict=True)
         ]

@@ -4,9 +4,11 @@
 
 #include <cuda_runtime_api.h>
 
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 namespace comet_ds {
 
@@ -23,17 +25,27 @@ struct LaunchShape {
     unsigned cluster_size = 1;
 };
 
+// Lets a kernel have so much dynamic shared memory on the current device, once for each size.
+inline void allow_smem(const char* op, const void* kernel, size_t num_bytes) {
+    constexpr size_t kWithoutAsking = 48 * 1024;
+    if (num_bytes <= kWithoutAsking) return;
+    static thread_local std::map<std::pair<const void*, int>, size_t> allowed;
+    int device;
+    check(cudaGetDevice(&device), op);
+    size_t& found = allowed[{kernel, device}];
+    if (found == num_bytes) return;
+    const auto kSmem = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    check(cudaFuncSetAttribute(kernel, kSmem, static_cast<int>(num_bytes)), op);
+    found = num_bytes;
+}
+
 // Launches a kernel that waits (kernel_order.cuh) before it touches global memory: its CTAs take
 // their places while the last ones of the kernel before still run.
 template <typename... Params>
 void launch(const char* op, void (*kernel)(Params...), const LaunchShape& shape,
             cudaStream_t stream, const std::type_identity_t<Params>&... arguments) {
-    constexpr size_t kSmemWithoutAsking = 48 * 1024;
     const auto* address = reinterpret_cast<const void*>(kernel);
-    if (shape.smem_bytes > kSmemWithoutAsking) {
-        const auto kSmem = cudaFuncAttributeMaxDynamicSharedMemorySize;
-        check(cudaFuncSetAttribute(address, kSmem, static_cast<int>(shape.smem_bytes)), op);
-    }
+    allow_smem(op, address, shape.smem_bytes);
     cudaLaunchAttribute attributes[2];
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[0].val.programmaticStreamSerializationAllowed = 1;

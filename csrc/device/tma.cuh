@@ -111,6 +111,16 @@ __device__ inline void tma_load_multicast(uint32_t smem, const CUtensorMap* map,
         : "memory");
 }
 
+// Adds a box to what is there, element by element, rounded in the tensor's type; each addition is
+// atomic. Parts outside the tensor are left out.
+__device__ inline void tma_reduce_add(const CUtensorMap* map, uint32_t smem, int col, int row,
+                                      int batch) {
+    asm volatile(
+        "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group"
+        " [%0, {%2, %3, %4}], [%1];" ::"l"(map), "r"(smem), "r"(col), "r"(row), "r"(batch)
+        : "memory");
+}
+
 // Writes a box; parts outside the tensor are left out.
 __device__ inline void tma_store(const CUtensorMap* map, uint32_t smem, int col, int row,
                                  int batch) {

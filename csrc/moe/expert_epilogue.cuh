@@ -63,6 +63,11 @@ public:
     __device__ void send(int buffer, const CUtensorMap* map, int col, int row, int batch) const {
         if (lane_ == 0) tma_store(map, smem_ + buffer * kStagingBytes, col, row, batch);
     }
+    // Adds a buffer to what is there.
+    __device__ void send_to_add(int buffer, const CUtensorMap* map, int col, int row,
+                                int batch) const {
+        if (lane_ == 0) tma_reduce_add(map, smem_ + buffer * kStagingBytes, col, row, batch);
+    }
     __device__ void end() const {
         if (lane_ == 0) bulk_commit_group();
     }

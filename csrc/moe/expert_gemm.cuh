@@ -543,8 +543,13 @@ __device__ inline void finish_tile(float (&acc)[C::kMmaRows][C::kTileN / 2], con
                 staging.hand_over();
 #pragma unroll
                 for (int i = 0; i < kTogether; ++i) {
-                    staging.send(i, &p.out[0], at.block_col + (i - buffer) * kBlockElements,
-                                 at.warp_row, kIsWeightGrad ? tile.expert : 0);
+                    const int col = at.block_col + (i - buffer) * kBlockElements;
+                    if (kIsWeightGrad && p.accumulates) {
+                        staging.send_to_add(i, &p.out[0], col, at.warp_row, tile.expert);
+                    } else {
+                        staging.send(i, &p.out[0], col, at.warp_row,
+                                     kIsWeightGrad ? tile.expert : 0);
+                    }
                 }
                 staging.end();
             }

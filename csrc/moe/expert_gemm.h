@@ -48,6 +48,7 @@ struct ExpertGemmParams {
     int n;          // columns of the result (one matrix's where gated)
     int k;          // length of the reduction (one matrix's where gated); not of kWeightGrad
     bool save_pre;    // kUp: whether to write pre
+    bool accumulates;  // kWeightGrad: whether to add to the result that is there
     Record* records;  // of this launch's CTAs (timeline.h), or null
 };
 
