@@ -4,16 +4,22 @@
     deepspeed --num_gpus 2 examples/train_gpt_moe.py --deepspeed_config examples/ds_config.json
 
 ``--moe deepspeed`` runs the same script with DeepSpeed's own layer: the import below is the only
-difference. The text is Python's standard library, or a file given with ``--data``.
+difference. ``--moe autoep`` lets DeepSpeed's AutoEP replace plain modules by its layers instead: it
+needs a block in the configuration, drops no token and computes no auxiliary loss. The text is
+Python's standard library, or a file given with ``--data``.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import json
 import os
 import sysconfig
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -41,6 +47,47 @@ class ExpertMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class PlainMoE(nn.Module):
+    """A router and all experts, which AutoEP replaces by its layer; it never runs itself."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__()
+        expert = ExpertMLP(args.hidden, args.ffn)
+        self.experts = nn.ModuleList(copy.deepcopy(expert) for _ in range(args.experts))
+        self.gate = nn.Linear(args.hidden, args.experts, bias=False)
+
+
+def autoep_block(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the configuration's block that tells AutoEP what to replace."""
+    return {
+        "enabled": True,
+        "autoep_size": args.ep_size,
+        "moe_layer_pattern": r"blocks\.\d+\.moe",
+        "expert_w1": "gate_proj",
+        "expert_w2": "down_proj",
+        "expert_w3": "up_proj",
+        "top_k": args.top_k,
+        "route_norm": args.top_k > 1,  # as in the other layers
+        "use_grouped_mm": torch.cuda.is_available(),
+    }
+
+
+def build_moe(args: argparse.Namespace) -> nn.Module:
+    """Return a mixture-of-experts MLP; with a seed, all kinds start with the same weights."""
+    if args.moe == "autoep":
+        return PlainMoE(args)
+    moe_class = comet_ds.MoE if args.moe == "comet_ds" else deepspeed.moe.layer.MoE
+    return moe_class(
+        args.hidden,
+        ExpertMLP(args.hidden, args.ffn),
+        num_experts=args.experts,
+        ep_size=args.ep_size,
+        k=args.top_k,
+        capacity_factor=args.capacity_factor,
+        drop_tokens=not args.no_drop,
+    )
+
+
 class Attention(nn.Module):
     """Causal self-attention."""
 
@@ -62,21 +109,14 @@ class Block(nn.Module):
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__()
-        moe_class = comet_ds.MoE if args.moe == "comet_ds" else deepspeed.moe.layer.MoE
         self.norm1, self.norm2 = nn.LayerNorm(args.hidden), nn.LayerNorm(args.hidden)
         self.attention = Attention(args.hidden, args.heads)
-        self.moe = moe_class(
-            args.hidden,
-            ExpertMLP(args.hidden, args.ffn),
-            num_experts=args.experts,
-            ep_size=args.ep_size,
-            k=args.top_k,
-            capacity_factor=args.capacity_factor,
-        )
+        self.moe = build_moe(args)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
         x = x + self.attention(self.norm1(x))
-        y, l_aux, _ = self.moe(self.norm2(x))
+        y = self.moe(self.norm2(x))
+        y, l_aux = (y, 0.0) if isinstance(y, Tensor) else y[:2]  # AutoEP's returns y alone
         return x + y, l_aux
 
 
@@ -93,7 +133,7 @@ class GPT(nn.Module):
         for embedding in (self.embed, self.position):
             nn.init.normal_(embedding.weight, std=0.02)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor | float]:
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         x = self.embed(inputs) + self.position.weight[: inputs.shape[1]]
         l_aux = 0.0
@@ -122,10 +162,19 @@ def sample_batch(text: Tensor, step: int, rank: int, batch: int, seq_len: int) -
     return torch.stack([text[s : s + seq_len + 1] for s in starts.tolist()]).long()
 
 
+def train_step(engine: Any, micro_batches: Iterable[Tensor]) -> Tensor:
+    """Take an optimizer step; return the last micro-batch's loss, which may be to come."""
+    for tokens in micro_batches:
+        loss, l_aux = engine(tokens)
+        engine.backward(loss + L_AUX_WEIGHT * l_aux)
+        engine.step()
+    return loss.detach()
+
+
 def parse_args() -> argparse.Namespace:
     """Read the command line, DeepSpeed's own options included."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--moe", choices=["comet_ds", "deepspeed"], default="comet_ds")
+    parser.add_argument("--moe", choices=["comet_ds", "deepspeed", "autoep"], default="comet_ds")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps in all")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=128)
@@ -135,6 +184,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--ep-size", type=int, default=None, help="default: all ranks")
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--capacity-factor", type=float, default=1.25)
+    parser.add_argument("--no-drop", action="store_true", help="keep tokens beyond the capacity")
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--data", help="text file to train on; default: Python's standard library")
     parser.add_argument("--save", help="folder for checkpoints; resumes from it if it has one")
@@ -159,8 +209,11 @@ def main() -> None:
     torch.manual_seed(0)
     with torch.device(get_accelerator().current_device_name()):
         model = GPT(args)
+    config = json.loads(Path(args.deepspeed_config).read_text())
+    if args.moe == "autoep":
+        config["expert_parallel"] = autoep_block(args)
     engine, *_ = comet_ds.initialize(
-        model=model, model_parameters=model.parameters(), config=args.deepspeed_config
+        model=model, model_parameters=model.parameters(), config=config
     )
     if args.save and (Path(args.save) / "latest").exists():
         engine.load_checkpoint(args.save)
@@ -177,13 +230,11 @@ def main() -> None:
     )
     losses: list[float] = []
     start, timed_from = time.perf_counter(), first_step
+    num_micro = engine.gradient_accumulation_steps()
     for step in bar:
-        for micro in range(engine.gradient_accumulation_steps()):
-            index = step * engine.gradient_accumulation_steps() + micro
-            tokens = sample_batch(text, index, rank, batch, args.seq_len).to(engine.device)
-            loss, l_aux = engine(tokens)
-            engine.backward(loss + L_AUX_WEIGHT * l_aux)
-            engine.step()
+        indices = range(step * num_micro, (step + 1) * num_micro)
+        drawn = (sample_batch(text, index, rank, batch, args.seq_len) for index in indices)
+        loss = train_step(engine, (tokens.to(engine.device) for tokens in drawn))
         if step % 10 == 9 or step == args.steps - 1:
             losses.append(loss.item())
             if engine.monitor.enabled:

@@ -48,3 +48,12 @@ def test_deepspeeds_layer_and_own_data(tmp_path: Path) -> None:
     theirs = losses(launch(*args, "--moe", "deepspeed"), "deepspeed")
     assert ours[0] == pytest.approx(theirs[0], rel=0.02)
     assert ours[1] == pytest.approx(theirs[1], rel=0.1)
+
+
+def test_autoep() -> None:
+    """The modules that AutoEP replaces are found, and the model trains as with our layer."""
+    args = ["--steps", "30", "--no-drop", "--top-k", "3"]
+    theirs = losses(launch(*args, "--moe", "autoep"), "autoep")
+    ours = losses(launch(*args), "comet_ds")
+    assert theirs[1] < theirs[0] - 0.3
+    assert ours == pytest.approx(theirs, rel=0.02)
