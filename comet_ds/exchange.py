@@ -178,7 +178,7 @@ class Exchange:
         self.division: Division | None = None
         self.has_copy_engines = True
         self.generation = 0
-        self._last_stream: int | None = None
+        self._last_stream: torch.cuda.Stream | None = None
         self._side_stream: torch.cuda.Stream | None = None
         self._used = [0, 0]  # bytes of the block, from its start and from its end
         self._parts = functools.lru_cache(maxsize=64)(self._lay_out)
@@ -277,10 +277,10 @@ class Exchange:
         stream = current_stream(self._epoch)
         if torch.cuda.is_current_stream_capturing():
             self.memory.is_captured = True
-        elif stream != self._last_stream:
-            last, self._last_stream = self._last_stream, stream
+        elif self._last_stream is None or stream != self._last_stream.cuda_stream:
+            last, self._last_stream = self._last_stream, torch.cuda.current_stream()
             if last is not None:
-                torch.cuda.current_stream().wait_stream(torch.cuda.ExternalStream(last))
+                self._last_stream.wait_stream(last)
         if self._side_stream is None:
             self._side_stream = torch.cuda.Stream()
         return stream, self._side_stream.cuda_stream

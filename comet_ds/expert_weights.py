@@ -101,12 +101,55 @@ class MatrixGrads(NamedTuple):
             self.stack.grad = None
 
 
+class PendingUse:
+    """A forward whose backward is to come; ends with it, or when its graph is freed."""
+
+    def __init__(self, uses: Uses) -> None:
+        self._uses: Uses | None = uses
+
+    def end(self) -> None:
+        """Note that the backward has run."""
+        uses, self._uses = self._uses, None
+        if uses is not None:
+            uses._end()
+
+    def __del__(self) -> None:
+        self.end()
+
+
+class Uses:
+    """Counts the forwards of a layer whose backward is to come.
+
+    Where there are several, autograd may put their gradients together before it accumulates them:
+    what one of them adds to the parameter's gradient itself would be in limbo until then.
+    """
+
+    def __init__(self) -> None:
+        self._num_pending, self._were_several = 0, False
+
+    @property
+    def is_single(self) -> bool:
+        """Whether the one pending forward was the only one all the time."""
+        return self._num_pending == 1 and not self._were_several
+
+    def begin(self) -> PendingUse:
+        """Note a forward."""
+        self._num_pending += 1
+        self._were_several |= self._num_pending > 1
+        return PendingUse(self)
+
+    def _end(self) -> None:
+        self._num_pending -= 1
+        self._were_several &= self._num_pending > 0
+
+
 def _can_add_to_grad(stack: nn.Parameter, node: Any) -> bool:
     """Whether the kernels may add to a parameter's gradient in autograd's place.
 
     Autograd would add the new gradient to it, in place; with the new one already in it, it only has
     to put it back. That must not be seen by anyone: not by hooks of the parameter, which get the
-    new gradient alone, nor by ``torch.autograd.grad``, which adds to none.
+    new gradient alone, nor by ``torch.autograd.grad``, which adds to none. (A hook on the node that
+    accumulates, not on the parameter, would see the sum; DeepSpeed's read ``grad`` behind it.)
     """
     grad = stack.grad
     if grad is None or grad.dtype != stack.dtype or grad.requires_grad or stack._backward_hooks:
@@ -133,6 +176,7 @@ class ExpertWeights:
         names: of the matrices: "gate" (where gated), "up", "down".
         weights, biases: the groups by name; no biases where the matrix has none.
         parameters: those of all weights, then of all biases, in the order of ``names``.
+        uses: forwards whose backward is to come.
         is_gated, activation, ffn, hidden, dtype, device, num_sms: what the kernels need to know.
     """
 
@@ -152,6 +196,7 @@ class ExpertWeights:
             for name, m in linears.items()
             if m[0].bias is not None
         }
+        self.uses = Uses()
         self._groups = [*self.weights.values(), *self.biases.values()]
         self.parameters = [param for group in self._groups for param in group.params]
         self._slots = [slot for group in self._groups for slot in group.slots]

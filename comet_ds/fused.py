@@ -175,7 +175,7 @@ class FusedExperts:
             key, division = sizes, None
         else:
             division = trial.division if trial is not None else exchange.division
-            key = sizes, division, exchange.generation
+            key = exchange, sizes, division, exchange.generation
         if (found := self._prepared.get(key)) is None:
             if exchange is not None and division is None:
                 shape = layer_shape(self.weights, sizes, exchange.memory.rank)
@@ -184,7 +184,7 @@ class FusedExperts:
                 self._prepared.clear()
             found = prepare_call(self.weights, sizes, exchange, division)
             if exchange is not None:  # the memory may have grown for it
-                key = (*key[:2], exchange.generation)
+                key = (*key[:3], exchange.generation)
             self._prepared[key] = found
         return found
 
@@ -253,6 +253,7 @@ class _FusedMLP(torch.autograd.Function):
         )
         if has_backward:
             ctx.call, ctx.versions = call, [p._version for p in parameters]
+            ctx.pending = weights.uses.begin()
             ctx.save_for_backward(workspace, rows, *pre)
         return output
 
@@ -260,7 +261,7 @@ class _FusedMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         workspace, rows, *pre = ctx.saved_tensors
-        call, prepared = ctx.call, ctx.call.prepared
+        call, prepared = ctx.call, ctx.call.prepared.current()
         weights, launches = prepared.weights, prepared.backward
         _check_unchanged(weights, ctx.versions)
         grad = _aligned(grad)
@@ -278,7 +279,9 @@ class _FusedMLP(torch.autograd.Function):
         row_dots = rows.new_empty(launches.num_row_dots, prepared.max_rows, **fp32)
         grad_weights = rows.new_empty(grad.shape[0], prepared.sizes.top_k, **fp32)
         needs_parameters = any(ctx.needs_input_grad[5:])
-        accumulators = [node for node, _ in ctx.next_functions[-len(weights.parameters) :]]
+        accumulators = []
+        if weights.uses.is_single and not is_kept:
+            accumulators = [node for node, _ in ctx.next_functions[-len(weights.parameters) :]]
         grads = {"down": weights.new_grads("down", accumulators)} if needs_parameters else {}
         of_down = grads.get("down", _NO_GRADS)
         launches.backward_down(
@@ -330,6 +333,8 @@ class _FusedMLP(torch.autograd.Function):
             _free(of_matrix)
         for found in grads.values():
             found.hand_over()
+        if not is_kept:
+            ctx.pending.end()
         return grad_x, grad_weights, None, None, None, *weights.grads_in_order(grads)
 
 

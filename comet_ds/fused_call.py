@@ -52,6 +52,7 @@ class PreparedCall:
         max_rows: R.
         exchange: of the expert parallel group; None where all experts are local.
         shape, division: what the CTA splits were chosen for, and they; None on one rank.
+        generation: of the exchange's memory that the launches hold addresses of.
     """
 
     forward: Any
@@ -62,11 +63,18 @@ class PreparedCall:
     exchange: Exchange | None = None
     shape: LayerShape | None = None
     division: Division | None = None
+    generation: int = 0
 
     @property
     def has_peers(self) -> bool:
         """Whether other ranks wait for this one's calls."""
         return self.exchange is not None
+
+    def current(self) -> PreparedCall:
+        """Return the same call with addresses that hold, should the memory have moved since."""
+        if self.exchange is None or self.generation == self.exchange.generation:
+            return self
+        return prepare_call(self.weights, self.sizes, self.exchange, self.division)
 
 
 def prepare_call(
@@ -101,12 +109,27 @@ def prepare_call(
         return PreparedCall(call, call, weights, sizes, rows)
     fixed |= {name: list(point[:2]) for name, point in division._asdict().items()}
     token_bytes = weights.hidden * weights.dtype.itemsize
-    calls = []
-    for is_sent in dict.fromkeys((division.is_sent, False)):
-        shape = CallShape(sizes.num_tokens, sizes.top_k, sizes.num_experts, token_bytes, is_sent)
-        calls.append(weights.kernels.LayerCall(**fixed, **exchange.places(shape)))
-    shape = layer_shape(weights, sizes, rank)
-    return PreparedCall(calls[0], calls[-1], weights, sizes, rows, exchange, shape, division)
+    call_shapes = [
+        CallShape(sizes.num_tokens, sizes.top_k, sizes.num_experts, token_bytes, is_sent)
+        for is_sent in dict.fromkeys((division.is_sent, False))
+    ]
+    for call_shape in call_shapes:
+        exchange.parts(call_shape)  # the memory grows before any address is taken
+    calls = [
+        weights.kernels.LayerCall(**fixed, **exchange.places(call_shape))
+        for call_shape in call_shapes
+    ]
+    return PreparedCall(
+        calls[0],
+        calls[-1],
+        weights,
+        sizes,
+        rows,
+        exchange,
+        layer_shape(weights, sizes, rank),
+        division,
+        exchange.generation,
+    )
 
 
 def layer_shape(weights: ExpertWeights, sizes: CallSizes, rank: int) -> LayerShape:

@@ -397,8 +397,10 @@ class MOELayer(sharded_moe.MOELayer):
         wg = gate.wg.weight
         is_autocast = torch.is_autocast_enabled(wg.device.type)
         is_known = rules is not None and weights is not None and not (is_fresh or is_autocast)
-        if is_known and (rules.dtype, rules.device) == (weights.parameters[0].dtype, wg.device):
-            return rules
+        if is_known and weights.is_current():
+            found = weights.dtype, wg.device, wg.shape[1], gate.k == 1
+            if (rules.dtype, rules.device, rules.hidden, rules.takes_used_token) == found:
+                return rules
         dtypes = parameter_dtypes(self.experts.deepspeed_experts[0])
         rules = InputRules(
             hidden=wg.shape[1],

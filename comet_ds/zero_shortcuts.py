@@ -45,8 +45,10 @@ def install_shortcuts(optimizer: Any, stacks: Iterable[nn.Parameter]) -> None:
 
 
 def _is_lone(optimizer: DeepSpeedZeroOptimizer, stack: nn.Parameter) -> bool:
+    """Whether one rank has a stack alone, and would not round its gradient to send it."""
     group = optimizer.expert_dp_process_group.get(stack.group_name)
-    return group is not None and dist.get_world_size(group=group) == 1
+    is_alone = group is not None and dist.get_world_size(group=group) == 1
+    return is_alone and optimizer.get_param_comm_dtype(stack) == stack.dtype
 
 
 def _accumulates_elsewhere(optimizer: DeepSpeedZeroOptimizer) -> bool:
@@ -92,12 +94,8 @@ class _LoneDivided:
     def __call__(self, param: nn.Parameter, i: int) -> None:
         optimizer = self._optimizer
         grad, param_id = param.grad, optimizer.get_param_id(param)
-        # Where gradients travel in another dtype they are rounded, and what was reduced already is
-        # an error: DeepSpeed's.
         is_simple = id(param) in self._lone and grad is not None
-        if not is_simple or optimizer.params_already_reduced[param_id]:
-            return self._original(param, i)
-        if optimizer.get_param_comm_dtype(param) != grad.dtype:
+        if not is_simple or optimizer.params_already_reduced[param_id]:  # an error, DeepSpeed's
             return self._original(param, i)
         if not getattr(param, "ds_grad_is_ready", True):
             return None

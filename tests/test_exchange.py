@@ -30,7 +30,7 @@ from tolerance import ERROR_RATIO, assert_close, relative_error
 from torch.utils.checkpoint import checkpoint
 from virtual_ranks import NUM_SMS, VirtualGroup, both_ways
 
-from comet_ds import MoE, path
+from comet_ds import MoE, fused_call, path
 from comet_ds.agreement import Answer, InputRules, RollCall
 from comet_ds.config import CometConfig
 from comet_ds.exchange import (
@@ -41,7 +41,7 @@ from comet_ds.exchange import (
     _why_not_connected,
     exchange_of,
 )
-from comet_ds.fused_call import max_rows, plan_of
+from comet_ds.fused_call import PreparedCall, max_rows, plan_of
 from comet_ds.kernels import load_kernels
 from comet_ds.overlap import divide
 from comet_ds.path import PathChoice
@@ -485,6 +485,22 @@ def test_what_comes_meets_nothing_else() -> None:
         lasting, incoming, _ = Exchange._lay_out(call)
         assert lasting.size <= first <= exchange.memory.block.numel() - incoming.size
         assert exchange.memory.block is not block or first >= Exchange._lay_out(before)[0].size
+
+
+def test_backward_notices_that_the_memory_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another layer may let the memory grow between a layer's forward and its backward."""
+    exchange = exchange_over(GrowingMemory())
+    call = CallShape((64, 64), 2, 8, token_bytes=4096, is_sent=True)
+    exchange.parts(call)
+    parts = {"weights": "w", "sizes": "s", "division": "d"}
+    generation = exchange.generation
+    found = PreparedCall(None, None, max_rows=0, exchange=exchange, generation=generation, **parts)
+    exchange.parts(call)
+    assert found.current() is found
+    monkeypatch.setattr(fused_call, "prepare_call", lambda *arguments: arguments)
+    exchange.parts(replace(call, num_tokens=(9000, 64)))
+    assert exchange.generation > generation
+    assert found.current() == ("w", "s", exchange, "d")
 
 
 def test_too_large_a_call_leaves_the_memory_usable() -> None:

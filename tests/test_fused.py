@@ -284,6 +284,26 @@ def stack_grads(layer: MoE, x: torch.Tensor, grad: torch.Tensor) -> list[torch.T
     return [stack.grad for stack in layer.deepspeed_moe.experts.stacks().values()]
 
 
+def test_uses_are_counted() -> None:
+    """Only a forward that was alone all the time until its backward is a single one."""
+    uses = expert_weights.Uses()
+    first = uses.begin()
+    assert uses.is_single
+    second = uses.begin()
+    assert not uses.is_single
+    first.end()
+    first.end()  # once is enough
+    assert not uses.is_single
+    second.end()
+    third = uses.begin()
+    assert uses.is_single
+    del third  # its graph was freed
+    assert not uses.is_single
+    fourth = uses.begin()
+    assert uses.is_single
+    fourth.end()
+
+
 @pytest.mark.gpu(1)
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("form", ["swiglu", "swiglu with biases", "gelu"])
@@ -334,6 +354,26 @@ def test_kernels_add_up_micro_batches(
     in_second = {id(g): g for g in seen[len(stacks) :]}.values()
     for gradient in in_second:
         assert any(gradient.shape == b.shape and torch.equal(gradient, b) for b in alone[1])
+
+
+@pytest.mark.gpu(1)
+def test_two_uses_in_one_graph_are_autograds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their gradients meet before they are accumulated, where none may be missing."""
+    shape = (300, 8, 2, 136, 200)
+    (x, grad), layer = case(shape, BF16), build_fused(shape, "swiglu", BF16)
+    stacks = list(layer.deepspeed_moe.experts.stacks().values())
+    alone = []
+    for tokens in (x, x * 2):
+        layer.zero_grad()
+        alone.append([g.clone() for g in stack_grads(layer, tokens, grad)])
+    monkeypatch.setattr(expert_weights, "_can_add_to_grad", lambda *_: pytest.fail("added"))
+    torch.manual_seed(7)
+    first = layer(x)[0]
+    torch.manual_seed(7)
+    (first + layer(x * 2)[0]).backward(grad)  # on top of the second's alone
+    for stack, a, b in zip(stacks, *alone, strict=True):
+        expected = [b + (a + b), b + (b + a)]
+        assert any(torch.equal(stack.grad, e) for e in expected)
 
 
 @pytest.mark.gpu(1)

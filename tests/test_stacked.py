@@ -25,8 +25,6 @@ from torch import nn
 from training import FFN, HIDDEN, NUM_EXPERTS, Model
 
 import comet_ds
-from comet_ds import stackable
-from comet_ds.stacked import unstacked_parameters
 
 # ---- names, shapes, counts -----------------------------------------------------------------------
 
@@ -165,6 +163,15 @@ def test_initialising_in_place(name: str) -> None:
     assert any("deepspeed_experts.2" in n for n in changed)
     row = experts(models[0].moe[1])[2][0].weight
     assert torch.equal(row, stacks(models[0].moe[1])["0.weight"][2])
+
+
+def test_initialising_by_attribute() -> None:
+    """A function that takes a stack for a convolution's weight has its way with the rows later."""
+    layer = one().moe[0]
+    layer.apply(lambda m: nn.init.xavier_uniform_(m.weight) if hasattr(m, "weight") else None)
+    bound = (6 / (HIDDEN + FFN)) ** 0.5
+    for expert in experts(layer):
+        assert 0.9 * bound < expert[0].weight.abs().max() <= bound
 
 
 def test_in_place_with_gradients_is_an_error() -> None:
@@ -334,69 +341,11 @@ def test_functional_call() -> None:
 def test_functional_call_of_an_expert() -> None:
     layer = one().moe[0]
     expert, before = experts(layer)[1], values(layer)
-    other = {name: torch.zeros_like(p) for name, p in expert.named_parameters()}
-    with pytest.raises(RuntimeError, match=r"is a part of a stack.*stack_experts"):
-        torch.func.functional_call(expert, other, (torch.randn(2, HIDDEN),))
+    zeros = {name: torch.zeros_like(p) for name, p in expert.named_parameters()}
+    for other in (zeros, dict(experts(layer)[0].named_parameters())):
+        with pytest.raises(RuntimeError, match=r"is a part of a stack.*stack_experts"):
+            torch.func.functional_call(expert, other, (torch.randn(2, HIDDEN),))
     own = dict(expert.named_parameters())
     torch.func.functional_call(expert, own, (torch.randn(2, HIDDEN),)).sum().backward()
     assert layer.deepspeed_moe.experts.is_stacked
     assert_same(before, values(layer))
-
-
-# ---- optimizers ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("is_frozen", [False, True])
-def test_optimizer_of_one_expert_is_an_error(is_frozen: bool) -> None:
-    layer = one().moe[0].requires_grad_(not is_frozen)
-    message = "cannot take the parameters of single experts.*the layer's parameters.*stack_experts"
-    for params in (experts(layer)[1].parameters(), experts(layer).parameters()):
-        with pytest.raises(ValueError, match=message):
-            torch.optim.AdamW(params)
-
-
-def test_unstacked_parameters_have_the_models_order() -> None:
-    """Also where two layers' stacks are neighbours."""
-    model = one()
-    params, of_experts = list(model.parameters()), []
-    for layer in model.moe:
-        of_experts += stacks(layer).values()
-    assert unstacked_parameters(params) == params
-    for layer in model.moe:
-        layer.deepspeed_moe.configure(comet_ds.CometConfig(stack_experts=False))
-    assert list(map(id, unstacked_parameters(params))) == list(map(id, model.parameters()))
-    expected = [id(p) for layer in model.moe for p in experts(layer).parameters()]
-    assert list(map(id, unstacked_parameters(of_experts))) == expected
-    assert unstacked_parameters([{"params": []}]) == [{"params": []}]
-
-
-def test_register_elsewhere_is_an_error() -> None:
-    """As AutoTP does, and parametrizations of torch."""
-    for is_frozen in (False, True):
-        expert = experts(one().requires_grad_(not is_frozen).moe[0])[1]
-        with pytest.raises(RuntimeError, match=r"cannot be another module's.*stack_experts"):
-            nn.Linear(1, 1).weight = expert[0].weight
-        with pytest.raises(RuntimeError, match=r"cannot be another module's.*stack_experts"):
-            nn.utils.parametrizations.orthogonal(expert[0])
-        nn.Linear(1, 1).weight = nn.Parameter(expert[0].weight.detach().clone())
-
-
-def test_groups_are_never_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed leaves one before a parameter that is larger than a group may be."""
-    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
-
-    limit = NUM_EXPERTS * FFN * HIDDEN - 1
-    monkeypatch.setattr(stackable, "MAX_GROUP_NUMEL", limit)
-    model = one()
-    groups = split({"params": list(model.parameters()), "name": "all"}, max_group_size=limit)
-    assert [len(group["params"]) for group in groups] == [6, 1, 1, 1, 1, 1, 1, 1, 1]
-    assert all(group["moe"] for group in groups[1:])
-    by_name = [
-        {"params": [p for n, p in model.named_parameters() if n.endswith(end)], "name": end}
-        for end in ("weight", "bias")
-    ]
-    groups = split(by_name)
-    assert [(g["name"], len(g["params"])) for g in groups] == [
-        ("weight", 4), ("bias", 2), ("ep_size_1", 4), ("ep_size_1", 4)
-    ]  # fmt: skip
-    torch.optim.AdamW(groups)

@@ -85,6 +85,13 @@ def test_copies_of_one_expert(copied) -> None:
     run(made)
 
 
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_copied_experts_have_the_tags_of_unstacked_ones(copied) -> None:
+    made = [copied(experts(model.moe[0])[1]) for model in both()]
+    found, expected = ([vars(p) for p in expert.parameters()] for expert in made)
+    assert found == expected
+
+
 @pytest.mark.parametrize("is_model_first", [True, False])
 def test_copies_of_model_and_optimizer(is_model_first: bool) -> None:
     model = one()

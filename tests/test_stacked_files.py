@@ -136,6 +136,17 @@ def test_loading_another_dtype_by_assignment() -> None:
         assert_same(values(model), state)
 
 
+def test_loading_part_by_assignment() -> None:
+    """As from several files."""
+    model, state = one(), {n: v.bfloat16() for n, v in values(one()).items()}
+    of_one = {n: v + 1 for n, v in state.items() if "deepspeed_experts.2" in n}
+    model.load_state_dict(of_one, strict=False, assign=True)
+    found = values(model)
+    for name in state:
+        if "experts" in name:
+            assert torch.equal(found[name], of_one.get(name, state[name])), name
+
+
 def test_assigned_weights_of_a_stacked_model_are_parameters() -> None:
     stacked, unstacked = both()
     unstacked.load_state_dict(stacked.state_dict(), assign=True)

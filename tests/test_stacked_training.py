@@ -12,7 +12,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
-from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
 from deepspeed.profiling.flops_profiler import FlopsProfiler
 from experts_zoo import GatedMLP
 from layouts import (
@@ -29,10 +29,13 @@ from layouts import (
 )
 from odd_experts import STACKED
 from parity import VARIANTS
-from training import FFN, HIDDEN, Model, config, train
+from torch import nn
+from training import FFN, HIDDEN, NUM_EXPERTS, Model, config, train
 
 import comet_ds
+from comet_ds import stackable
 from comet_ds.monitor import flop_per_token
+from comet_ds.stacked import unstacked_parameters
 
 STEPS = 4
 INITIALIZE = {"deepspeed": deepspeed.initialize, "comet_ds": comet_ds.initialize}
@@ -60,7 +63,7 @@ def groups(model: Model) -> list[dict[str, Any]]:
         {"name": "rest", "params": [p for n, p in named if p.dim() < 2 or n.endswith("bias")]},
     ]
     assert sum(len(g["params"]) for g in found) == len(named)
-    return split_params_into_different_moe_groups_for_optimizer(found)
+    return split(found)
 
 
 def parameter_groups(model: Model) -> dict[str, Any]:
@@ -113,6 +116,70 @@ def check_layouts(
 @pytest.mark.parametrize("give", GIVEN)
 def test_optimizers(world, give: Callable[[Model], dict], stage: int, how: str) -> None:
     world(2).run(check_layouts, give, stage, how)
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_optimizer_of_one_expert_is_an_error(is_frozen: bool) -> None:
+    layer = one().moe[0].requires_grad_(not is_frozen)
+    message = "cannot take the parameters of single experts.*the layer's parameters.*stack_experts"
+    for params in (experts(layer)[1].parameters(), experts(layer).parameters()):
+        with pytest.raises(ValueError, match=message):
+            torch.optim.AdamW(params)
+
+
+def test_unstacked_parameters_have_the_models_order() -> None:
+    """Also where two layers' stacks are neighbours."""
+    model = one()
+    params, of_experts = list(model.parameters()), []
+    for layer in model.moe:
+        of_experts += stacks(layer).values()
+    assert unstacked_parameters(params) == params
+    for layer in model.moe:
+        layer.deepspeed_moe.configure(comet_ds.CometConfig(stack_experts=False))
+    assert list(map(id, unstacked_parameters(params))) == list(map(id, model.parameters()))
+    expected = [id(p) for layer in model.moe for p in experts(layer).parameters()]
+    assert list(map(id, unstacked_parameters(of_experts))) == expected
+    assert unstacked_parameters([{"params": []}]) == [{"params": []}]
+
+
+def test_unstacked_parameters_are_those_in_use() -> None:
+    layer = one().moe[0]
+    params = list(layer.parameters())
+    experts(layer)[1][0] = nn.Linear(HIDDEN, FFN)
+    layer.deepspeed_moe.experts.unstack_if_replaced()
+    new = {id(p) for p in experts(layer)[1][0].parameters()}
+    expected = [id(p) for p in layer.parameters() if id(p) not in new]
+    assert list(map(id, unstacked_parameters(params))) == expected
+
+
+def test_register_elsewhere_is_an_error() -> None:
+    """As AutoTP does, and parametrizations of torch."""
+    for is_frozen in (False, True):
+        expert = experts(one().requires_grad_(not is_frozen).moe[0])[1]
+        with pytest.raises(RuntimeError, match=r"cannot be another module's.*stack_experts"):
+            nn.Linear(1, 1).weight = expert[0].weight
+        with pytest.raises(RuntimeError, match=r"cannot be another module's.*stack_experts"):
+            nn.utils.parametrizations.orthogonal(expert[0])
+        nn.Linear(1, 1).weight = nn.Parameter(expert[0].weight.detach().clone())
+
+
+def test_groups_are_never_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed leaves one before a parameter that is larger than a group may be."""
+    limit = NUM_EXPERTS * FFN * HIDDEN - 1
+    monkeypatch.setattr(stackable, "MAX_GROUP_NUMEL", limit)
+    model = one()
+    groups = split({"params": list(model.parameters()), "name": "all"}, max_group_size=limit)
+    assert [len(group["params"]) for group in groups] == [6, 1, 1, 1, 1, 1, 1, 1, 1]
+    assert all(group["moe"] for group in groups[1:])
+    by_name = [
+        {"params": [p for n, p in model.named_parameters() if n.endswith(end)], "name": end}
+        for end in ("weight", "bias")
+    ]
+    groups = split(by_name)
+    assert [(g["name"], len(g["params"])) for g in groups] == [
+        ("weight", 4), ("bias", 2), ("ep_size_1", 4), ("ep_size_1", 4)
+    ]  # fmt: skip
+    torch.optim.AdamW(groups)
 
 
 def check_copy_of_a_trained_model(rank: int, size: int) -> None:
