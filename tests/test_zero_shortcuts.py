@@ -3,13 +3,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from training import build_engine, config, train
+from training import batches, build_engine, config, train
 
-from comet_ds import engine_hooks, zero_shortcuts
+from comet_ds import engine_hooks, zero_norm, zero_shortcuts
+
+
+@contextlib.contextmanager
+def shortcuts(is_on: bool) -> Iterator[None]:
+    """Have engines built meanwhile take the shortcuts, or not."""
+    install = zero_shortcuts.install_shortcuts
+    engine_hooks.install_shortcuts = install if is_on else lambda *_: None
+    try:
+        yield
+    finally:
+        engine_hooks.install_shortcuts = install
 
 
 def check_same_bits(
@@ -18,20 +32,16 @@ def check_same_bits(
     """Train with and without; return how many stacks were reduced with and without DeepSpeed."""
     settings: dict[str, Any] = {
         "zero_optimization": {"stage": stage, "overlap_comm": overlap_comm},
-        "gradient_accumulation_steps": 2,
+        "gradient_accumulation_steps": 3,
         "gradient_clipping": 0.1,
     }
     dtype = torch.float32
     if precision == "bf16":
         settings["bf16"], dtype = {"enabled": True}, torch.bfloat16
     losses, weights, counts = [], [], (0, 0)
-    install = zero_shortcuts.install_shortcuts
     for is_on in (False, True):
-        engine_hooks.install_shortcuts = install if is_on else lambda *_: None
-        try:
+        with shortcuts(is_on):
             engine = build_engine("comet_ds", config(size, **settings), ep_size=ep_size, k=2)
-        finally:
-            engine_hooks.install_shortcuts = install
         stacks = {id(p) for n, p in engine.module.named_parameters() if "_stacked" in n}
         assert len(stacks) == 8
         calls = count_reductions(engine.optimizer, stacks)
@@ -73,11 +83,11 @@ def count_reductions(optimizer: Any, stacks: set[int]) -> dict[str, list[int]]:
     [(2, "fp32", False), (2, "bf16", False), (1, "fp32", False), (2, "fp32", True)],
 )
 def test_same_bits(world, stage: int, ep_size: int, precision: str, overlap_comm: bool) -> None:
-    """8 stacks, reduced in each of 4 steps once with ZeRO 1, after both micro-batches with ZeRO 2.
+    """8 stacks are reduced once in each of 4 steps with ZeRO 1, three times with ZeRO 2.
 
     With overlap_comm, which reduces on another stream, and with replicas DeepSpeed does it.
     """
-    num_reductions = 8 * 4 * stage
+    num_reductions = 8 * 4 * (1 if stage == 1 else 3)
     is_spared = ep_size == 2 and not overlap_comm
     for spared, by_deepspeed in world(2).run(
         check_same_bits, stage, ep_size, precision, overlap_comm
@@ -85,28 +95,61 @@ def test_same_bits(world, stage: int, ep_size: int, precision: str, overlap_comm
         assert (spared, by_deepspeed) == ((num_reductions, 0) if is_spared else (0, num_reductions))
 
 
-def check_pieces(rank: int, size: int) -> None:
-    """Norms of gradients in pieces are those of whole ones to fp64's rounding."""
-    norms, num_norms = [], []
-    for pieces in (10**9, 100):
-        zero_shortcuts.NORM_PIECE_NUMEL = pieces
+def check_norms(rank: int, size: int) -> None:
+    """The norm and what it clips to are DeepSpeed's."""
+    found = []
+    for is_on in (False, True):
         settings = config(size, zero_optimization={"stage": 1}, gradient_clipping=0.1)
-        engine = build_engine("comet_ds", settings, ep_size=2, k=2)
-        shortcut = engine.optimizer.get_grad_norm_direct
-        original = shortcut._original
-
-        def noting(gradients: Any, *args: Any, original: Any = original, **kwargs: Any) -> Any:
-            num_norms.append(len(gradients))
-            return original(gradients, *args, **kwargs)
-
-        shortcut._original = noting
+        with shortcuts(is_on):
+            engine = build_engine("comet_ds", settings, ep_size=2, k=2)
+        optimizer = engine.optimizer
+        assert isinstance(optimizer.scaled_global_norm, zero_norm._NormOfAllGroups) == is_on
         train(engine, rank, 1)
-        norms.append(float(engine.get_global_grad_norm()))
+        norms = {"healthy": engine.get_global_grad_norm()}
+        for bad in (math.inf, math.nan):
+            rows = [torch.ones(3)] + [torch.ones(2)] * (len(optimizer.bit16_groups) - 1)
+            rows[-1] = torch.tensor([1.0, bad])
+            optimizer.averaged_gradients = {i: [row] for i, row in enumerate(rows)}
+            norms[str(bad)] = optimizer.scaled_global_norm()
+        grads = [torch.full((5,), 3.0), [torch.full((2,), -1.0)]]
+        optimizer.unscale_and_clip_grads(grads, torch.tensor(7.0))
+        found.append(({name: float(norm) for name, norm in norms.items()}, grads[0], grads[1][0]))
         engine.destroy()
-    half = len(num_norms) // 2
-    assert sum(num_norms[half:]) > 3 * sum(num_norms[:half])
-    assert abs(norms[0] - norms[1]) <= 2e-7 * norms[0] and norms[0] > 0
+    (norms, *grads), (expected_norms, *expected_grads) = found
+    assert norms["healthy"] > 0.1, "nothing is clipped"
+    assert norms == expected_norms
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected_grads, strict=True))
 
 
-def test_norms_of_pieces(world) -> None:
-    world(2).run(check_pieces)
+def test_norms(world) -> None:
+    world(2).run(check_norms)
+
+
+def check_interrupted(rank: int, size: int, what: str) -> None:
+    """Micro-batches without a layer, or after which gradients are cleared, add up as before."""
+    weights = []
+    for is_on in (False, True):
+        more = {"managed_gradient_accumulation": False} if what == "unmanaged" else {}
+        settings = config(
+            size, zero_optimization={"stage": 2}, gradient_accumulation_steps=3, **more
+        )
+        with shortcuts(is_on):
+            engine = build_engine("comet_ds", settings, ep_size=2, k=1)
+        layers = engine.module.moe
+        for i, (x, target) in enumerate(batches(rank, 6)):
+            is_unused = what == "unused layer" and i % 3 > 0  # in the last one, too
+            engine.module.moe = layers[:1] if is_unused else layers
+            engine.backward(engine(x, target))
+            if what == "cleared":
+                engine.module.zero_grad()
+            if what != "unmanaged" or i % 3 == 2:
+                engine.step()
+        engine.module.moe = layers
+        weights.append([p.detach().clone() for p in engine.module.parameters()])
+        engine.destroy()
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+@pytest.mark.parametrize("what", ["unused layer", "cleared", "unmanaged"])
+def test_interrupted_micro_batches(world, what: str) -> None:
+    world(2).run(check_interrupted, what)
