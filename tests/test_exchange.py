@@ -450,7 +450,8 @@ def exchange_over(memory: Any) -> Exchange:
     """Return an exchange that only lays out memory."""
     exchange = Exchange.__new__(Exchange)
     exchange.memory, exchange._used, exchange._parts = memory, [0, 0], Exchange._lay_out
-    exchange.generation, exchange.has_copy_engines, exchange.timeout_ns = 0, True, 1
+    exchange.streams = SimpleNamespace(generation=0, is_captured=False)
+    exchange.has_copy_engines, exchange.timeout_ns = True, 1
     exchange._epoch = exchange.late = torch.zeros(1)
     return exchange
 
@@ -494,7 +495,8 @@ def test_backward_notices_that_the_memory_moved(monkeypatch: pytest.MonkeyPatch)
     exchange.parts(call)
     parts = {"weights": "w", "sizes": "s", "division": "d"}
     generation = exchange.generation
-    found = PreparedCall(None, None, max_rows=0, exchange=exchange, generation=generation, **parts)
+    launches = SimpleNamespace(generation=generation)
+    found = PreparedCall(launches, max_rows=0, exchange=exchange, **parts)
     exchange.parts(call)
     assert found.current() is found
     monkeypatch.setattr(fused_call, "prepare_call", lambda *arguments: arguments)
@@ -871,7 +873,6 @@ def test_plan(num_ranks: int, num_split: int, num_local: int, top_k: int) -> Non
         pre=(),
         results=torch.empty_like(placed),
         output=torch.empty_like(tokens),
-        stream=torch.cuda.current_stream().cuda_stream,
         part="plan",
     )
     plan = SimpleNamespace(**plan_of(call, workspace))

@@ -12,7 +12,6 @@ from deepspeed.moe import sharded_moe
 from tolerance import relative_error
 
 from comet_ds.gate import Routing, TopKGate
-from comet_ds.gate_kernels import gate_logits, gate_logits_backward
 from comet_ds.kernels import load_kernels
 
 HIDDEN, NUM_EXPERTS = 24, 8
@@ -165,9 +164,10 @@ def test_fast_logits_are_as_close_as_deepspeeds(
         if name == "fp64":  # gradients unrounded
             leaves = [t.detach().double().requires_grad_() for t in leaves]
         if name == "fast":
-            logits = gate_logits(x.detach(), weight.detach(), kernels)
+            logits = kernels.gate_logits(x.detach(), weight.detach())
             add_to = grad_read.clone() if has_reader else None
-            grads = gate_logits_backward(grad, x.detach(), weight.detach(), kernels, add_to=add_to)
+            operands = x.detach(), weight.detach()
+            grads = kernels.gate_logits_backward(grad, *operands, add_to=add_to)
             results[name] = [logits, *grads]
             continue
         logits = torch.nn.functional.linear(*(t.to(dtype) for t in leaves))
@@ -190,7 +190,7 @@ def test_fast_logits_of_odd_sizes(num_tokens: int, hidden: int, num_experts: int
     """One step and seventeen, a step, tile of tokens and tile of experts in part."""
     x = torch.randn(num_tokens, hidden, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(num_experts, hidden, device="cuda", dtype=torch.bfloat16)
-    logits = gate_logits(x, weight, load_kernels(x.device))
+    logits = load_kernels(x.device).gate_logits(x, weight)
     assert relative_error(logits, x.double() @ weight.double().t()) < 1e-6
 
 

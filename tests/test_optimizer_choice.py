@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,6 @@ from test_checkpoint_layout import (
     BF16,
     EP1,
     EP2,
-    LION,
     MUON,
     SGD,
     SPLIT,
@@ -26,7 +26,6 @@ from test_checkpoint_layout import (
     build,
     load,
     machine,
-    run_or_skip,
     worst,
     zero,
 )
@@ -60,13 +59,29 @@ class Lamb(torch.optim.Optimizer):
                     param.sub_(group["lr"] * scale * momentum)
 
 
+class Lion(torch.optim.Optimizer):
+    """The sign of an average, as DeepSpeed's kernels for Lion compute it."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                average = self.state[param].setdefault("exp_avg", torch.zeros_like(param))
+                update = average.lerp(param.grad, 0.1).sign()
+                param.mul_(1 - group["lr"] * 0.01).sub_(update, alpha=group["lr"])
+                average.lerp_(param.grad, 0.01)
+
+
 class OwnAdamW(torch.optim.AdamW):
     """A user's subclass, which may compute anything."""
 
 
 # ---- by element: as with one parameter per expert ----------------------------------------------
 
-BY_ELEMENT: dict[str, tuple[dict, dict]] = {
+BY_ELEMENT: dict[str, tuple] = {
     "AdamW, ZeRO 0": (zero(0), EP2),
     "AdamW, ZeRO 1, replicas": (zero(1), EP1),
     "AdamW, ZeRO 2": (zero(2), EP2),
@@ -74,39 +89,62 @@ BY_ELEMENT: dict[str, tuple[dict, dict]] = {
     "AdamW, ZeRO 2, bf16": ({**zero(2), **BF16}, EP2),
     "SGD, ZeRO 2": ({**zero(2), **SGD}, EP2),
     "Adagrad, ZeRO 0": ({**zero(0), **ADAGRAD}, EP2),
-    "CPULion, ZeRO 1": (LION, EP2),
+    "Lion, ZeRO 0": (zero(0), EP2, "Lion"),
 }
 
 
 def train_both(
-    rank: int, size: int, kinds: tuple[str, str], settings: dict, options: dict, **arguments: Any
+    rank: int,
+    size: int,
+    kinds: tuple[str, str],
+    settings: dict,
+    options: dict,
+    is_stacked: bool,
+    **arguments: Any,
 ) -> tuple[list[list[float]], list[dict[str, Any]]]:
-    """Return loss curves and final weights of two kinds of layers."""
+    """Return loss curves and final weights of two kinds of layers.
+
+    Args:
+        is_stacked: whether comet_ds is to keep the stacks.
+    """
     dtype = torch.bfloat16 if "bf16" in settings else torch.float32
     curves, weights = [], []
     for kind in kinds:
         engine = build(kind, size, settings, options, **arguments)
+        assert bool(stacked_experts(engine.module)) == (is_stacked and kind == "comet_ds")
         curves.append(train(engine, rank, STEPS, dtype))
         weights.append({k: v.clone() for k, v in engine.module.state_dict().items()})
         engine.destroy()
+    assert curves[0][-1] < curves[0][0], "it does not learn"
     return curves, weights
 
 
-def check_bits(rank: int, size: int, settings: dict, options: dict) -> None:
-    curves, weights = train_both(rank, size, ("unstacked", "comet_ds"), settings, options)
+def make_lion(model: nn.Module) -> torch.optim.Optimizer:
+    return Lion(model.parameters())
+
+
+def check_bits(
+    rank: int, size: int, settings: dict, options: dict, client: str | None = None
+) -> None:
+    arguments = {} if client is None else {"optimizer": make_lion}
+    optimizer_choice.ELEMENTWISE.add(f"{Lion.__module__}.Lion")
+    try:
+        kinds = "unstacked", "comet_ds"
+        curves, weights = train_both(rank, size, kinds, settings, options, True, **arguments)
+    finally:
+        optimizer_choice.ELEMENTWISE.discard(f"{Lion.__module__}.Lion")
     assert curves[0] == curves[1]
-    assert curves[0][-1] < curves[0][0], "it does not learn"
     assert_same(*weights, "weights")
 
 
 @pytest.mark.parametrize("name", BY_ELEMENT)
 def test_by_element_stacks_train_to_the_same_bits(world, name: str) -> None:
-    run_or_skip(world(2), check_bits, *BY_ELEMENT[name])
+    world(2).run(check_bits, *BY_ELEMENT[name])
 
 
 def check_clipping(rank: int, size: int) -> float:
     kinds = "unstacked", "comet_ds"
-    curves, _ = train_both(rank, size, kinds, {**zero(0), **CLIP}, EP2)
+    curves, _ = train_both(rank, size, kinds, {**zero(0), **CLIP}, EP2, True)
     return worst(curves[1], curves[0])
 
 
@@ -129,12 +167,8 @@ def check_parity(
     rank: int, size: int, settings: dict, options: dict, is_stacked: bool, make: Any
 ) -> float:
     arguments = {} if make is None else {"optimizer": make}
-    engine = build("comet_ds", size, settings, options, **arguments)
-    assert bool(stacked_experts(engine.module)) == is_stacked
-    engine.destroy()
     kinds = "deepspeed", "comet_ds"
-    curves, _ = train_both(rank, size, kinds, settings, options, **arguments)
-    assert curves[0][-1] < curves[0][0], "it does not learn"
+    curves, _ = train_both(rank, size, kinds, settings, options, is_stacked, **arguments)
     return worst(curves[1], curves[0])
 
 
@@ -291,6 +325,10 @@ def check_groups(rank: int, size: int, folder: str, stage: int) -> float:
     return worst(got, expected)
 
 
+@pytest.mark.skipif(
+    "ds_numel" not in inspect.getsource(split),
+    reason="this DeepSpeed leaves an empty group before a parameter above its limit",
+)
 @pytest.mark.parametrize("stage", [0, 1])
 def test_groups_and_learning_rates_of_the_user(world, tmp_path: Path, stage: int) -> None:
     assert max(world(2).run(check_groups, str(tmp_path), stage)) <= RESUMED[torch.float32]

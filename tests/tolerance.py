@@ -11,10 +11,9 @@ from torch import Tensor
 PARITY = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 # Error against fp64, relative to that of the same-dtype DeepSpeed layer.
 ERROR_RATIO = 1.5
-# Loss curves of a few fp32 steps.
-LOSS_CURVE = 1e-5
-# The same of a run that was resumed from the other layer's checkpoint.
-RESUMED = {torch.float32: LOSS_CURVE, torch.bfloat16: 2e-3, torch.float16: 5e-4}
+# Loss curves of a few steps of a run that was resumed from the other layer's checkpoint. With
+# permuted states they are off by 15% from the second step.
+RESUMED = {torch.float32: 1e-5, torch.bfloat16: 2e-3, torch.float16: 5e-4}
 # Loss curves of stacked and unstacked experts where norms of parameters are added up.
 CLIPPED = 2e-7
 # Loss curves of a whole training run, relative to what one rounding error in every input makes of

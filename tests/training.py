@@ -18,14 +18,18 @@ CLASSES = {"deepspeed": DeepSpeedMoE, "comet_ds": comet_ds.MoE}
 
 
 class Model(nn.Module):
-    """Two MoE layers between linear ones; the loss adds their auxiliary losses."""
+    """Two MoE layers between linear ones; the loss adds their auxiliary losses.
+
+    Args:
+        expert: makes the expert of layer 0 or 1.
+    """
 
     def __init__(
         self,
         cls: type[DeepSpeedMoE],
         *,
         checkpointing: bool = False,
-        expert: Callable[[], nn.Module] | None = None,
+        expert: Callable[[int], nn.Module] | None = None,
         **options: Any,
     ):
         super().__init__()
@@ -33,11 +37,11 @@ class Model(nn.Module):
         self.moe = nn.ModuleList(
             cls(
                 HIDDEN,
-                sequential(HIDDEN, FFN) if expert is None else expert(),
+                sequential(HIDDEN, FFN) if expert is None else expert(layer),
                 num_experts=NUM_EXPERTS,
                 **options,
             )
-            for _ in range(2)
+            for layer in range(2)
         )
         self.last = nn.Linear(HIDDEN, HIDDEN)
         self.checkpointing = checkpointing

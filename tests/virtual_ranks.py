@@ -64,7 +64,7 @@ class VirtualGroup:
         self.streams = [torch.cuda.Stream() for _ in range(num_ranks)]
         if 2 * num_ranks > NUM_QUEUES:  # one stream of a rank, not two, may wait for the others
             for exchange, stream in zip(self.exchanges, self.streams, strict=True):
-                exchange._side_stream = stream
+                exchange.streams.set_side(stream.cuda_stream)
         self._alone = VirtualGroup(1, **options) if num_ranks > 1 else None
         self._loaded: set[int] = set()
         torch.cuda.synchronize()
