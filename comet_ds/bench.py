@@ -223,7 +223,7 @@ def time_kernels(layer: MoE, shape: Shape, x: Tensor, num_runs: int) -> list[dic
     routing = _even_routing(shape, num_tokens)
     sizes = CallSizes((num_tokens,), (routing.capacity,), shape.top_k, shape.num_experts)
     prepared = prepare_call(weights, sizes)
-    call, num_rows = prepared.forward, prepared.max_rows
+    call, num_rows = prepared.launches.forward, prepared.max_rows
 
     def bf16(*size: int) -> Tensor:
         return torch.randn(size, device="cuda", dtype=torch.bfloat16)
@@ -235,7 +235,7 @@ def time_kernels(layer: MoE, shape: Shape, x: Tensor, num_runs: int) -> list[dic
     hidden, *wide = (bf16(num_rows, shape.ffn) for _ in range(3 + 2 * shape.gated))
     pre, grad_pre = wide[::2], wide[1::2]
     workspace = torch.empty(call.workspace_bytes, device="cuda", dtype=torch.uint8)
-    common = {"workspace": workspace, "stream": torch.cuda.current_stream().cuda_stream}
+    common = {"workspace": workspace}
     forward = {name: getattr(routing, name) for name in TABLES} | common
     forward |= {"tokens": x, "rows": rows, "hidden": hidden, "pre": pre}
     forward |= {"results": results, "output": torch.empty_like(x)}

@@ -22,7 +22,7 @@ from deepspeed import comm as dist
 
 from comet_ds.agreement import RollCall
 from comet_ds.config import CometConfig
-from comet_ds.kernels import current_stream, load_kernels, why_no_kernels
+from comet_ds.kernels import load_kernels, why_no_kernels
 from comet_ds.overlap import Division, LayerShape, divide
 from comet_ds.peer_memory import GROWTH_BYTES, PeerMemory, SymmetricMemory, describe_link
 from comet_ds.refine import RunTuner, Trial
@@ -122,7 +122,12 @@ class ExposureMeter:
         self._num_calls = [0, 0]
 
     def begin(self, direction: int) -> int:
-        """Count a call, 0 forward or 1 backward; return the address of its ``Exposure``."""
+        """Count a call, 0 forward or 1 backward; return the address of its ``Exposure``.
+
+        0 while a CUDA graph is captured, which would add to the memory long after the meter's end.
+        """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return 0
         self._num_calls[direction] += 1
         return self._exposures[direction].data_ptr()
 
@@ -154,7 +159,7 @@ class Exchange:
         table: division points that were measured.
         division: points for all layers, in place of those and the cost model's.
         has_copy_engines: whether they send tokens; else a kernel does.
-        generation: how often the blocks have moved; places of before are not valid any more.
+        streams: PeerStreams of csrc/experts_autograd.h.
         origin: what measured points belong to.
     """
 
@@ -177,12 +182,15 @@ class Exchange:
         self._epoch, self.late = state[:1], state[1:]
         self.division: Division | None = None
         self.has_copy_engines = True
-        self.generation = 0
-        self._last_stream: torch.cuda.Stream | None = None
-        self._side_stream: torch.cuda.Stream | None = None
+        self.streams = kernels.PeerStreams()
         self._used = [0, 0]  # bytes of the block, from its start and from its end
         self._parts = functools.lru_cache(maxsize=64)(self._lay_out)
         self._divide = functools.lru_cache(maxsize=256)(self._look_up)
+
+    @property
+    def generation(self) -> int:
+        """How often the blocks have moved; places of before are not valid any more."""
+        return self.streams.generation
 
     def trial(self, shape: LayerShape, has_backward: bool) -> Trial:
         """Return the division points of a layer's forward: measured ones, else the cost model's.
@@ -215,8 +223,9 @@ class Exchange:
         lasting, incoming, place_bytes = self._parts(call)
         used = [max(self._used[0], lasting.size), max(self._used[1], incoming.size)]
         block = self.memory.block
+        self.memory.is_captured |= self.streams.is_captured
         self.memory.reserve(sum(used))
-        self.generation += self.memory.block is not block
+        self.streams.generation += self.memory.block is not block
         self._used = used
         begin = self.memory.block.numel() - incoming.size
         offsets = lasting.offsets | {name: begin + at for name, at in incoming.offsets.items()}
@@ -267,23 +276,6 @@ class Exchange:
             "timeout_ns": self.timeout_ns,
             "has_copy_engines": self.has_copy_engines,
         }
-
-    def enter(self) -> tuple[int, int]:
-        """Wait, on the GPU, for what an earlier call did on another stream.
-
-        Returns:
-            The current stream and the side stream, which copies what travels meanwhile.
-        """
-        stream = current_stream(self._epoch)
-        if torch.cuda.is_current_stream_capturing():
-            self.memory.is_captured = True
-        elif self._last_stream is None or stream != self._last_stream.cuda_stream:
-            last, self._last_stream = self._last_stream, torch.cuda.current_stream()
-            if last is not None:
-                self._last_stream.wait_stream(last)
-        if self._side_stream is None:
-            self._side_stream = torch.cuda.Stream()
-        return stream, self._side_stream.cuda_stream
 
 
 # One a process group, as long as it lives: all layers of a group share its memory.

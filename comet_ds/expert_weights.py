@@ -10,7 +10,7 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,99 +70,6 @@ class ParameterGroup:
         part_bytes = stack.numel() // num_experts * stack.element_size()
         return [stack.data_ptr() + i * part_bytes for i in range(num_experts)]
 
-    def as_grads(self, grad: Tensor) -> list[Tensor]:
-        """Return the gradients of ``params`` from one [E, ...]."""
-        if not self.is_stacked:
-            return list(grad.unbind())
-        return [grad.view(self.params[0].shape)]
-
-
-class MatrixGrads(NamedTuple):
-    """Gradients of one matrix of all experts.
-
-    Attributes:
-        weight: [E, m, n]; written by the kernels, or added to.
-        bias: [E, m], written; None where there is no bias.
-        stack: the parameter whose ``grad`` is ``weight``, where the kernels add to it; else None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    stack: nn.Parameter | None = None
-
-    @property
-    def is_added(self) -> bool:
-        """Whether the kernels add to the gradient."""
-        return self.stack is not None
-
-    def hand_over(self) -> None:
-        """Take the gradient out of the parameter, so that autograd puts it back, not adds it."""
-        if self.stack is not None:
-            self.stack.grad = None
-
-
-class PendingUse:
-    """A forward whose backward is to come; ends with it, or when its graph is freed."""
-
-    def __init__(self, uses: Uses) -> None:
-        self._uses: Uses | None = uses
-
-    def end(self) -> None:
-        """Note that the backward has run."""
-        uses, self._uses = self._uses, None
-        if uses is not None:
-            uses._end()
-
-    def __del__(self) -> None:
-        self.end()
-
-
-class Uses:
-    """Counts the forwards of a layer whose backward is to come.
-
-    Where there are several, autograd may put their gradients together before it accumulates them:
-    what one of them adds to the parameter's gradient itself would be in limbo until then.
-    """
-
-    def __init__(self) -> None:
-        self._num_pending, self._were_several = 0, False
-
-    @property
-    def is_single(self) -> bool:
-        """Whether the one pending forward was the only one all the time."""
-        return self._num_pending == 1 and not self._were_several
-
-    def begin(self) -> PendingUse:
-        """Note a forward."""
-        self._num_pending += 1
-        self._were_several |= self._num_pending > 1
-        return PendingUse(self)
-
-    def _end(self) -> None:
-        self._num_pending -= 1
-        self._were_several &= self._num_pending > 0
-
-
-def _can_add_to_grad(stack: nn.Parameter, node: Any) -> bool:
-    """Whether the kernels may add to a parameter's gradient in autograd's place.
-
-    Autograd would add the new gradient to it, in place; with the new one already in it, it only has
-    to put it back. That must not be seen by anyone: not by hooks of the parameter, which get the
-    new gradient alone, nor by ``torch.autograd.grad``, which adds to none. (A hook on the node that
-    accumulates, not on the parameter, would see the sum; DeepSpeed's read ``grad`` behind it.)
-    """
-    grad = stack.grad
-    if grad is None or grad.dtype != stack.dtype or grad.requires_grad or stack._backward_hooks:
-        return False
-    if not grad.is_contiguous() or grad.data_ptr() % ALIGNMENT_BYTES:
-        return False
-    if type(node).__name__ != "AccumulateGrad":
-        return False
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # what torch says of a leaf in torch.autograd.grad
-        return False
-
 
 class ExpertWeights:
     """The matrices of E equally formed MLPs, as the kernels see them.
@@ -176,7 +83,7 @@ class ExpertWeights:
         names: of the matrices: "gate" (where gated), "up", "down".
         weights, biases: the groups by name; no biases where the matrix has none.
         parameters: those of all weights, then of all biases, in the order of ``names``.
-        uses: forwards whose backward is to come.
+        handles: the same parameters for csrc/experts_autograd.h: ExpertParameters.
         is_gated, activation, ffn, hidden, dtype, device, num_sms: what the kernels need to know.
     """
 
@@ -196,11 +103,12 @@ class ExpertWeights:
             for name, m in linears.items()
             if m[0].bias is not None
         }
-        self.uses = Uses()
         self._groups = [*self.weights.values(), *self.biases.values()]
         self.parameters = [param for group in self._groups for param in group.params]
-        self._slots = [slot for group in self._groups for slot in group.slots]
-        self._addresses = [param.data_ptr() for param in self.parameters]
+        self._slots = kernels.SlotWatch([slot for group in self._groups for slot in group.slots])
+        self.handles = kernels.ExpertParameters(
+            self._handles_of(self.weights), self._handles_of(self.biases)
+        )
         self._maps = self._make_maps()
         self._bias_tables = {
             name: torch.tensor(
@@ -208,6 +116,10 @@ class ExpertWeights:
             )
             for name, group in self.biases.items()
         }
+
+    def _handles_of(self, groups: dict[str, ParameterGroup]) -> list[Any]:
+        matrices, make = self.kernels.MatrixOf.__members__, self.kernels.ParameterGroup
+        return [make(matrices[name], g.params, g.is_stacked) for name, g in groups.items()]
 
     def _make_maps(self) -> Tensor:
         """Return the tensor maps of all matrices, by ``names`` and expert, on the device."""
@@ -224,11 +136,7 @@ class ExpertWeights:
 
     def is_current(self) -> bool:
         """Whether the modules still have these parameters, and these are where they were."""
-        return all(found[name] is then for found, name, then in self._slots) and self.is_in_place()
-
-    def is_in_place(self) -> bool:
-        """Whether the parameters are where they were."""
-        return [param.data_ptr() for param in self.parameters] == self._addresses
+        return self._slots.is_unchanged() and self.handles.are_in_place()
 
     def map_addresses(self) -> list[int]:
         """Return the addresses of the tables of tensor maps of gate, up and down; 0 for no gate."""
@@ -240,31 +148,6 @@ class ExpertWeights:
         """Return the addresses of the tables of biases of gate, up and down; 0 for none."""
         tables = [self._bias_tables.get(name) for name in ("gate", "up", "down")]
         return [0 if table is None else table.data_ptr() for table in tables]
-
-    def new_grads(self, name: str, accumulators: Sequence[Any] = ()) -> MatrixGrads:
-        """Return memory for the gradients of a matrix and its bias.
-
-        Args:
-            name: of the matrix.
-            accumulators: nodes of autograd's graph that ``parameters`` lead to, in their order.
-        """
-        m, n = (self.hidden, self.ffn) if name == "down" else (self.ffn, self.hidden)
-        options = {"dtype": self.dtype, "device": self.device}
-        bias = torch.empty(self.num_experts, m, **options) if name in self.biases else None
-        group = self.weights[name]
-        if group.is_stacked and accumulators:
-            stack, node = group.params[0], accumulators[self.names.index(name)]
-            if _can_add_to_grad(stack, node):
-                return MatrixGrads(stack.grad, bias, stack)
-        return MatrixGrads(torch.empty(self.num_experts, m, n, **options), bias)
-
-    def grads_in_order(self, grads: dict[str, MatrixGrads]) -> list[Tensor | None]:
-        """Return the gradients of ``parameters``, None for all where there are none."""
-        if not grads:
-            return [None] * len(self.parameters)
-        by_group = [(group, grads[name].weight) for name, group in self.weights.items()]
-        by_group += [(group, grads[name].bias) for name, group in self.biases.items()]
-        return [part for group, grad in by_group for part in group.as_grads(grad)]
 
 
 def why_not_addressable(mlps: Sequence[ExpertMLP], x: Tensor) -> str | None:

@@ -1,15 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fused path: a rank's experts on the kernels of csrc, forward and backward.
 
-One token's way, with the rows of ``fused_call.py``; csrc/moe/layer_call.cpp has the launches:
-
-    forward    x -> dispatch -> up + activation -> down -> combine -> output
-    backward   grad -> dispatch -> down, weight and activation -> up -> combine -> x.grad;
-               weight gradients
-
-Saved for backward are the dispatched rows, the pre-activations and the plan; the rest is computed
-again in the epilogue that needs it. No step waits on the host, but the first after parameters have
-moved.
+Here it is decided whether the experts can take it, and what a call needs is prepared. What runs is
+the node of autograd's graph in csrc/experts_autograd.cpp, on the launches of
+csrc/moe/layer_call.cpp.
 """
 
 from __future__ import annotations
@@ -20,20 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from comet_ds.exchange import Exchange, ExposureMeter
-from comet_ds.expert_weights import (
-    ALIGNMENT_BYTES,
-    ExpertWeights,
-    MatrixGrads,
-    Pass,
-    why_not_addressable,
-)
+from comet_ds.expert_weights import ALIGNMENT_BYTES, ExpertWeights, why_not_addressable
 from comet_ds.experts import ExpertMLP, RecognisedExperts
 from comet_ds.fused_call import CallSizes, PreparedCall, layer_shape, prepare_call
 from comet_ds.gate import Routing, TopKGate
-from comet_ds.kernels import current_stream, load_kernels, why_no_kernels
+from comet_ds.kernels import load_kernels, why_no_kernels
 from comet_ds.overlap import Division, LayerShape
 from comet_ds.refine import Trial
 
@@ -48,25 +35,12 @@ class FusedCall:
     Attributes:
         prepared: the launches.
         trial: the CTA splits to measure, if any are.
-        meter: of what communication takes from computation, if anyone asks.
         side_stream: address of the stream of copies that run meanwhile, 0 on one rank.
     """
 
     prepared: PreparedCall
     trial: Trial | None = None
-    meter: ExposureMeter | None = None
     side_stream: int = 0
-
-    def events(self, gemm: Pass) -> tuple[int, int]:
-        """Return the events to record around a launch beside which ranks communicate."""
-        return (0, 0) if self.trial is None else self.trial.events(gemm)
-
-    def exposure(self, direction: int) -> int:
-        """Return where kernels note what communication takes; 0 forward, 1 backward."""
-        # A graph would add to the meter's memory long after its end.
-        if self.meter is None or torch.cuda.is_current_stream_capturing():
-            return 0
-        return self.meter.begin(direction)
 
 
 class FusedExperts:
@@ -163,9 +137,10 @@ class FusedExperts:
             trial = exchange.trial(shape, self._has_backward(x, gate.wg.weight))
         prepared = self._prepare(sizes, exchange, trial)
         self.shape, self.division = prepared.shape, prepared.division
-        stream, side_stream = exchange.enter()
-        prepared.forward.begin(tokens=x, stream=stream, side_stream=side_stream)
-        return x, FusedCall(prepared, trial, self.meter, side_stream)
+        side_stream = exchange.streams.enter()
+        prepared.launches.forward.begin(tokens=x, side_stream=side_stream)
+        is_measured = trial is not None and trial.samples
+        return x, FusedCall(prepared, trial if is_measured else None, side_stream)
 
     def _prepare(
         self, sizes: CallSizes, exchange: Exchange | None = None, trial: Trial | None = None
@@ -203,156 +178,22 @@ class FusedExperts:
             [T, H] in the tokens' dtype. Gradients for them, the routing weights and every expert
             parameter; the same input gives the same bits.
         """
-        has_backward = self._has_backward(routing.tokens, routing.topk_weights)
-        inputs = (routing.tokens, routing.topk_weights, routing, call, has_backward)
-        return _FusedMLP.apply(*inputs, *call.prepared.weights.parameters)
-
-
-_NO_GRADS = MatrixGrads(None, None)
-
-
-class _FusedMLP(torch.autograd.Function):
-    """Dispatch, experts and combine, as one node of the graph."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        topk_weights: Tensor,
-        routing: Routing,
-        call: FusedCall,
-        has_backward: bool,
-        *parameters: Tensor,
-    ) -> Tensor:
-        prepared, weights = call.prepared, call.prepared.weights
-        launches = prepared.forward
-        workspace = x.new_empty(launches.workspace_bytes, dtype=torch.uint8)
-        rows = x.new_empty(prepared.max_rows, weights.hidden)
-        hidden = x.new_empty(prepared.max_rows, weights.ffn)
-        pre = (
-            [torch.empty_like(hidden) for _ in range(1 + weights.is_gated)] if has_backward else ()
-        )
-        results, output = torch.empty_like(rows), torch.empty_like(x)
-        is_pulling = prepared.division is not None and not prepared.division.is_sent
-        launches.forward(
-            tokens=x,
+        prepared = call.prepared
+        return prepared.weights.kernels.run_experts(
+            x=routing.tokens,
+            topk_weights=routing.topk_weights,
             topk_ids=routing.topk_ids,
-            topk_weights=topk_weights.contiguous(),
             ranks=routing.ranks,
             kept_counts=routing.kept_counts,
-            workspace=workspace,
-            rows=rows,
-            hidden=hidden,
-            pre=pre,
-            results=results,
-            output=output,
-            events=(call.events(Pass.UP) if is_pulling else (0, 0), call.events(Pass.DOWN)),
-            exposure=call.exposure(0),
-            stream=current_stream(x),
+            launches=prepared.launches,
+            prepared=prepared,
+            trial=call.trial,
+            meter=self.meter,
             side_stream=call.side_stream,
         )
-        if has_backward:
-            ctx.call, ctx.versions = call, [p._version for p in parameters]
-            ctx.pending = weights.uses.begin()
-            ctx.save_for_backward(workspace, rows, *pre)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        workspace, rows, *pre = ctx.saved_tensors
-        call, prepared = ctx.call, ctx.call.prepared.current()
-        weights, launches = prepared.weights, prepared.backward
-        _check_unchanged(weights, ctx.versions)
-        grad = _aligned(grad)
-        if prepared.has_peers:
-            prepared.exchange.enter()
-        common = {"workspace": workspace, "stream": current_stream(grad)}
-        exposure = call.exposure(1)
-        # Nobody reads the pre-activations again, unless the graph is kept: their gradients take
-        # their place.
-        is_kept = torch._C._autograd._get_current_graph_task_keep_graph()
-        grad_pre = [torch.empty_like(p) for p in pre] if is_kept else pre
-        grad_rows = torch.empty_like(rows)
-        weighted_hidden = torch.empty_like(pre[0])
-        fp32 = {"dtype": torch.float32}
-        row_dots = rows.new_empty(launches.num_row_dots, prepared.max_rows, **fp32)
-        grad_weights = rows.new_empty(grad.shape[0], prepared.sizes.top_k, **fp32)
-        needs_parameters = any(ctx.needs_input_grad[5:])
-        accumulators = []
-        if weights.uses.is_single and not is_kept:
-            accumulators = [node for node, _ in ctx.next_functions[-len(weights.parameters) :]]
-        grads = {"down": weights.new_grads("down", accumulators)} if needs_parameters else {}
-        of_down = grads.get("down", _NO_GRADS)
-        launches.backward_down(
-            grad=grad,
-            grad_rows=grad_rows,
-            pre=pre,
-            grad_pre=grad_pre,
-            weighted_hidden=weighted_hidden,
-            row_dots=row_dots,
-            grad_weights=grad_weights,
-            grad_down=of_down.weight,
-            grad_down_bias=of_down.bias,
-            adds_to_down=of_down.is_added,
-            events=call.events(Pass.DOWN_GRAD),
-            exposure=exposure,
-            **common,
-        )
-        del weighted_hidden, row_dots  # before the next is allocated
-        grad_x = None
-        has_dx = ctx.needs_input_grad[0] or prepared.has_peers
-        names = dict(zip(weights.names, grad_pre, strict=False)) if needs_parameters else {}
-        # One weight gradient is long enough to hide the results' way; alone, there is no such way.
-        first = next(iter(names)) if prepared.has_peers and names else None
-        if first is not None:
-            grads[first] = weights.new_grads(first, accumulators)
-        of_first = grads.get(first, _NO_GRADS)
-        launches.backward_up(
-            grad_pre=grad_pre,
-            rows=rows,
-            grad_rows=grad_rows if has_dx else None,  # down's gradient has been used
-            grad_first=of_first.weight,
-            grad_first_bias=of_first.bias,
-            adds_to_first=of_first.is_added,
-            events=call.events(Pass.WEIGHT_GRAD) if first is not None else (0, 0),
-            exposure=exposure,
-            **common,
-        )
-        if first is not None:
-            _free(names.pop(first))
-        if has_dx:
-            grad_x = torch.empty_like(grad)
-            given = {"grad_rows": grad_rows, "grad_tokens": grad_x, "grad_weights": grad_weights}
-            launches.sum_grads(**given, exposure=exposure, **common)
-        del grad_rows
-        for name, of_matrix in names.items():
-            found = grads[name] = weights.new_grads(name, accumulators)
-            given = {"a": of_matrix, "b": rows, "grad": found.weight, "grad_bias": found.bias}
-            launches.weight_grad(**given, adds=found.is_added, is_down=False, **common)
-            _free(of_matrix)
-        for found in grads.values():
-            found.hand_over()
-        if not is_kept:
-            ctx.pending.end()
-        return grad_x, grad_weights, None, None, None, *weights.grads_in_order(grads)
 
 
 def _aligned(tensor: Tensor) -> Tensor:
     """Return a contiguous tensor whose rows can be read 16 bytes at a time."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT_BYTES else tensor
-
-
-def _free(tensor: Tensor) -> None:
-    """Free memory to which autograd still has a reference."""
-    tensor.untyped_storage().resize_(0)
-
-
-def _check_unchanged(weights: ExpertWeights, versions: Sequence[int]) -> None:
-    """Refuse weights changed or moved since forward, as autograd refuses saved tensors."""
-    if [p._version for p in weights.parameters] != versions or not weights.is_in_place():
-        raise RuntimeError(
-            "an expert parameter needed for gradient computation has been modified in place or "
-            "moved between forward and backward"
-        )

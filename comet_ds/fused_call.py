@@ -43,36 +43,29 @@ class CallSizes:
 
 @dataclass(frozen=True)
 class PreparedCall:
-    """A layer's launches for some sizes: LayerCall of csrc/moe/layer_call.h.
+    """A layer's launches for some sizes.
 
     Attributes:
-        forward, backward: they differ in where tokens lie, if copy engines send them in forward.
+        launches: PreparedLaunches of csrc/experts_autograd.h. It has a LayerCall for each
+            direction; they differ in where tokens lie, if copy engines send them in forward.
         weights: of the layer; the launches hold addresses of its tables.
         sizes: of the call.
         max_rows: R.
         exchange: of the expert parallel group; None where all experts are local.
         shape, division: what the CTA splits were chosen for, and they; None on one rank.
-        generation: of the exchange's memory that the launches hold addresses of.
     """
 
-    forward: Any
-    backward: Any
+    launches: Any
     weights: ExpertWeights
     sizes: CallSizes
     max_rows: int
     exchange: Exchange | None = None
     shape: LayerShape | None = None
     division: Division | None = None
-    generation: int = 0
-
-    @property
-    def has_peers(self) -> bool:
-        """Whether other ranks wait for this one's calls."""
-        return self.exchange is not None
 
     def current(self) -> PreparedCall:
         """Return the same call with addresses that hold, should the memory have moved since."""
-        if self.exchange is None or self.generation == self.exchange.generation:
+        if self.exchange is None or self.launches.generation == self.exchange.generation:
             return self
         return prepare_call(self.weights, self.sizes, self.exchange, self.division)
 
@@ -106,7 +99,7 @@ def prepare_call(
     }
     if exchange is None:
         call = weights.kernels.LayerCall(**fixed)
-        return PreparedCall(call, call, weights, sizes, rows)
+        return PreparedCall(_launches(weights, [call]), weights, sizes, rows)
     fixed |= {name: list(point[:2]) for name, point in division._asdict().items()}
     token_bytes = weights.hidden * weights.dtype.itemsize
     call_shapes = [
@@ -120,16 +113,20 @@ def prepare_call(
         for call_shape in call_shapes
     ]
     return PreparedCall(
-        calls[0],
-        calls[-1],
+        _launches(weights, calls, exchange.streams),
         weights,
         sizes,
         rows,
         exchange,
         layer_shape(weights, sizes, rank),
         division,
-        exchange.generation,
     )
+
+
+def _launches(weights: ExpertWeights, calls: Sequence[Any], streams: Any = None) -> Any:
+    """Return launches whose forward is the first of some LayerCalls, whose backward is the last."""
+    directions = {"forward": calls[0], "backward": calls[-1]}
+    return weights.kernels.PreparedLaunches(**directions, parameters=weights.handles, peers=streams)
 
 
 def layer_shape(weights: ExpertWeights, sizes: CallSizes, rank: int) -> LayerShape:
@@ -181,7 +178,7 @@ def plan_of(call: Any, workspace: Tensor) -> dict[str, Tensor]:
     """Return the parts of a workspace by name, as views: RowPlan of csrc/moe/dispatch.h.
 
     Args:
-        call: ``PreparedCall.forward``.
+        call: ``PreparedCall.launches.forward``.
         workspace: [call.workspace_bytes] uint8, what its forward has written.
     """
     found = {}

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from deepspeed.moe import sharded_moe
 from torch import Tensor
 
-from comet_ds.gate_kernels import Choice, RouteLogits, RouteTokens
 from comet_ds.kernels import load_kernels
 
 GATE_TIMER = "topk_gate"
@@ -38,7 +37,7 @@ class Routing(NamedTuple):
             dropped; None where the CUDA kernels did not run.
         kept_counts: [E] int32; kept routes per expert; None likewise.
         tokens: [T, H]; the gate's input for the fused path, which alone may read this and once, so
-            that the gradients of both meet in the gate's (``RouteTokens``); None likewise.
+            that the gradients of both meet in the gate's (csrc/gate_autograd.cpp); None likewise.
     """
 
     topk_ids: Tensor
@@ -115,13 +114,13 @@ class TopKGate(sharded_moe.TopKGate):
         is_bfloat16 = x.dtype == weight.dtype == torch.bfloat16 and x.shape[1] % 8 == 0
         is_aligned = weight.is_contiguous() and (x.data_ptr() | weight.data_ptr()) % 16 == 0
         if is_bfloat16 and is_aligned and not (has_jitter or self.exact_logits):
-            choice = self._choice(x, capacity, used_token)
-            weights, l_aux, tokens = RouteTokens.apply(x, weight, choice, kernels)
+            *found, tokens = kernels.route_tokens(
+                x, weight, **self._choice(x, capacity, used_token)
+            )
         else:
             logits, tokens = self._logits(x), x
-            choice = self._choice(x, capacity, used_token)
-            weights, l_aux = RouteLogits.apply(logits, choice, kernels)
-        ids, ranks, kept_counts, exp_counts = choice.chosen
+            found = kernels.route_logits(logits, **self._choice(x, capacity, used_token))
+        weights, l_aux, ids, ranks, kept_counts, exp_counts = found
         return Routing(ids, weights, l_aux, exp_counts, capacity, ranks, kept_counts, tokens)
 
     def _route_by_torch(
@@ -144,8 +143,11 @@ class TopKGate(sharded_moe.TopKGate):
             x = sharded_moe.multiplicative_jitter(x, device=x.device)
         return F.linear(x, self.wg.weight.float())
 
-    def _choice(self, x: Tensor, capacity: int | None, used_token: Tensor | None) -> Choice:
-        """Return what the kernels choose by; draws what DeepSpeed draws, in its order."""
+    def _choice(self, x: Tensor, capacity: int | None, used_token: Tensor | None) -> dict[str, Any]:
+        """Return what the kernels choose by; draws what DeepSpeed draws, in its order.
+
+        GateOptions in csrc/gate_autograd.cpp.
+        """
         shape = torch.Size((x.shape[0], self.wg.weight.shape[0]))
         noise = priority = None
         if (self.k == 1 and self._samples_first()) or (
@@ -154,7 +156,13 @@ class TopKGate(sharded_moe.TopKGate):
             noise = sharded_moe.gumbel_rsample(shape, device=x.device)
         if self.k == 1 and self.use_rts:
             priority = torch.rand(shape, device=x.device)
-        return Choice(self.k, capacity, noise, priority, used_token if self.k == 1 else None)
+        return {
+            "top_k": self.k,
+            "capacity": capacity,
+            "noise": noise,
+            "priority": priority,
+            "used_token": used_token if self.k == 1 else None,
+        }
 
     def capacity(self, num_tokens: int) -> int:
         """Return how many routes of this rank an expert accepts, in rows.

@@ -19,7 +19,7 @@ from comet_ds.experts import ACTIVATIONS, ExpertMLP, RecognisedExperts, run_expe
 # faster one by one, OLMoE's, 9 GFLOP, 44% slower).
 LARGE_GEMM_FLOP = 40e9
 
-# torch.nn.functional.grouped_mm wants every stride but the innermost to be a multiple of 16 bytes.
+# torch.nn.functional.grouped_mm wants addresses and outer strides that are multiples of 16 bytes.
 GEMM_ALIGNMENT_BYTES = 16
 
 
@@ -81,7 +81,9 @@ class ExpertRunner:
                 if params[0] is None:
                     stacked.append(None)
                 elif (stack := find_stack(linears, name)) is not None:
-                    stacked.append(stack.view(len(linears), *params[0].shape))
+                    found = stack.view(len(linears), *params[0].shape)
+                    is_aligned = found.data_ptr() % GEMM_ALIGNMENT_BYTES == 0
+                    stacked.append(found if is_aligned else found.clone())
                 else:
                     stacked.append(_Stack.apply(*params))
         return stacked

@@ -219,7 +219,10 @@ class StackedExperts(Experts):
         Raises:
             ValueError: naming the parameter and the experts.
         """
-        for key, indices in self.partly_frozen().items():
+        for key in self.shapes:
+            if not (rows := frozen_rows(self.stack(key))):
+                continue
+            indices = sorted(rows)
             raise ValueError(
                 f"{key} must be frozen in all local experts or in none, because they are one "
                 f"parameter, got {indices} of {self.num_local_experts} frozen; {REMEDY}"

@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // LayerCall for Python: every tensor by its name, its dtype and shape checked.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <array>
 #include <memory>
 #include <string>
 
 #include "bindings.h"
-#include "moe/layer_call.h"
+#include "layer_tensors.h"
 #include "tensor.h"
 
 namespace comet_ds {
@@ -56,7 +55,7 @@ Sources make_sources(const std::vector<std::array<uintptr_t, 7>>& ranks, const L
     return sources;
 }
 
-std::unique_ptr<LayerCall> make_layer_call(
+std::shared_ptr<LayerCall> make_layer_call(
     int64_t hidden, int64_t ffn, int64_t num_experts, int64_t num_all_experts, int64_t top_k,
     int64_t max_rows, std::vector<int64_t> num_tokens, int rank, int num_sms, bool is_bfloat16,
     bool is_gated, int activation, const std::array<uintptr_t, 3>& maps,
@@ -107,140 +106,12 @@ std::unique_ptr<LayerCall> make_layer_call(
                            .push = {push[0], push[1]},
                            .pull_grad = {pull_grad[0], pull_grad[1]},
                            .push_grad = {push_grad[0], push_grad[1]}};
-    return std::make_unique<LayerCall>(std::move(sizes), weights, splits, std::move(places));
-}
-
-// Reads the tensors of one call, whose shapes the layer's sizes give.
-struct TensorReader {
-    const LayerCall& call;
-    const LayerSizes& s = call.sizes();
-    const TorchDtype& element = s.is_bfloat16 ? bfloat16_dtype() : float16_dtype();
-
-    void* tokens(const char* name, const py::handle& tensor) const {
-        return pointer<void>(checked_address(name, tensor, element, {s.num_own_tokens(), s.hidden}));
-    }
-    void* rows(const char* name, const py::handle& tensor, int64_t cols) const {
-        return pointer<void>(checked_address(name, tensor, element, {s.max_rows, cols}));
-    }
-    void* workspace(const py::handle& tensor) const {
-        const std::vector<int64_t> shape{call.workspace().num_bytes};
-        return pointer<void>(checked_address("workspace", tensor, uint8_dtype(), shape));
-    }
-    template <typename T>
-    T* routes(const char* name, const py::handle& tensor, const TorchDtype& dtype) const {
-        const std::vector<int64_t> shape{s.num_own_tokens(), s.top_k};
-        return pointer<T>(checked_address(name, tensor, dtype, shape));
-    }
-    // [gate, up] or [up]: one tensor [rows, ffn] for each.
-    template <typename Pointer>
-    void pre_activations(const char* name, const py::sequence& tensors, Pointer (&to)[2]) const {
-        if (int(tensors.size()) != 1 + s.is_gated) {
-            throw std::invalid_argument(std::string(name) + " must have " +
-                                        std::to_string(1 + s.is_gated) + " tensors, got " +
-                                        std::to_string(tensors.size()));
-        }
-        for (size_t i = 0; i < tensors.size(); ++i) to[i] = rows(name, tensors[i], s.ffn);
-    }
-    void* expert_matrices(const char* name, const py::handle& tensor, int64_t m, int64_t n) const {
-        const std::vector<int64_t> shape{s.num_experts, m, n};
-        return pointer<void>(checked_address_or_null(name, tensor, element, shape));
-    }
-    void* expert_vectors(const char* name, const py::handle& tensor, int64_t n) const {
-        const std::vector<int64_t> shape{s.num_experts, n};
-        return pointer<void>(checked_address_or_null(name, tensor, element, shape));
-    }
-};
-
-ForwardTensors forward_tensors(const LayerCall& call, const py::handle& tokens,
-                               const py::handle& topk_ids, const py::handle& topk_weights,
-                               const py::handle& ranks, const py::handle& kept_counts,
-                               const py::handle& workspace, const py::handle& rows,
-                               const py::handle& hidden, const py::sequence& pre,
-                               const py::handle& results, const py::handle& output) {
-    const TensorReader read{call};
-    const auto& s = read.s;
-    ForwardTensors t{
-        .tokens = read.tokens("tokens", tokens),
-        .routing = {.topk_ids = read.routes<int64_t>("topk_ids", topk_ids, int64_dtype()),
-                    .topk_weights =
-                        read.routes<float>("topk_weights", topk_weights, float32_dtype()),
-                    .ranks = read.routes<int32_t>("ranks", ranks, int32_dtype()),
-                    .kept_counts = pointer<int32_t>(checked_address(
-                        "kept_counts", kept_counts, int32_dtype(), {s.num_all_experts}))},
-        .workspace = read.workspace(workspace),
-        .rows = read.rows("rows", rows, s.hidden),
-        .hidden = read.rows("hidden", hidden, s.ffn),
-        .pre = {nullptr, nullptr},
-        .results = read.rows("results", results, s.hidden),
-        .output = read.tokens("output", output)};
-    if (pre.size() > 0) read.pre_activations("pre", pre, t.pre);
-    return t;
-}
-
-DownGradTensors down_grad_tensors(const LayerCall& call, const py::handle& grad,
-                                  const py::handle& workspace, const py::handle& grad_rows,
-                                  const py::sequence& pre, const py::sequence& grad_pre,
-                                  const py::handle& weighted_hidden, const py::handle& row_dots,
-                                  const py::handle& grad_weights, const py::handle& grad_down,
-                                  const py::handle& grad_down_bias, bool adds_to_down) {
-    const TensorReader read{call};
-    const auto& s = read.s;
-    DownGradTensors t{
-        .grad = read.tokens("grad", grad),
-        .workspace = read.workspace(workspace),
-        .grad_rows = read.rows("grad_rows", grad_rows, s.hidden),
-        .pre = {nullptr, nullptr},
-        .grad_pre = {nullptr, nullptr},
-        .weighted_hidden = read.rows("weighted_hidden", weighted_hidden, s.ffn),
-        .row_dots = pointer<float>(checked_address("row_dots", row_dots, float32_dtype(),
-                                                   {call.num_row_dots(), s.max_rows})),
-        .grad_weights = read.routes<float>("grad_weights", grad_weights, float32_dtype()),
-        .grad_down = read.expert_matrices("grad_down", grad_down, s.hidden, s.ffn),
-        .grad_down_bias = read.expert_vectors("grad_down_bias", grad_down_bias, s.hidden),
-        .adds_to_down = adds_to_down};
-    read.pre_activations("pre", pre, t.pre);
-    read.pre_activations("grad_pre", grad_pre, t.grad_pre);
-    return t;
-}
-
-UpGradTensors up_grad_tensors(const LayerCall& call, const py::handle& workspace,
-                              const py::sequence& grad_pre, const py::handle& rows,
-                              const py::handle& grad_rows, const py::handle& grad_first,
-                              const py::handle& grad_first_bias, bool adds_to_first) {
-    const TensorReader read{call};
-    const auto& s = read.s;
-    UpGradTensors t{
-        .workspace = read.workspace(workspace),
-        .grad_pre = {nullptr, nullptr},
-        .rows = read.rows("rows", rows, s.hidden),
-        .grad_rows = grad_rows.is_none() ? nullptr : read.rows("grad_rows", grad_rows, s.hidden),
-        .grad_first = read.expert_matrices("grad_first", grad_first, s.ffn, s.hidden),
-        .grad_first_bias = read.expert_vectors("grad_first_bias", grad_first_bias, s.ffn),
-        .adds_to_first = adds_to_first};
-    read.pre_activations("grad_pre", grad_pre, t.grad_pre);
-    if (call.has_peers() && t.grad_rows == nullptr) {
-        throw std::invalid_argument("grad_rows must not be None where other ranks wait for it");
-    }
-    return t;
-}
-
-void sum_grads(const LayerCall& call, const py::handle& workspace, const py::handle& grad_rows,
-               const py::handle& grad_tokens, const py::handle& grad_weights, uintptr_t exposure,
-               uintptr_t stream) {
-    const TensorReader read{call};
-    call.sum_grads({.workspace = read.workspace(workspace),
-                    .grad_rows = read.rows("grad_rows", grad_rows, read.s.hidden),
-                    .grad_tokens = read.tokens("grad_tokens", grad_tokens),
-                    .grad_weights =
-                        read.routes<float>("grad_weights", grad_weights, float32_dtype())},
-                   pointer<Exposure>(exposure), pointer<CUstream_st>(stream));
+    return std::make_shared<LayerCall>(std::move(sizes), weights, splits, std::move(places));
 }
 
 // Which launch of a direction to make: all, or one by itself.
 void forward(const LayerCall& call, const std::string& part, const ForwardTensors& t,
-             const std::array<EventPair, 2>& events, uintptr_t exposure, uintptr_t stream,
-             uintptr_t side_stream) {
-    const Streams streams{pointer<CUstream_st>(stream), pointer<CUstream_st>(side_stream)};
+             const std::array<EventPair, 2>& events, uintptr_t exposure, Streams streams) {
     const LaunchEvents found[2] = {launch_events(events[0]), launch_events(events[1])};
     auto* to = pointer<Exposure>(exposure);
     if (part == "all") return call.forward(t, found, to, streams);
@@ -249,24 +120,6 @@ void forward(const LayerCall& call, const std::string& part, const ForwardTensor
     if (part == "up") return call.up(t, found[0], to, streams.main);
     if (part == "down") return call.down(t, found[1], to, streams.main);
     throw std::invalid_argument("no part of a forward is called " + part);
-}
-
-void weight_grad(const LayerCall& call, const py::handle& workspace, const py::handle& a,
-                 const py::handle& b, const py::handle& grad, const py::handle& grad_bias,
-                 bool adds, bool is_down, uintptr_t stream) {
-    const TensorReader read{call};
-    const int64_t a_cols = is_down ? read.s.hidden : read.s.ffn;
-    const int64_t b_cols = is_down ? read.s.ffn : read.s.hidden;
-    call.weight_grad({.workspace = read.workspace(workspace),
-                      .a = read.rows("a", a, a_cols),
-                      .b = read.rows("b", b, b_cols),
-                      .a_cols = a_cols,
-                      .b_cols = b_cols,
-                      .grad = read.expert_matrices("grad", grad, a_cols, b_cols),
-                      .grad_bias = read.expert_vectors("grad_bias", grad_bias, a_cols),
-                      .is_weighted = is_down,
-                      .adds = adds},
-                     pointer<CUstream_st>(stream));
 }
 
 py::list workspace_parts(const LayerCall& call) {
@@ -281,9 +134,11 @@ py::list workspace_parts(const LayerCall& call) {
 
 void bind_layer_call(py::module_& m) {
     using py::arg;
+    using Tensor = at::Tensor;
+    using MaybeTensor = std::optional<at::Tensor>;
     const EventPair no_events{};
     const std::array<EventPair, 2> no_event_pairs{};
-    py::class_<LayerCall>(m, "LayerCall")
+    py::class_<LayerCall, std::shared_ptr<LayerCall>>(m, "LayerCall")
         .def(py::init(&make_layer_call), py::kw_only(), arg("hidden"), arg("ffn"),
              arg("num_experts"), arg("num_all_experts"), arg("top_k"), arg("max_rows"),
              arg("num_tokens"), arg("rank"), arg("num_sms"), arg("is_bfloat16"), arg("is_gated"),
@@ -301,73 +156,91 @@ void bind_layer_call(py::module_& m) {
         .def_property_readonly("workspace_parts", &workspace_parts)
         .def(
             "begin",
-            [](const LayerCall& call, const py::handle& tokens, uintptr_t stream,
-               uintptr_t side_stream) {
-                const Streams streams{pointer<CUstream_st>(stream),
-                                      pointer<CUstream_st>(side_stream)};
-                call.begin(TensorReader{call}.tokens("tokens", tokens), streams);
+            [](const LayerCall& call, const Tensor& tokens, uintptr_t side_stream) {
+                const int64_t num_tokens = call.sizes().num_own_tokens();
+                const auto dtype = call.sizes().is_bfloat16 ? at::kBFloat16 : at::kHalf;
+                const Streams streams{current_stream(tokens), pointer<CUstream_st>(side_stream)};
+                call.begin(checked_pointer<void>("tokens", tokens, dtype,
+                                                 {num_tokens, call.sizes().hidden}),
+                           streams);
             },
-            py::kw_only(), arg("tokens"), arg("stream"), arg("side_stream"))
+            py::kw_only(), arg("tokens"), arg("side_stream"))
         .def(
             "forward",
-            [](const LayerCall& call, const py::handle& tokens, const py::handle& topk_ids,
-               const py::handle& topk_weights, const py::handle& ranks,
-               const py::handle& kept_counts, const py::handle& workspace, const py::handle& rows,
-               const py::handle& hidden, const py::sequence& pre, const py::handle& results,
-               const py::handle& output, const std::array<EventPair, 2>& events,
-               uintptr_t exposure, uintptr_t stream, uintptr_t side_stream,
+            [](const LayerCall& call, const Tensor& tokens, const Tensor& topk_ids,
+               const Tensor& topk_weights, const Tensor& ranks, const Tensor& kept_counts,
+               const Tensor& workspace, const Tensor& rows, const Tensor& hidden,
+               const PerMatrix& pre, const Tensor& results, const Tensor& output,
+               const std::array<EventPair, 2>& events, uintptr_t exposure, uintptr_t side_stream,
                const std::string& part) {
-                const auto t = forward_tensors(call, tokens, topk_ids, topk_weights, ranks,
-                                               kept_counts, workspace, rows, hidden, pre, results,
-                                               output);
-                forward(call, part, t, events, exposure, stream, side_stream);
+                const auto t = forward_tensors(call, tokens,
+                                               {topk_ids, topk_weights, ranks, kept_counts},
+                                               workspace, rows, hidden, pre, results, output);
+                const Streams streams{current_stream(tokens), pointer<CUstream_st>(side_stream)};
+                forward(call, part, t, events, exposure, streams);
             },
             py::kw_only(), arg("tokens"), arg("topk_ids"), arg("topk_weights"), arg("ranks"),
             arg("kept_counts"), arg("workspace"), arg("rows"), arg("hidden"), arg("pre"),
             arg("results"), arg("output"), arg("events") = no_event_pairs, arg("exposure") = 0,
-            arg("stream"), arg("side_stream") = 0, arg("part") = "all")
+            arg("side_stream") = 0, arg("part") = "all")
         .def(
             "backward_down",
-            [](const LayerCall& call, const py::handle& grad, const py::handle& workspace,
-               const py::handle& grad_rows, const py::sequence& pre, const py::sequence& grad_pre,
-               const py::handle& weighted_hidden, const py::handle& row_dots,
-               const py::handle& grad_weights, const py::handle& grad_down,
-               const py::handle& grad_down_bias, bool adds_to_down, const EventPair& events,
-               uintptr_t exposure, uintptr_t stream, bool only_gemm) {
+            [](const LayerCall& call, const Tensor& grad, const Tensor& workspace,
+               const Tensor& grad_rows, const PerMatrix& pre, const PerMatrix& grad_pre,
+               const Tensor& weighted_hidden, const Tensor& row_dots, const Tensor& grad_weights,
+               const MaybeTensor& grad_down, const MaybeTensor& grad_down_bias, bool adds_to_down,
+               const EventPair& events, uintptr_t exposure, bool only_gemm) {
+                const MatrixGrad down{or_undefined(grad_down), or_undefined(grad_down_bias),
+                                      adds_to_down};
                 const auto t = down_grad_tensors(call, grad, workspace, grad_rows, pre, grad_pre,
-                                                 weighted_hidden, row_dots, grad_weights,
-                                                 grad_down, grad_down_bias, adds_to_down);
+                                                 weighted_hidden, row_dots, grad_weights, down);
                 const auto run = only_gemm ? &LayerCall::down_grad : &LayerCall::backward_down;
                 (call.*run)(t, launch_events(events), pointer<Exposure>(exposure),
-                            pointer<CUstream_st>(stream));
+                            current_stream(grad));
             },
             py::kw_only(), arg("grad"), arg("workspace"), arg("grad_rows"), arg("pre"),
             arg("grad_pre"), arg("weighted_hidden"), arg("row_dots"), arg("grad_weights"),
             arg("grad_down") = py::none(), arg("grad_down_bias") = py::none(),
-            arg("adds_to_down") = false, arg("events") = no_events, arg("exposure") = 0, arg("stream"),
+            arg("adds_to_down") = false, arg("events") = no_events, arg("exposure") = 0,
             arg("only_gemm") = false)
         .def(
             "backward_up",
-            [](const LayerCall& call, const py::handle& workspace, const py::sequence& grad_pre,
-               const py::handle& rows, const py::handle& grad_rows, const py::handle& grad_first,
-               const py::handle& grad_first_bias, bool adds_to_first, const EventPair& events,
-               uintptr_t exposure, uintptr_t stream, bool only_gemm) {
-                const auto t = up_grad_tensors(call, workspace, grad_pre, rows, grad_rows,
-                                               grad_first, grad_first_bias, adds_to_first);
-                if (only_gemm) return call.up_grad(t, pointer<CUstream_st>(stream));
+            [](const LayerCall& call, const Tensor& workspace, const PerMatrix& grad_pre,
+               const Tensor& rows, const MaybeTensor& grad_rows, const MaybeTensor& grad_first,
+               const MaybeTensor& grad_first_bias, bool adds_to_first, const EventPair& events,
+               uintptr_t exposure, bool only_gemm) {
+                const MatrixGrad first{or_undefined(grad_first), or_undefined(grad_first_bias),
+                                       adds_to_first};
+                const auto t = up_grad_tensors(call, workspace, grad_pre, rows,
+                                               or_undefined(grad_rows), first);
+                if (only_gemm) return call.up_grad(t, current_stream(rows));
                 call.backward_up(t, launch_events(events), pointer<Exposure>(exposure),
-                                 pointer<CUstream_st>(stream));
+                                 current_stream(rows));
             },
-            py::kw_only(), arg("workspace"), arg("grad_pre"), arg("rows"), arg("grad_rows"),
-            arg("grad_first") = py::none(),
+            py::kw_only(), arg("workspace"), arg("grad_pre"), arg("rows"),
+            arg("grad_rows") = py::none(), arg("grad_first") = py::none(),
             arg("grad_first_bias") = py::none(), arg("adds_to_first") = false,
-            arg("events") = no_events, arg("exposure") = 0, arg("stream"),
-            arg("only_gemm") = false)
-        .def("sum_grads", &sum_grads, py::kw_only(), arg("workspace"), arg("grad_rows"),
-             arg("grad_tokens"), arg("grad_weights"), arg("exposure") = 0, arg("stream"))
-        .def("weight_grad", &weight_grad, py::kw_only(), arg("workspace"), arg("a"), arg("b"),
-             arg("grad"), arg("grad_bias") = py::none(), arg("adds") = false, arg("is_down"),
-             arg("stream"));
+            arg("events") = no_events, arg("exposure") = 0, arg("only_gemm") = false)
+        .def(
+            "sum_grads",
+            [](const LayerCall& call, const Tensor& workspace, const Tensor& grad_rows,
+               const Tensor& grad_tokens, const Tensor& grad_weights, uintptr_t exposure) {
+                call.sum_grads(
+                    token_grad_tensors(call, workspace, grad_rows, grad_tokens, grad_weights),
+                    pointer<Exposure>(exposure), current_stream(grad_rows));
+            },
+            py::kw_only(), arg("workspace"), arg("grad_rows"), arg("grad_tokens"),
+            arg("grad_weights"), arg("exposure") = 0)
+        .def(
+            "weight_grad",
+            [](const LayerCall& call, const Tensor& workspace, const Tensor& a, const Tensor& b,
+               const Tensor& grad, const MaybeTensor& grad_bias, bool adds, bool is_down) {
+                const MatrixGrad found{grad, or_undefined(grad_bias), adds};
+                call.weight_grad(weight_grad_tensors(call, workspace, a, b, found, is_down),
+                                 current_stream(a));
+            },
+            py::kw_only(), arg("workspace"), arg("a"), arg("b"), arg("grad"),
+            arg("grad_bias") = py::none(), arg("adds") = false, arg("is_down"));
 }
 
 }  // namespace comet_ds

@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
-import pybind11
 import torch
 from deepspeed.ops.op_builder.builder import CUDAOpBuilder
 from torch.utils.cpp_extension import CUDA_HOME
+from torch.utils.cpp_extension import include_paths as torch_includes
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 COMPUTE_CAPABILITY = (9, 0)
@@ -26,7 +26,7 @@ OLDEST_CUDA = (12, 5)
 
 
 class CometMoEBuilder(CUDAOpBuilder):
-    """Builds the CUDA kernels of comet_ds; they need no headers but CUDA's and pybind11's.
+    """Builds the CUDA kernels of comet_ds and the nodes of autograd's graph that launch them.
 
     ``load()`` takes the module that the installation compiled (``DS_BUILD_COMET_MOE=1 pip install
     .``) if it fits the sources; else it compiles with ninja into torch's extension folder
@@ -69,14 +69,18 @@ class CometMoEBuilder(CUDAOpBuilder):
         return ["-gencode=arch=compute_90a,code=sm_90a"]
 
     def fingerprint(self) -> str:
-        """Return a digest of the sources and flags; a compiled module carries that of its own."""
-        digest = hashlib.sha256(repr((self.cxx_args(), self.nvcc_args())).encode())
+        """Return a digest of the sources and flags; a compiled module carries that of its own.
+
+        And of torch's version, whose C++ interface is compiled in.
+        """
+        basis = self.cxx_args(), self.nvcc_args(), torch.__version__
+        digest = hashlib.sha256(repr(basis).encode())
         for path in sorted(p for p in CSRC.rglob("*") if p.is_file()):
             digest.update(path.read_bytes())
         return digest.hexdigest()[:16]
 
     def compile(self, output: Path) -> None:
-        """Compile ahead of use, without a GPU and without torch's headers.
+        """Compile ahead of use, without a GPU, for the installed torch.
 
         Args:
             output: the shared library to write.
@@ -87,12 +91,14 @@ class CometMoEBuilder(CUDAOpBuilder):
         if reason := self._why_no_compiler():
             raise RuntimeError(f"{self.NAME} cannot be compiled: {reason}")
         nvcc = find_nvcc()
-        includes = [str(CSRC), pybind11.get_include(), sysconfig.get_path("include")]
+        includes = [str(CSRC), *torch_includes(), sysconfig.get_path("include")]
         include_flags = [flag for path in includes for flag in ("-I", path)]
         macros = [
             f"-DTORCH_EXTENSION_NAME={self.NAME}",
             f'-DCOMET_FINGERPRINT="{self.fingerprint()}"',
         ]
+        if torch.version.cuda is None:  # a header that only torch for CUDA has
+            macros.append("-DC10_USING_CUSTOM_GENERATED_MACROS")
         folder = output.with_suffix(".objects")
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -104,7 +110,11 @@ class CometMoEBuilder(CUDAOpBuilder):
 
         with ThreadPoolExecutor() as pool:
             objects = list(pool.map(compile_source, self.sources()))
-        _run([nvcc, "-shared", "-cudart", "static", *objects, "-o", str(output)])
+        torch_folder = Path(torch.__file__).parent / "lib"
+        names = "c10", "torch", "torch_cpu", "torch_python", "c10_cuda"
+        libraries = [f"-l{n}" for n in names if (torch_folder / f"lib{n}.so").exists()]
+        flags = ["-shared", "-cudart", "static", "-L", str(torch_folder), *libraries]
+        _run([nvcc, *objects, *flags, "-o", str(output)])
         shutil.rmtree(folder)
 
     def prebuilt(self) -> Path | None:

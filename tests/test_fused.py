@@ -16,7 +16,8 @@ from parity import build, oracle, run
 from tolerance import ERROR_RATIO, assert_close, relative_error
 from torch import nn
 
-from comet_ds import MoE, expert_weights
+from comet_ds import MoE
+from comet_ds.kernels import load_kernels
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -284,32 +285,25 @@ def stack_grads(layer: MoE, x: torch.Tensor, grad: torch.Tensor) -> list[torch.T
     return [stack.grad for stack in layer.deepspeed_moe.experts.stacks().values()]
 
 
+@pytest.mark.gpu(1)
 def test_uses_are_counted() -> None:
     """Only a forward that was alone all the time until its backward is a single one."""
-    uses = expert_weights.Uses()
-    first = uses.begin()
+    uses = load_kernels(torch.device("cuda", 0)).Uses()
+    uses.begin()
     assert uses.is_single
-    second = uses.begin()
+    uses.begin()
     assert not uses.is_single
-    first.end()
-    first.end()  # once is enough
+    uses.end()
     assert not uses.is_single
-    second.end()
-    third = uses.begin()
+    uses.end()
+    uses.begin()
     assert uses.is_single
-    del third  # its graph was freed
-    assert not uses.is_single
-    fourth = uses.begin()
-    assert uses.is_single
-    fourth.end()
 
 
 @pytest.mark.gpu(1)
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("form", ["swiglu", "swiglu with biases", "gelu"])
-def test_kernels_add_up_micro_batches(
-    form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_add_up_micro_batches(form: str, dtype: torch.dtype) -> None:
     """To the bit as autograd adds, where nobody can see it; else autograd does."""
     shape = (300, 8, 2, 136, 200)
     (x, grad), layer = case(shape, dtype), build_fused(shape, form, dtype)
@@ -319,22 +313,15 @@ def test_kernels_add_up_micro_batches(
         layer.zero_grad()
         alone.append([g.clone() for g in stack_grads(layer, tokens, of_output)])
     expected = [a + b for a, b in zip(*alone, strict=True)]
-    was_added = []
-    can_add = expert_weights._can_add_to_grad
-
-    def spy(*args) -> bool:
-        was_added.append(can_add(*args))
-        return was_added[-1]
-
-    monkeypatch.setattr(expert_weights, "_can_add_to_grad", spy)
+    handles = layer.deepspeed_moe.fused.weights.handles
     layer.zero_grad()
     stack_grads(layer, x, grad)
-    assert was_added == [False] * num_matrices
+    layer(x)  # its graph is freed
+    assert handles.num_added == 0
     got = stack_grads(layer, x * 2, grad * 3)
-    assert was_added[num_matrices:] == [True] * num_matrices
+    assert handles.num_added == num_matrices
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b)
-    was_added.clear()
     # torch.autograd.grad adds to nothing.
     stacks = list(layer.deepspeed_moe.experts.stacks().values())
     torch.manual_seed(7)
@@ -343,13 +330,13 @@ def test_kernels_add_up_micro_batches(
     assert all(torch.equal(p.grad, b) for p, b in zip(stacks, expected, strict=True))
     # Hooks get the new gradient alone.
     seen: list[torch.Tensor] = []
-    handles = [stack.register_hook(lambda g: seen.append(g.clone())) for stack in stacks]
+    hooks = [stack.register_hook(lambda g: seen.append(g.clone())) for stack in stacks]
     layer.zero_grad()
     stack_grads(layer, x, grad)
     got = stack_grads(layer, x * 2, grad * 3)
-    assert not any(was_added)
-    for handle in handles:
-        handle.remove()
+    assert handles.num_added == num_matrices
+    for hook in hooks:
+        hook.remove()
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     in_second = {id(g): g for g in seen[len(stacks) :]}.values()
     for gradient in in_second:
@@ -357,7 +344,7 @@ def test_kernels_add_up_micro_batches(
 
 
 @pytest.mark.gpu(1)
-def test_two_uses_in_one_graph_are_autograds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_uses_in_one_graph_are_autograds() -> None:
     """Their gradients meet before they are accumulated, where none may be missing."""
     shape = (300, 8, 2, 136, 200)
     (x, grad), layer = case(shape, BF16), build_fused(shape, "swiglu", BF16)
@@ -366,7 +353,6 @@ def test_two_uses_in_one_graph_are_autograds(monkeypatch: pytest.MonkeyPatch) ->
     for tokens in (x, x * 2):
         layer.zero_grad()
         alone.append([g.clone() for g in stack_grads(layer, tokens, grad)])
-    monkeypatch.setattr(expert_weights, "_can_add_to_grad", lambda *_: pytest.fail("added"))
     torch.manual_seed(7)
     first = layer(x)[0]
     torch.manual_seed(7)
@@ -374,6 +360,7 @@ def test_two_uses_in_one_graph_are_autograds(monkeypatch: pytest.MonkeyPatch) ->
     for stack, a, b in zip(stacks, *alone, strict=True):
         expected = [b + (a + b), b + (b + a)]
         assert any(torch.equal(stack.grad, e) for e in expected)
+    assert layer.deepspeed_moe.fused.weights.handles.num_added == 0
 
 
 @pytest.mark.gpu(1)
@@ -385,11 +372,11 @@ def test_launches_refuse_other_tensors() -> None:
     fused, gate = layer.deepspeed_moe.fused, layer.deepspeed_moe.gate
     x, call = fused.begin(x, None, (64,), gate)
     routing = gate.route(x)
-    message = r"topk_weights must be contiguous torch.float32 \[64, 2\] on a CUDA device, got "
+    message = r"topk_weights must be contiguous Float \[64, 2\] on a CUDA device, got "
     for wrong, got in (
-        (routing.topk_weights.double(), "torch.float64"),
-        (routing.topk_weights[:, :1], r"torch.float32 torch.Size\(\[64, 1\]\)"),
-        (routing.topk_weights.cpu(), "torch.float32"),
+        (routing.topk_weights.double(), r"Double \[64, 2\] on cuda:0"),
+        (routing.topk_weights[:, :1], r"Float \[64, 1\] on cuda:0"),
+        (routing.topk_weights.cpu(), r"Float \[64, 2\] on cpu"),
     ):
         with pytest.raises(ValueError, match=message + got):
             fused.run(routing._replace(topk_weights=wrong), call)
