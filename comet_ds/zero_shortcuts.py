@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ZeRO 1 and 2 need not do for stacked experts.
+"""What DeepSpeed's optimizers need not do for stacked experts: of ZeRO 1 and 2 here.
 
 Where every rank of the data parallel group has experts of its own (ep_size is the number of
 ranks), the group that shares a stack has one rank. ZeRO still copies the stack's gradient into a
@@ -16,14 +16,16 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
-from comet_ds.zero_norm import install_norm
+from comet_ds import unsharded_norm, zero_norm
 
 
 def install_shortcuts(optimizer: Any, stacks: Iterable[nn.Parameter]) -> None:
-    """Spare an optimizer needless work; does nothing to others than ZeRO 1's and 2's.
+    """Spare an optimizer needless work; does nothing to one that there is no shortcut for.
 
     Checked with DeepSpeed 0.19.6 and 0.19.8.
 
@@ -31,11 +33,13 @@ def install_shortcuts(optimizer: Any, stacks: Iterable[nn.Parameter]) -> None:
         optimizer: the engine's.
         stacks: the model's.
     """
+    if isinstance(optimizer, (FP16_Optimizer, FP16_UnfusedOptimizer)):
+        unsharded_norm.install_norm(optimizer)
     if not isinstance(optimizer, DeepSpeedZeroOptimizer):
         return
     if optimizer.cpu_offload or getattr(optimizer, "zenflow", False):
         return
-    install_norm(optimizer)
+    zero_norm.install_norm(optimizer)
     is_plain = optimizer.reduce_scatter and optimizer.contiguous_gradients
     if is_plain and not optimizer.overlap_comm and not _accumulates_elsewhere(optimizer):
         lone = {id(s) for s in stacks if _is_lone(optimizer, s)}

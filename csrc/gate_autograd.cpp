@@ -71,19 +71,29 @@ std::array<Tensor, 2> gate_logits_backward(const Tensor& grad, const Tensor& x,
                                            const Tensor& weight, bool needs_x, bool needs_weight,
                                            const Tensor& add_to) {
     const int64_t num_tokens = grad.size(0), num_experts = grad.size(1);
-    Tensor terms = at::empty({num_tokens, 2 * num_experts}, x.options());
-    split_bfloat16(checked_pointer<float>("grad", grad, at::kFloat, {num_tokens, num_experts}),
-                   terms.data_ptr(), num_tokens, num_experts, current_stream(x));
+    const int64_t hidden = weight.size(1);
+    const Tensor terms = at::empty({num_tokens, 2 * num_experts}, x.options());
+    const Tensor doubled = at::empty({2 * num_experts, hidden}, x.options());
+    const std::array<int64_t, 2> by_expert{num_tokens, num_experts};
+    const SplitGradParams params{
+        .in = checked_pointer<float>("grad", grad, at::kFloat, by_expert),
+        .weight = checked_pointer<void>("weight", weight, at::kBFloat16, {num_experts, hidden}),
+        .terms = terms.data_ptr(),
+        .doubled_weight = doubled.data_ptr(),
+        .num_rows = num_tokens,
+        .num_cols = num_experts,
+        .hidden = hidden};
+    if (num_tokens > 0) split_grad(params, current_stream(x));
     std::array<Tensor, 2> grads;
     if (needs_x) {
-        const Tensor factor = at::cat({weight, weight});
-        grads[0] = add_to.defined() ? Tensor(add_to).addmm_(terms, factor) : at::mm(terms, factor);
+        grads[0] =
+            add_to.defined() ? Tensor(add_to).addmm_(terms, doubled) : at::mm(terms, doubled);
     }
     if (needs_weight) {
         const Tensor both = at::mm(terms.t(), x, at::kFloat);
         grads[1] = at::empty_like(weight);
-        at::add_out(grads[1], both.narrow(0, 0, num_experts),
-                    both.narrow(0, num_experts, num_experts));
+        add_terms(both.const_data_ptr<float>(), grads[1].data_ptr(), weight.numel(),
+                  current_stream(x));
     }
     return grads;
 }

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerance import CLIPPED, RESUMED
 from training import batches, build_engine, config, train
 
 from comet_ds import engine_hooks, zero_norm, zero_shortcuts
@@ -153,3 +154,37 @@ def check_interrupted(rank: int, size: int, what: str) -> None:
 @pytest.mark.parametrize("what", ["unused layer", "cleared", "unmanaged"])
 def test_interrupted_micro_batches(world, what: str) -> None:
     world(2).run(check_interrupted, what)
+
+
+def check_unsharded(rank: int, size: int) -> None:
+    """Without ZeRO: the same overflows; norms and losses to the rounding of a norm."""
+    found = []
+    for is_on in (False, True):
+        settings = {"bf16": {"enabled": True}, "gradient_clipping": 0.1}
+        with shortcuts(is_on):
+            engine = build_engine("comet_ds", config(size, **settings), ep_size=2, k=2)
+        checker, optimizer = engine.optimizer.overflow_checker, engine.optimizer
+        assert ("has_overflow_serial" in vars(checker)) == is_on
+        losses = train(engine, rank, 4, torch.bfloat16)
+        norm = float(engine.get_global_grad_norm())
+        overflows = []
+        for value in (1.0, math.inf, -math.inf, math.nan):
+            for param in checker.params:
+                param.grad = torch.ones_like(param)
+            checker.params[-1].grad.view(-1)[-1] = value
+            overflows.append(checker.check())
+        for param in checker.params:
+            param.grad = torch.full_like(param, 0.5)
+        optimizer.step()
+        found.append((losses, norm, float(optimizer._global_grad_norm), overflows))
+        engine.destroy()
+    (losses, *norms, overflows), (expected_losses, *expected_norms, expected_overflows) = found
+    assert overflows == expected_overflows == [False, True, True, True]
+    for value, expected in zip(norms, expected_norms, strict=True):
+        assert abs(value - expected) <= CLIPPED * expected and expected > 0
+    for value, expected in zip(losses, expected_losses, strict=True):
+        assert abs(value - expected) <= RESUMED[torch.bfloat16] * expected
+
+
+def test_unsharded_norms(world) -> None:
+    world(2).run(check_unsharded)

@@ -29,6 +29,12 @@ int64_t lay_out(GateParams& p, void* scratch) {
     return (next - static_cast<uint32_t*>(scratch)) * sizeof(uint32_t);
 }
 
+// A thread for each element.
+LaunchShape elementwise(int64_t size) {
+    constexpr int kThreads = 256;
+    return {unsigned((size + kThreads - 1) / kThreads), kThreads};
+}
+
 }  // namespace
 
 int64_t gate_scratch_bytes(int64_t num_tokens, int64_t num_experts, int64_t top_k) {
@@ -61,13 +67,13 @@ void route_tokens_backward(const GateGradParams& p, cudaStream_t stream) {
            p);
 }
 
-void split_bfloat16(const float* in, void* out, int64_t num_rows, int64_t num_cols,
-                    cudaStream_t stream) {
-    if (num_rows == 0) return;
-    constexpr int kThreads = 256;
-    const unsigned num_blocks = (num_rows * num_cols + kThreads - 1) / kThreads;
-    launch("split_bfloat16", split_bfloat16_kernel, {num_blocks, kThreads}, stream, in,
-           static_cast<__nv_bfloat16*>(out), num_rows, num_cols);
+void split_grad(const SplitGradParams& p, cudaStream_t stream) {
+    launch("split_grad", split_grad_kernel, elementwise(p.num_rows * p.num_cols), stream, p);
+}
+
+void add_terms(const float* terms, void* sum, int64_t size, cudaStream_t stream) {
+    launch("add_terms", add_terms_kernel, elementwise(size), stream, terms,
+           static_cast<__nv_bfloat16*>(sum), size);
 }
 
 }  // namespace comet_ds

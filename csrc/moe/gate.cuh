@@ -478,15 +478,30 @@ __global__ void __launch_bounds__(kGradWarps * 32) route_backward_kernel(GateGra
     }
 }
 
-__global__ void split_bfloat16_kernel(const float* in, __nv_bfloat16* out, int64_t num_rows,
-                                      int64_t num_cols) {
+constexpr int64_t kWeightsPerWord = sizeof(uint4) / sizeof(__nv_bfloat16);
+
+__global__ void split_grad_kernel(SplitGradParams p) {
     begin_kernel();
     const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-    if (i >= num_rows * num_cols) return;
-    const __nv_bfloat16 high = __float2bfloat16_rn(in[i]);
-    __nv_bfloat16* row = out + i / num_cols * 2 * num_cols + i % num_cols;
+    const auto* weight = static_cast<const uint4*>(p.weight);
+    const int64_t num_words = p.num_cols * p.hidden / kWeightsPerWord;
+    for (int64_t word = i; word < num_words; word += int64_t{gridDim.x} * blockDim.x) {
+        auto* doubled = static_cast<uint4*>(p.doubled_weight);
+        doubled[word] = doubled[word + num_words] = weight[word];
+    }
+    if (i >= p.num_rows * p.num_cols) return;
+    const float value = p.in[i];
+    const __nv_bfloat16 high = __float2bfloat16_rn(value);
+    auto* row = static_cast<__nv_bfloat16*>(p.terms) + i / p.num_cols * 2 * p.num_cols +
+                i % p.num_cols;
     row[0] = high;
-    row[num_cols] = __float2bfloat16_rn(in[i] - __bfloat162float(high));
+    row[p.num_cols] = __float2bfloat16_rn(value - __bfloat162float(high));
+}
+
+__global__ void add_terms_kernel(const float* terms, __nv_bfloat16* sum, int64_t size) {
+    begin_kernel();
+    const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+    if (i < size) sum[i] = __float2bfloat16_rn(terms[i] + terms[size + i]);
 }
 
 }  // namespace comet_ds

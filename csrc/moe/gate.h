@@ -60,8 +60,20 @@ int64_t gate_scratch_bytes(int64_t num_tokens, int64_t num_experts, int64_t top_
 void route_tokens(GateParams params, void* scratch, cudaStream_t stream);
 void route_tokens_backward(const GateGradParams& params, cudaStream_t stream);
 
-// out[t] = [high, low] with high + low = in[t] to 16 bits, both bf16.
-void split_bfloat16(const float* in, void* out, int64_t num_rows, int64_t num_cols,
-                    cudaStream_t stream);
+// What the products that make the gradients of the gate's input and weight read, all bf16.
+struct SplitGradParams {
+    const float* in;       // [num_rows, num_cols]: the logits' gradient
+    const void* weight;    // [num_cols, hidden]
+    void* terms;           // [num_rows, 2 num_cols]: [high, low], high + low = in to 16 bits
+    void* doubled_weight;  // [2 num_cols, hidden]: weight behind weight
+    int64_t num_rows;      // at least 1
+    int64_t num_cols;
+    int64_t hidden;        // a multiple of 8
+};
+
+void split_grad(const SplitGradParams& params, cudaStream_t stream);
+
+// sum [size] bf16 = the first size terms + the other size terms, fp32.
+void add_terms(const float* terms, void* sum, int64_t size, cudaStream_t stream);
 
 }  // namespace comet_ds

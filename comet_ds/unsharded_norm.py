@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Overflow check and gradients' norm of half precision without ZeRO, for models with stacks.
+
+DeepSpeed looks at one gradient after the other, with some ten launches and a wait for the GPU each,
+while the GPU has nothing else to do. Here all gradients are looked at together.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from deepspeed.runtime.fp16 import unfused_optimizer
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.utils import is_model_parallel_parameter
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank
+from torch import Tensor, nn
+
+
+def install_norm(optimizer: FP16_Optimizer | FP16_UnfusedOptimizer) -> None:
+    """Replace how an optimizer looks for overflows, and takes the norm where it works unfused.
+
+    Checked with DeepSpeed 0.19.6 and 0.19.8.
+    """
+    checker = optimizer.overflow_checker
+    original = checker.has_overflow_serial
+    checker.has_overflow_serial = functools.partial(_has_overflow, original)
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        optimizer.step = functools.partial(_step, optimizer.step)
+
+
+def _has_overflow(original: Any, params: Iterable[nn.Parameter]) -> bool:
+    """``CheckOverflow.has_overflow_serial``: whether a gradient is not finite."""
+    params = list(params)
+    grads = [p.grad.detach() for p in params if p.grad is not None and p.grad.numel() > 0]
+    if not grads:
+        return False
+    if any(grad.layout != torch.strided for grad in grads):
+        return original(params)
+    largest = torch._foreach_norm(grads, torch.inf)  # NaN where there is one
+    return not bool(torch.stack([norm.float() for norm in largest]).isfinite().all())
+
+
+def _step(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a step, in which ``_weight_norm`` stands for DeepSpeed's function of the module."""
+    replaced = unfused_optimizer.get_weight_norm
+    unfused_optimizer.get_weight_norm = functools.partial(_weight_norm, replaced)
+    try:
+        return original(*args, **kwargs)
+    finally:
+        unfused_optimizer.get_weight_norm = replaced
+
+
+def _weight_norm(
+    original: Any, parameters: Tensor | Iterable[Tensor], norm_type: float = 2, mpu: Any = None
+) -> float:
+    """``get_weight_norm``: the norm of all tensors, -1 where it is not finite; equal to 2e-7."""
+    if norm_type != 2 or isinstance(parameters, Tensor):
+        return original(parameters, norm_type, mpu)
+    is_first = bwc_tensor_model_parallel_rank(mpu=mpu) == 0
+    counted = [
+        p.detach()
+        for p in parameters
+        if not getattr(p, "ds_pipe_replicated", False)
+        and (is_first or is_model_parallel_parameter(p))
+    ]
+    if not counted:
+        return original(parameters, norm_type, mpu)
+    norms = torch._foreach_norm(counted, 2, dtype=torch.float64)
+    total = torch.stack(norms).square().sum().sqrt().float()
+    total.model_parallel = True  # counted on this rank, whichever it is
+    return original([total], norm_type, mpu)
