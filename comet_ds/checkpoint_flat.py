@@ -44,6 +44,26 @@ PARAM_ALIGNMENT_PADDINGS = "param_alignment_paddings"
 Facts = Mapping[str, Sequence[tuple[int, torch.dtype] | None]]  # by kind, of each group
 
 
+def partition_facts(groups: Sequence[tuple[FlatGroup, int]], is_zero: bool) -> dict[str, Any]:
+    """Return what a file says about the partitions that it holds.
+
+    Args:
+        groups: of the optimizer, each with the number of the file's rank in its process group.
+        is_zero: of ZeRO 1 or 2, else of BF16_Optimizer.
+    """
+    paddings = [flat.padding_of(rank) for flat, rank in groups]
+    if not is_zero:  # BF16_Optimizer counts the last partition's only
+        paddings = [
+            flat.size - flat.end if rank == flat.num_partitions - 1 else 0 for flat, rank in groups
+        ]
+    return {
+        GROUP_PADDINGS: paddings,
+        PARTITION_COUNT: [flat.num_partitions for flat, _ in groups],
+        PARAM_SLICE_MAPPINGS: [flat.slice_mapping(rank) for flat, rank in groups],
+        PARAM_ALIGNMENT_PADDINGS: [flat.paddings for flat, _ in groups],
+    }
+
+
 @dataclass(frozen=True, eq=False)
 class _Part:
     """A cluster of an optimizer that flattens its groups.
@@ -169,20 +189,15 @@ class FlatStates:
         state = self._convert(state, to_native=True, is_aligned=True)
         if not self._is_partitioned:
             return state
-        paddings = [flat.padding_of(rank) for flat, rank in self._native()]
+        natives = self._native()
         if self._is_zero:
-            masters = zip(state[self._masters_key], self._native(), paddings, strict=True)
+            paddings = [flat.padding_of(rank) for flat, rank in natives]
+            masters = zip(state[self._masters_key], natives, paddings, strict=True)
             state[self._masters_key] = [m[: f.partition_size - p] for m, (f, _), p in masters]
-        else:  # BF16_Optimizer counts the last partition's only
-            paddings = [
-                flat.size - flat.end if rank == flat.num_partitions - 1 else 0
-                for flat, rank in self._native()
-            ]
-        state[GROUP_PADDINGS] = paddings
-        state[PARTITION_COUNT] = [flat.num_partitions for flat, _ in self._native()]
-        state[PARAM_SLICE_MAPPINGS] = [flat.slice_mapping(rank) for flat, rank in self._native()]
-        if PARAM_ALIGNMENT_PADDINGS in state:
-            state[PARAM_ALIGNMENT_PADDINGS] = [flat.paddings for flat, _ in self._native()]
+        facts = partition_facts(natives, self._is_zero)
+        if PARAM_ALIGNMENT_PADDINGS not in state:
+            del facts[PARAM_ALIGNMENT_PADDINGS]
+        state.update(facts)
         return state
 
     def from_native(self, state: Mapping[str, Any]) -> dict[str, Any]:

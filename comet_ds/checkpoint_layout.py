@@ -224,24 +224,25 @@ def find_clusters(groups: Sequence[Mapping[str, Any]], table: ParameterTable) ->
             alike = [
                 stop
                 for stop in range(begin + 1, len(groups) + 1)
-                if _has_same_settings(groups[begin:stop]) and _is_split(groups[begin:stop])
+                if have_same_settings(groups[begin:stop]) and _is_split(groups[begin:stop])
             ]
             if alike:
                 end = alike[-1]
                 params = [p for group in groups[begin:end] for p in group["params"]]
-                native = _split([{"params": table.expand(params)}])
+                native = split_experts([{"params": table.expand(params)}])
         stacked = [list(group["params"]) for group in groups[begin:end]]
         clusters.append(Cluster(stacked, native))
         begin = end
     return clusters
 
 
-def _has_same_settings(groups: Sequence[Mapping[str, Any]]) -> bool:
+def have_same_settings(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether groups differ in their parameters alone."""
     settings = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in groups]
     return all(other == settings[0] for other in settings[1:])
 
 
-def _split(groups: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+def split_experts(groups: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
     """Return the groups DeepSpeed makes of some experts' parameters."""
     params = [p for group in groups for p in group["params"]]
     made = split_params_into_different_moe_groups_for_optimizer({"params": params, "name": ""})
@@ -249,5 +250,5 @@ def _split(groups: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
 
 
 def _is_split(groups: Sequence[Mapping[str, Any]]) -> bool:
-    found = [[id(p) for p in part] for part in _split(groups)]
+    found = [[id(p) for p in part] for part in split_experts(groups)]
     return found == [[id(p) for p in group["params"]] for group in groups]

@@ -21,6 +21,9 @@ from comet_ds.checkpoint_layout import Cluster, ParameterTable
 
 MASTERS = "fp32 weights"  # where they are handled like a state
 NOT_ITS_STATES = "it has no states of this kind of optimizer"
+# What a learning rate scheduler of torch's saves for each group of the optimizer.
+_PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums",
+              "max_momentums")  # fmt: skip
 
 
 def target_settings(
@@ -70,6 +73,36 @@ def copy_common(values: Sequence[Any], what: str) -> Any:
 
 def _copy(value: Any) -> Any:
     return value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
+
+
+def regroup_scheduler(
+    state: Mapping[str, Any], counts: Sequence[tuple[int, int]]
+) -> dict[str, Any]:
+    """Return a learning rate scheduler's state with as many values as there are groups.
+
+    Args:
+        state: its state_dict.
+        counts: of each cluster, how many groups it has in the state and how many it is to have.
+
+    Raises:
+        ValueError: the state has another number of values than groups.
+    """
+    found = dict(state)
+    for key, value in state.items():
+        if key == "_schedulers":
+            found[key] = [regroup_scheduler(s, counts) for s in value]
+        elif key in _PER_GROUP and isinstance(value, list | tuple):
+            rest, values = list(value), []
+            if len(rest) != sum(count for count, _ in counts):
+                raise ValueError(
+                    f"the learning rate scheduler's {key} must have a value for each of "
+                    f"{sum(count for count, _ in counts)} groups, got {len(rest)}"
+                )
+            for count, wanted in counts:
+                values += [rest[0]] * wanted
+                rest = rest[count:]
+            found[key] = type(value)(values)
+    return found
 
 
 class ParameterStates:
@@ -149,11 +182,11 @@ class ParameterStates:
             settings = target_settings(cluster, groups, self._table, to_native)
             step = None
             if self._is_fused_adam and not cluster.is_same:
-                step = _take_step(by_name)
+                step = take_step(by_name)
             for params, values in zip(targets, settings, strict=True):
                 found = [by_name[p.name] if to_native else self._join(p, by_name) for p in params]
                 if step is not None:
-                    _put_step(found, step, values.get("step", 0) if to_native else step)
+                    put_step(found, step, values.get("step", 0) if to_native else step)
                 new_masters.append([entry.pop(MASTERS, None) for entry in found])
                 numbers = list(range(number, number + len(params)))
                 number += len(params)
@@ -218,7 +251,7 @@ class ParameterStates:
         return joined
 
 
-def _take_step(entries: Mapping[str, dict[str, Any]]) -> int | None:
+def take_step(entries: Mapping[str, dict[str, Any]]) -> int | None:
     """Take DeepSpeed's FusedAdam's count of steps out of the states of a group's parameters.
 
     It counts for all of a group's parameters in the state of the last one that has a gradient.
@@ -226,7 +259,7 @@ def _take_step(entries: Mapping[str, dict[str, Any]]) -> int | None:
     return max((entry.pop("step") for entry in entries.values() if "step" in entry), default=None)
 
 
-def _put_step(entries: Sequence[dict[str, Any]], step: int, of_others: int) -> None:
+def put_step(entries: Sequence[dict[str, Any]], step: int, of_others: int) -> None:
     """Put a count of steps into the states of a group's parameters, the last one's."""
     with_state = [entry for entry in entries if "exp_avg" in entry]
     for entry in with_state:

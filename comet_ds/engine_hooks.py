@@ -34,14 +34,10 @@ from deepspeed.utils import groups
 
 from comet_ds.checkpoint_flat import FlatStates
 from comet_ds.checkpoint_layout import Cluster, ParameterTable, find_clusters, is_trained
-from comet_ds.checkpoint_states import ParameterStates
+from comet_ds.checkpoint_states import ParameterStates, regroup_scheduler
 from comet_ds.optimizer_choice import choose_layout, stacked_experts
 from comet_ds.stacked import StackedExperts
 from comet_ds.zero_shortcuts import install_shortcuts
-
-# What a learning rate scheduler of torch's saves for each group of the optimizer.
-_PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums",
-              "max_momentums")  # fmt: skip
 
 
 def install_hooks() -> None:
@@ -233,25 +229,9 @@ class EngineLayout:
         )
 
     def _regroup(self, state: Mapping[str, Any], to_native: bool) -> dict[str, Any]:
-        """Return a scheduler's state with lists of as many values as there are groups."""
         counts = [(len(c.stacked), len(c.native)) for c in self._clusters]
         counts = counts if to_native else [(native, stacked) for stacked, native in counts]
-        found = dict(state)
-        for key, value in state.items():
-            if key == "_schedulers":
-                found[key] = [self._regroup(s, to_native) for s in value]
-            elif key in _PER_GROUP and isinstance(value, list | tuple):
-                rest, values = list(value), []
-                if len(rest) != sum(count for count, _ in counts):
-                    raise ValueError(
-                        f"the learning rate scheduler's {key} must have a value for each of "
-                        f"{sum(count for count, _ in counts)} groups, got {len(rest)}"
-                    )
-                for count, wanted in counts:
-                    values += [rest[0]] * wanted
-                    rest = rest[count:]
-                found[key] = type(value)(values)
-        return found
+        return regroup_scheduler(state, counts)
 
     # ---- the engine ------------------------------------------------------------------------
 

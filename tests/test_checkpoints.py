@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``comet_ds checkpoint``: files for other ranks are those an engine of that layout writes.
+
+``test_reshard`` is the main one. A run saves a checkpoint and goes on; the checkpoint is resharded
+without an engine; engines of the other layout, with DeepSpeed's layer and with ours, load it, write
+it again ('again') and go on. The losses must be those of the run that was never interrupted, the
+resharded files those in 'again', and what is resharded back the checkpoint that was saved.
+
+Ranks beyond the second repeat the batches and random draws of the first two, so that runs with
+more of them compute the same gradients.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from experts_zoo import TiedMLP
+from test_checkpoint_layout import (
+    BRAIN,
+    EP1,
+    EP2,
+    EP4,
+    FP16,
+    FP32_SUMS,
+    FUSED_ADAM,
+    HALF,
+    HAS_ALIGNMENT,
+    LION,
+    MUON,
+    SGD,
+    SPLIT,
+    STEPS,
+    assert_same,
+    assert_same_files,
+    build,
+    load,
+    machine,
+    run_or_skip,
+    worst,
+)
+from test_training import BF16, OFFLOAD, zero
+from tolerance import RESUMED
+from torch import Tensor
+from training import CLASSES, HIDDEN, NUM_EXPERTS, Model, config, train
+
+import comet_ds
+from comet_ds.__main__ import main
+from comet_ds.checkpoints import names
+from comet_ds.checkpoints.consolidate import DTYPES, consolidate
+from comet_ds.checkpoints.files import Checkpoint
+from comet_ds.checkpoints.reshard import reshard
+
+TIED1, TIED2 = ({**ep, "expert": functools.partial(TiedMLP, HIDDEN)} for ep in (EP1, EP2))
+
+# Ranks and options of the run that saves, of the one that resumes, settings, and what else.
+RESHARD: dict[str, tuple] = {
+    "ZeRO 0, to more": (2, EP1, 4, EP4, zero(0), {}),
+    "ZeRO 0, to fewer": (4, EP4, 2, EP2, zero(0), {}),
+    "ZeRO 0, FusedAdam": (2, EP2, 4, EP4, {**zero(0), **FUSED_ADAM}, {}),
+    "ZeRO 0, split": (2, EP2, 2, EP1, zero(0), SPLIT),
+    "ZeRO 0, frozen": (2, EP2, 2, EP1, zero(0), {"freeze": True}),
+    "ZeRO 0, bf16": (2, EP2, 4, EP4, {**zero(0), **BF16}, BRAIN),
+    "ZeRO 0, bf16, FusedAdam": (4, EP4, 2, EP1, {**zero(0), **BF16, **FUSED_ADAM}, BRAIN),
+    "ZeRO 0, fp16": (4, EP2, 2, EP1, {**zero(0), **FP16}, HALF),
+    "ZeRO 0, fp16, FusedAdam, split": (2, EP2, 2, EP1, {**zero(0), **FP16, **FUSED_ADAM},
+                                       HALF | SPLIT),
+    "ZeRO 1, other ep_size": (2, EP2, 2, EP1, zero(1), {}),
+    "ZeRO 1, to more": (2, EP2, 4, EP4, zero(1), {}),
+    "ZeRO 1, more ranks": (2, EP2, 4, EP2, zero(1), {}),
+    "ZeRO 1, to fewer": (4, EP4, 2, EP1, zero(1), {}),
+    "ZeRO 1, to one": (2, EP2, 1, EP1, zero(1), {"num_batches": 1}),
+    "ZeRO 1, fp16": (2, EP2, 4, EP4, {**zero(1), **FP16}, HALF),
+    "ZeRO 1, SGD": (2, EP1, 4, EP2, {**zero(1), **SGD}, {}),
+    "ZeRO 1, CPULion": (4, EP2, 2, EP1, LION, {"saved_again": True}),
+    "ZeRO 1, frozen, split": (2, EP1, 4, EP4, zero(1), {"freeze": True} | SPLIT),
+    "ZeRO 1, data first": (4, EP2, 2, EP1, {**zero(1), "use_data_before_expert_parallelism": True},
+                           {}),
+    "ZeRO 2, bf16": (4, EP2, 2, EP2, {**zero(2), **BF16}, BRAIN),
+    "ZeRO 2, bf16, to more": (2, EP1, 4, EP4, {**zero(2), **BF16}, BRAIN),
+    "ZeRO 2, round robin": (2, EP1, 4, EP2, zero(2, round_robin_gradients=True), {}),
+    "ZeRO 2, frozen": (2, EP2, 4, EP4, zero(2), {"freeze": True}),
+    "ZeRO 2, split": (2, EP1, 4, EP2, zero(2), SPLIT),
+    "ZeRO 2, residual": (2, {**EP2, "use_residual": True}, 4, {**EP4, "use_residual": True},
+                         zero(2), {}),
+    "ZeRO 2, tied": (2, TIED2, 2, TIED1, zero(2), {}),
+    "ZeRO 2, offload": (2, EP1, 4, EP4, OFFLOAD, {}),
+    "ZeRO 2, Muon": (4, EP2, 2, EP1, {**zero(2), **MUON}, {}),
+    "BF16_Optimizer": (2, EP2, 4, EP2, {**zero(1), **BF16, **FP32_SUMS}, BRAIN),
+    "BF16_Optimizer, to fewer": (4, EP4, 2, EP1, {**zero(1), **BF16, **FP32_SUMS}, BRAIN),
+}  # fmt: skip
+if HAS_ALIGNMENT:
+    both = {"parameter_alignment": True, "round_robin_gradients": True}
+    RESHARD["ZeRO 2, alignment"] = (2, EP1, 4, EP2, zero(2, **both), {})
+
+
+def save(rank: int, size: int, folder: str, settings: dict, options: dict, **more: Any):
+    """Train, save, train on; return the losses of what follows and the model's weights."""
+    dtype, limit = more.pop("dtype", torch.float32), more.pop("limit", None)
+    data, saved_again = rank % more.pop("num_batches", 2), more.pop("saved_again", False)
+    with machine(limit, dtype):
+        engine = build(more.pop("kind", "deepspeed"), size, settings, options, **more)
+        train(engine, data, STEPS, dtype)
+        engine.save_checkpoint(folder, tag="saved")
+        if saved_again:  # loading gives its groups a setting more
+            engine.load_checkpoint(folder, tag="saved")
+            engine.save_checkpoint(folder, tag="saved")
+        weights = {k: v.clone() for k, v in engine.module.state_dict().items()}
+        return train(engine, data, STEPS, dtype), weights
+
+
+def resume(rank: int, size: int, folder: str, settings: dict, options: dict, **more: Any):
+    """Return the losses with either layer, after each has written what it read."""
+    dtype, limit = more.pop("dtype", torch.float32), more.pop("limit", None)
+    data, curves = rank % more.pop("num_batches", 2), {}
+    more.pop("saved_again", None)
+    with machine(limit, dtype):
+        for kind in ("deepspeed", "comet_ds"):
+            engine = load(build(kind, size, settings, options, **more), folder, "saved")
+            engine.save_checkpoint(folder, tag=f"again, {kind}")
+            curves[kind] = train(engine, data, STEPS, dtype)
+            engine.destroy()
+    return curves
+
+
+@pytest.mark.parametrize("name", RESHARD)
+def test_reshard(world, tmp_path: Path, name: str) -> None:
+    size, options, other_size, other_options, settings, more = RESHARD[name]
+    there, back = str(tmp_path / "there"), str(tmp_path / "back")
+    args = str(tmp_path), settings, options
+    saved = run_or_skip(world(size), functools.partial(save, **more), *args)
+    dtype = more.get("dtype", torch.float32)
+    with machine(more.get("limit"), dtype):
+        sizes = {"ep_size": other_options["ep_size"], "num_ranks": other_size}
+        reshard(Checkpoint.open(tmp_path, "saved"), there, **sizes)
+        sizes = {"ep_size": options["ep_size"], "num_ranks": size}
+        reshard(Checkpoint.open(there), back, **sizes)
+    (tmp_path / "back/saved").rename(tmp_path / "back again")
+    assert_same_files(str(tmp_path), "saved", "back again")
+    args = there, settings, other_options
+    found = world(other_size).run(functools.partial(resume, **more), *args)
+    for rank, curves in enumerate(found):
+        for kind, curve in curves.items():
+            difference = worst(curve, saved[rank % more.get("num_batches", 2)][0])
+            print(f"{name}: rank {rank}, {kind}: {difference:.1e}")
+            assert difference <= RESUMED[dtype], kind
+    assert_same_files(there, "saved", "again, comet_ds")
+
+
+# ---- one file ----------------------------------------------------------------------------------
+
+# Settings and options of the run that saves, and what else.
+CONSOLIDATE: dict[str, tuple] = {
+    "ZeRO 0": (zero(0), EP2, {}),
+    "ZeRO 0, frozen": (zero(0), EP2, {"freeze": True}),
+    "ZeRO 0, bf16": ({**zero(0), **BF16}, EP2, BRAIN),
+    "ZeRO 0, bf16, FusedAdam": ({**zero(0), **BF16, **FUSED_ADAM}, EP2, BRAIN),
+    "ZeRO 0, fp16, split": ({**zero(0), **FP16}, EP1, HALF | SPLIT),
+    "ZeRO 0, bf16, tied": ({**zero(0), **BF16}, TIED2, BRAIN),
+    "ZeRO 1": (zero(1), EP2, {}),
+    "ZeRO 1, fp16": ({**zero(1), **FP16}, EP2, HALF),
+    "ZeRO 2, bf16, round robin": (
+        {**zero(2, round_robin_gradients=True), **BF16},
+        EP1,
+        BRAIN,
+    ),
+    "ZeRO 2, bf16, frozen": ({**zero(2), **BF16}, EP2, BRAIN | {"freeze": True}),
+    "ZeRO 2, bf16, tied": ({**zero(2), **BF16}, TIED2, BRAIN),
+    "BF16_Optimizer": ({**zero(1), **BF16, **FP32_SUMS}, EP2, BRAIN),
+}
+
+
+def fp32_weights(engine: Any) -> dict[str, Tensor]:
+    """Return an engine's fp32 weights by name, asked of the optimizer."""
+    from deepspeed.utils import safe_get_full_fp32_param as get
+
+    optimizer, named = engine.optimizer, dict(engine.module.named_parameters())
+    if hasattr(optimizer, "fp32_groups"):
+        pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+        found = {id(p): m for group in pairs for p, m in zip(*group, strict=True)}
+    elif hasattr(optimizer, "fp32_groups_flat"):
+        pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True)
+        found = {
+            id(p): m
+            for ps, flat in pairs
+            for p, m in zip(ps, flat.split([p.numel() for p in ps]), strict=True)
+        }
+    elif engine.zero_optimization():
+        found = {id(p): get(p) for p in named.values() if p.requires_grad}
+    else:
+        found = {}
+    return {n: found.get(id(p), p).detach().reshape(p.shape).clone() for n, p in named.items()}
+
+
+def save_weights(rank: int, size: int, folder: str, settings: dict, options: dict, **more: Any):
+    dtype, limit = more.pop("dtype", torch.float32), more.pop("limit", None)
+    with machine(limit, dtype):
+        engine = build("deepspeed", size, settings, options, **more)
+        train(engine, rank, STEPS, dtype)
+        engine.save_checkpoint(folder, tag="saved")
+        return fp32_weights(engine)
+
+
+def in_one(by_rank: list[dict[str, Tensor]], num_local: int) -> dict[str, Tensor]:
+    """Return the whole model's tensors from those of an expert parallel group's ranks."""
+    return {
+        names.renumber(name, rank * num_local): tensor.float()
+        for rank, weights in enumerate(by_rank)
+        for name, tensor in weights.items()
+        if rank == 0 or names.parse(name)
+    }
+
+
+@pytest.mark.parametrize("name", CONSOLIDATE)
+def test_consolidate(world, tmp_path: Path, name: str) -> None:
+    """Every fp32 weight is the optimizer's, bit for bit, and so it is after resharding."""
+    settings, options, more = CONSOLIDATE[name]
+    args = str(tmp_path), settings, options
+    found = run_or_skip(world(2), functools.partial(save_weights, **more), *args)
+    ep_size = options["ep_size"]
+    expected = in_one(found[:ep_size], NUM_EXPERTS // ep_size)
+    torch.manual_seed(0)
+    whole = Model(CLASSES["deepspeed"], **{**options, "ep_size": 1})
+    with machine(more.get("limit"), torch.float32):
+        reshard(Checkpoint.open(tmp_path), tmp_path / "other", ep_size=4 // ep_size, num_ranks=4)
+        for folder in (tmp_path, tmp_path / "other"):
+            for kind in ("fp32", "bf16"):
+                path = folder / f"{kind}.pt"
+                consolidate(Checkpoint.open(folder), path, dtype=kind)
+                got = torch.load(path)
+                assert list(got) == list(whole.state_dict())
+                for key, tensor in got.items():
+                    assert tensor.dtype == DTYPES[kind]
+                    source = key if key in expected else key.replace("down.", "up.")
+                    wanted = expected[source].to(tensor.dtype)
+                    assert torch.equal(tensor, wanted), f"{folder}: {key} in {kind}"
+    whole.load_state_dict(torch.load(tmp_path / "fp32.pt"))
+
+
+def test_safetensors(world, tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    settings = {**zero(1), **BF16}
+    world(2).run(functools.partial(save_weights, **BRAIN), str(tmp_path), settings, EP2)
+    for kind in ("fp32", "bf16"):
+        paths = [str(tmp_path / f"{kind}{suffix}") for suffix in (".pt", ".safetensors")]
+        for path in paths:
+            main(["checkpoint", "consolidate", str(tmp_path), path, "--dtype", kind])
+        whole, other = torch.load(paths[0]), safetensors.load_file(paths[1])
+        assert_same(dict(sorted(whole.items())), dict(sorted(other.items())), kind)
+
+
+# ---- the whole model's state_dict at ep_size above 1 -------------------------------------------
+
+
+def check_load(rank: int, size: int, folder: str, stack: bool) -> None:
+    whole = torch.load(f"{folder}/model.pt")
+    options = {"k": 2, "comet_ds": {"stack_experts": stack}}
+    for ep_size in (1, 2, 4):
+        model = Model(comet_ds.MoE, ep_size=ep_size, **options)
+        model.load_state_dict(whole)  # before its groups exist
+        num_local = NUM_EXPERTS // ep_size
+        offset = rank % ep_size * num_local
+        own = {names.renumber(n, offset): t for n, t in model.state_dict().items()}
+        assert own.keys() <= whole.keys() and len(own) == 8 + 8 * num_local - 2
+        assert_same({n: whole[n] for n in own}, own, f"ep_size {ep_size}")
+        engine = deepspeed.initialize(model=model, config=config(size, **zero(1)))[0]
+        with torch.no_grad():
+            for param in engine.module.parameters():
+                param.zero_()
+        for prefix in ("", "wrapped."):
+            holder = engine.module
+            for name in prefix.split(".")[:-1]:
+                holder = torch.nn.ModuleDict({name: holder})
+            holder.load_state_dict({prefix + n: t for n, t in whole.items()})
+        again = {names.renumber(n, offset): t for n, t in engine.module.state_dict().items()}
+        assert_same(own, again, f"ep_size {ep_size}, engine")
+        layer, path = engine.module.moe[1], "moe.1."
+        part = {n.removeprefix(path): t for n, t in whole.items() if n.startswith(path)}
+        assert not any(layer.load_state_dict(part))
+        if num_local in (1, 2):
+            local = engine.module.state_dict()
+            assert not any(engine.module.load_state_dict(local))  # a rank's own stays possible
+            assert_same(own, {names.renumber(n, offset): t for n, t in local.items()}, "own")
+        engine.destroy()
+
+
+@pytest.mark.parametrize("stack", [True, False])
+def test_each_rank_loads_its_own_experts(world, tmp_path: Path, stack: bool) -> None:
+    torch.manual_seed(3)
+    whole = Model(CLASSES["deepspeed"], ep_size=1, k=2).state_dict()
+    torch.save({name: torch.randn_like(tensor) for name, tensor in whole.items()},
+               tmp_path / "model.pt")  # fmt: skip
+    world(4).run(check_load, str(tmp_path), stack)
