@@ -40,6 +40,7 @@ setup(
     package_data={"comet_ds": ["csrc/*.*", "csrc/*/*.*"]},
     ext_modules=[Extension("comet_ds.comet_ds_moe", [])] if IS_BUILT_AHEAD else [],
     cmdclass={"build_ext": BuildKernels},
+    entry_points={"console_scripts": ["comet_ds=comet_ds.__main__:main"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "deepspeed>=0.19.6,<0.20",

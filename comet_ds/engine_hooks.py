@@ -37,6 +37,7 @@ from comet_ds.checkpoint_layout import Cluster, ParameterTable, find_clusters, i
 from comet_ds.checkpoint_states import ParameterStates, regroup_scheduler
 from comet_ds.optimizer_choice import choose_layout, stacked_experts
 from comet_ds.stacked import StackedExperts
+from comet_ds.whole_state import gather_experts
 from comet_ds.zero_shortcuts import install_shortcuts
 
 
@@ -49,6 +50,7 @@ def install_hooks() -> None:
         ("_configure_optimizer", _configure_optimizer),
         ("save_checkpoint", _use_native_layout),
         ("load_checkpoint", _use_native_layout),
+        ("save_16bit_model", _save_whole_model),
     ):
         original = getattr(DeepSpeedEngine, name)
         if not hasattr(original, "_is_comet_ds"):
@@ -94,6 +96,20 @@ def _use_native_layout(
     if layout is None:
         return original(*args, **kwargs)
     with layout.in_use():
+        return original(*args, **kwargs)
+
+
+def _save_whole_model(
+    original: Callable[..., Any], engine: DeepSpeedEngine, *args: Any, **kwargs: Any
+) -> Any:
+    """Save the experts of all ranks; DeepSpeed alone saves rank 0's."""
+    get = engine.module_state_dict
+
+    def get_whole(*args: Any, **kwargs: Any) -> Any:
+        state_dict = get(*args, **kwargs)
+        return state_dict if state_dict is None else gather_experts(engine.module, state_dict)
+
+    with _replaced(engine, module_state_dict=get_whole):
         return original(*args, **kwargs)
 
 

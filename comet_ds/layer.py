@@ -37,6 +37,7 @@ from comet_ds.pipelined import pipelined_forward
 from comet_ds.reference import reference_forward
 from comet_ds.routing import plan_routes
 from comet_ds.stacked import StackedExperts
+from comet_ds.whole_state import check_loaded, keep_own_experts
 
 
 class MoE(deepspeed_layer.MoE):
@@ -63,8 +64,13 @@ class MoE(deepspeed_layer.MoE):
         AssertionError: ``num_experts`` not divisible by ``ep_size``, unknown noise policy.
         ValueError: ``k`` out of range, bad option.
 
+    ``load_state_dict`` also takes the whole model's, with the experts of all ranks: each rank loads
+    its own.
+
     Source: ``deepspeed/moe/layer.py``.
     """
+
+    loaded_ep_rank: int | None = None  # whose experts were loaded before the groups existed
 
     def __init__(
         self,
@@ -164,6 +170,11 @@ class MoE(deepspeed_layer.MoE):
             experts.check_frozen()
         self._tag_experts()
         super().set_deepspeed_parallelism(use_data_before_expert_parallel_)
+        check_loaded(self, range(first, first + stage_size))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        keep_own_experts(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _facts(self) -> dict[str, Any]:
         """Return what all ranks that hold the layer must agree on."""
@@ -195,6 +206,7 @@ class MoE(deepspeed_layer.MoE):
             f"experts that are frozen without the others ({REMEDY})": (
                 experts.partly_frozen() if isinstance(experts, StackedExperts) else {}
             ),
+            "having loaded the whole model's state_dict": self.loaded_ep_rank is not None,
             "path": config.path,
             "num_chunks": config.num_chunks,
             "exact_gate": config.exact_gate,

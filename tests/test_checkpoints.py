@@ -19,6 +19,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+from deepspeed.utils import safe_get_full_fp32_param
 from experts_zoo import TiedMLP
 from test_checkpoint_layout import (
     BRAIN,
@@ -46,6 +47,7 @@ from test_checkpoint_layout import (
 from test_training import BF16, OFFLOAD, zero
 from tolerance import RESUMED
 from torch import Tensor
+from torch import distributed as dist
 from training import CLASSES, HIDDEN, NUM_EXPERTS, Model, config, train
 
 import comet_ds
@@ -176,8 +178,6 @@ CONSOLIDATE: dict[str, tuple] = {
 
 def fp32_weights(engine: Any) -> dict[str, Tensor]:
     """Return an engine's fp32 weights by name, asked of the optimizer."""
-    from deepspeed.utils import safe_get_full_fp32_param as get
-
     optimizer, named = engine.optimizer, dict(engine.module.named_parameters())
     if hasattr(optimizer, "fp32_groups"):
         pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
@@ -189,8 +189,21 @@ def fp32_weights(engine: Any) -> dict[str, Tensor]:
             for ps, flat in pairs
             for p, m in zip(ps, flat.split([p.numel() for p in ps]), strict=True)
         }
+    elif hasattr(optimizer, "round_robin_bit16_groups"):
+        found = {}
+        for index, params in enumerate(optimizer.round_robin_bit16_groups):
+            part, group = (
+                optimizer.single_partition_of_fp32_groups[index].detach(),
+                optimizer.real_dp_process_group[index],
+            )
+            parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(parts, part, group=group)
+            flat, at = torch.cat(parts), 0
+            for param in params:
+                found[id(param)] = flat[at : at + param.numel()]
+                at += param.numel()
     elif engine.zero_optimization():
-        found = {id(p): get(p) for p in named.values() if p.requires_grad}
+        found = {id(p): safe_get_full_fp32_param(p) for p in named.values() if p.requires_grad}
     else:
         found = {}
     return {n: found.get(id(p), p).detach().reshape(p.shape).clone() for n, p in named.items()}
@@ -295,3 +308,114 @@ def test_each_rank_loads_its_own_experts(world, tmp_path: Path, stack: bool) -> 
     torch.save({name: torch.randn_like(tensor) for name, tensor in whole.items()},
                tmp_path / "model.pt")  # fmt: skip
     world(4).run(check_load, str(tmp_path), stack)
+
+
+def check_refused_states(rank: int, size: int) -> None:
+    model = Model(comet_ds.MoE, ep_size=2, k=2)
+    whole = Model(comet_ds.MoE, ep_size=1, k=2).state_dict()
+    for wanted in ((0, 1, 2), (2, 3)):
+        part = {n: t for n, t in whole.items() if not (p := names.parse(n)) or p.expert in wanted}
+        with pytest.raises(RuntimeError, match=rf"all 4 experts.*got experts \[{wanted[0]}, "):
+            model.load_state_dict(part)
+    model.load_state_dict(whole)
+    with pytest.raises(ValueError, match=r"load the state_dict after deepspeed\.initialize"):
+        deepspeed.initialize(
+            model=model, config=config(size, use_data_before_expert_parallelism=True, **zero(1))
+        )
+
+
+def test_a_state_dict_that_is_nobodys_is_refused(world) -> None:
+    world(4).run(check_refused_states)
+
+
+def test_ranks_must_be_known() -> None:
+    model, whole = Model(comet_ds.MoE, ep_size=2), Model(comet_ds.MoE).state_dict()
+    with pytest.raises(RuntimeError, match=r"deepspeed\.init_distributed\(\)"):
+        model.load_state_dict(whole)
+
+
+def check_16bit(rank: int, size: int, folder: str) -> None:
+    settings = {**zero(1), **BF16}
+    for options in (EP1, EP2, EP4):
+        kind = {**options, "comet_ds": {"stack_experts": options is not EP2}}
+        engine = build("comet_ds", size, settings, kind)
+        train(engine, rank, STEPS, torch.bfloat16)
+        tag = str(options["ep_size"])
+        engine.save_checkpoint(folder, tag=tag)
+        assert engine.save_16bit_model(f"{folder}/{tag}")
+        engine.destroy()
+    if rank == 0:
+        for tag in ("1", "2", "4"):
+            consolidate(Checkpoint.open(folder, tag), f"{folder}/{tag}.pt", dtype="bf16")
+            found = torch.load(f"{folder}/{tag}/pytorch_model.bin")
+            assert_same(torch.load(f"{folder}/{tag}.pt"), dict(found), tag)
+
+
+def test_save_16bit_model_has_all_experts(world, tmp_path: Path) -> None:
+    """The same file as the checkpoint's, names in the same order."""
+    world(4).run(check_16bit, str(tmp_path))
+
+
+# ---- the command -------------------------------------------------------------------------------
+
+
+def test_command(world, tmp_path: Path, capsys) -> None:
+    settings = {**zero(2), **BF16}
+    world(2).run(functools.partial(save_weights, **BRAIN), str(tmp_path), settings, EP2)
+    other = tmp_path / "other"
+    args = [str(other), "--ep-size", "4", "--num-ranks", "8"]
+    main(["checkpoint", "reshard", str(tmp_path), *args])
+    assert capsys.readouterr().out == f"{other / 'saved'}\n"
+    assert len(list((other / "saved").glob("bf16_zero_pp_rank_*"))) == 8
+    for folder, size, ranks, local in ((tmp_path / "saved", 2, 2, 2), (other, 4, 8, 1)):
+        main(["checkpoint", "inspect", str(folder)])
+        lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+        assert lines["ZeRO"] == "stage   2" and lines["ep_size"] == str(size)
+        assert lines["ranks"] == str(ranks)
+        assert lines["parameters"] == "9,248: 672 dense, 8,576 of experts; bfloat16"
+        assert lines["optimizer"] == f"Adam in ZeRO, partitioned, {ranks} files"
+        assert lines["states"].startswith("weights float32, step 3")
+        assert lines["MoE"].endswith(f"moe.1: 4 experts, {local} on a rank")
+    for arguments, message in (
+        (["reshard", str(tmp_path), *args], "exists already"),
+        (
+            ["reshard", str(tmp_path), str(tmp_path / "x"), "--ep-size", "3"],
+            r"must divide .* got 3",
+        ),
+        (
+            ["reshard", str(tmp_path), str(tmp_path / "x"), "--num-ranks", "3"],
+            r"ranks \(3\), got 2",
+        ),
+        (["inspect", str(tmp_path / "nowhere")], "must be a DeepSpeed checkpoint"),
+        (["inspect", str(tmp_path), "--tag", "no"], "must be a DeepSpeed checkpoint"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(["checkpoint", *arguments])
+    with pytest.raises(SystemExit, match="unknown command 'chekpoint'"):
+        main(["chekpoint"])
+    main(["--help"])
+    assert "Inspect, consolidate or reshard a checkpoint" in capsys.readouterr().out
+
+
+def test_incomplete_and_foreign_checkpoints_are_refused(world, tmp_path: Path) -> None:
+    """And so are files whose experts would be taken for others'."""
+    world(2).run(save_weights, str(tmp_path), zero(1), EP2)
+    folder = tmp_path / "saved"
+    for name, message in (
+        ("layer_1_expert_3_mp_rank_00_model_states.pt", "1 of 4 experts of MoE layer 1"),
+        ("zero_pp_rank_1_mp_rank_00_optim_states.pt", "lacks 1 optimizer files"),
+    ):
+        (folder / name).rename(tmp_path / name)
+        with pytest.raises(ValueError, match=message):
+            Checkpoint.open(tmp_path)
+        (tmp_path / name).rename(folder / name)
+    path = folder / "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
+    first, second = (Path(str(path).format(i)) for i in range(2))
+    first.rename(tmp_path / "first")
+    second.rename(first)
+    (tmp_path / "first").rename(second)
+    with pytest.raises(ValueError, match="are not the model's"):
+        reshard(Checkpoint.open(tmp_path), tmp_path / "other", ep_size=1, num_ranks=2)
+    (folder / "mp_rank_01_model_states.pt").touch()
+    with pytest.raises(ValueError, match="tensor and pipeline parallel"):
+        Checkpoint.open(tmp_path)
