@@ -13,6 +13,9 @@ more of them compute the same gradients.
 from __future__ import annotations
 
 import functools
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
-from experts_zoo import TiedMLP
+from experts_zoo import TiedMLP, sequential
 from test_checkpoint_layout import (
     BRAIN,
     EP1,
@@ -54,9 +57,21 @@ import comet_ds
 from comet_ds.__main__ import main
 from comet_ds.checkpoints import names
 from comet_ds.checkpoints.consolidate import DTYPES, consolidate
-from comet_ds.checkpoints.files import Checkpoint
+from comet_ds.checkpoints.files import MODEL_FILE, Checkpoint
 from comet_ds.checkpoints.reshard import reshard
 
+
+def by_dimension(model: Any) -> list[dict[str, Any]]:
+    """Return matrices and vectors as groups of their own, as for weight decay."""
+    parts = [[p for p in model.parameters() if (p.dim() > 1) == m] for m in (True, False)]
+    return [
+        {"name": str(m), "params": params, "weight_decay": 0.01 * (1 - m)}
+        for m, params in enumerate(parts)
+    ]
+
+
+BY_DIMENSION = {"model_parameters": by_dimension}
+WARMUP = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}
 TIED1, TIED2 = ({**ep, "expert": functools.partial(TiedMLP, HIDDEN)} for ep in (EP1, EP2))
 
 # Ranks and options of the run that saves, of the one that resumes, settings, and what else.
@@ -82,6 +97,10 @@ RESHARD: dict[str, tuple] = {
     "ZeRO 1, frozen, split": (2, EP1, 4, EP4, zero(1), {"freeze": True} | SPLIT),
     "ZeRO 1, data first": (4, EP2, 2, EP1, {**zero(1), "use_data_before_expert_parallelism": True},
                            {}),
+    "ZeRO 0, by dimension": (2, EP1, 4, EP4, zero(0), BY_DIMENSION),
+    "ZeRO 0, bf16, by dimension": (4, EP4, 2, EP2, {**zero(0), **BF16}, BRAIN | BY_DIMENSION),
+    "ZeRO 1, by dimension": (2, EP2, 4, EP4, zero(1), BY_DIMENSION),
+    "ZeRO 2, scheduler, split": (2, EP2, 2, EP1, {**zero(2), **WARMUP}, SPLIT),
     "ZeRO 2, bf16": (4, EP2, 2, EP2, {**zero(2), **BF16}, BRAIN),
     "ZeRO 2, bf16, to more": (2, EP1, 4, EP4, {**zero(2), **BF16}, BRAIN),
     "ZeRO 2, round robin": (2, EP1, 4, EP2, zero(2, round_robin_gradients=True), {}),
@@ -395,6 +414,62 @@ def test_command(world, tmp_path: Path, capsys) -> None:
         main(["chekpoint"])
     main(["--help"])
     assert "Inspect, consolidate or reshard a checkpoint" in capsys.readouterr().out
+
+
+def test_settings_that_are_elsewhere(world, tmp_path: Path) -> None:
+    """A run whose JSON was a file saves its path only."""
+    settings = zero(2, round_robin_gradients=True)
+    world(2).run(save_weights, str(tmp_path), settings, EP1)
+    path, config_path = tmp_path / "saved" / MODEL_FILE, tmp_path / "ds.json"
+    state = torch.load(path, weights_only=False)
+    torch.save({**state, "ds_config": str(config_path)}, path)
+    args = [str(tmp_path), str(tmp_path / "there"), "--num-ranks", "4"]
+    with pytest.raises(SystemExit, match=f"has the path {config_path} only"):
+        main(["checkpoint", "reshard", *args])
+    consolidate(Checkpoint.open(tmp_path), tmp_path / "without.pt")
+    config_path.write_text(json.dumps(config(2, **settings)))
+    main(["checkpoint", "reshard", *args])
+    moved = config_path.rename(tmp_path / "moved.json")
+    args[1] = str(tmp_path / "again")
+    main(["checkpoint", "reshard", *args, "--config", str(moved)])
+    assert_same_files(str(tmp_path), "there/saved", "again/saved")
+    consolidate(Checkpoint.open(tmp_path / "again", config=moved), tmp_path / "with.pt")
+    assert_same(torch.load(tmp_path / "without.pt"), torch.load(tmp_path / "with.pt"), "weights")
+
+
+WRITER = """
+import sys
+from pathlib import Path
+import comet_ds.checkpoints.consolidate as module
+from comet_ds.checkpoints.files import Checkpoint
+
+def used():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) / 1024
+
+def watched(self, name):
+    most.append(used())
+    return read(self, name)
+
+read, most, start = module.Weights.read, [], used()
+module.Weights.read = watched
+module.consolidate(Checkpoint.open(sys.argv[1]), sys.argv[2])
+print(max(most) - start)
+"""
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_consolidate_needs_memory_for_one_parameter(world, tmp_path: Path, suffix: str) -> None:
+    """Of 16 matrices, 8 MiB each; torch's fake tensors take 20 MiB at their first use."""
+    expert = functools.partial(sequential, HIDDEN, 2**17)
+    world(1).run(save_weights, str(tmp_path), zero(1), {**EP1, "expert": expert})
+    path = tmp_path / f"whole.{suffix}"
+    command = [sys.executable, "-c", WRITER, str(tmp_path), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert path.stat().st_size > 128 * 2**20
+    needed = float(done.stdout.split()[-1])
+    print(f"{suffix}: {needed:.1f} MiB")
+    assert needed < 48, "MiB of memory that is no file's"
 
 
 def test_incomplete_and_foreign_checkpoints_are_refused(world, tmp_path: Path) -> None:

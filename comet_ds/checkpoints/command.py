@@ -79,12 +79,6 @@ def _describe_optimizer(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"group {index:<7}{kind}, lr {group['lr']:g}"
 
 
-def _parse_sizes(text: str) -> int | dict[int, int]:
-    if ":" not in text:
-        return int(text)
-    return {int(old): int(new) for old, new in (part.split(":") for part in text.split(","))}
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="comet_ds checkpoint", description=__doc__.split("\n")[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -94,11 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     for verb in (inspect, single, other):
         verb.add_argument("folder", type=Path, help="given to save_checkpoint, or a tag's in it")
         verb.add_argument("--tag", help="of the checkpoint; the latest without")
+        verb.add_argument("--config", type=Path, help="DeepSpeed JSON of the run that saved it")
     single.add_argument("file", type=Path, help="to write: *.safetensors, or torch's format")
     single.add_argument("--dtype", choices=DTYPES, default="fp32", help="of parameters")
     other.add_argument("target", type=Path, help="folder to write, for load_checkpoint")
-    other.add_argument("--ep-size", type=_parse_sizes, help="N, or OLD:NEW,... for several")
-    other.add_argument("--num-ranks", type=int, help="data parallel ranks that will resume")
+    other.add_argument("--ep-size", type=int, help="of the run that will resume")
+    other.add_argument("--num-ranks", type=int, help="data parallel ranks of that run")
     return parser
 
 
@@ -106,14 +101,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; exits with a message where a checkpoint or an argument does not fit."""
     args = _parser().parse_args(arguments)
     try:
-        checkpoint = Checkpoint.open(args.folder, args.tag)
+        checkpoint = Checkpoint.open(args.folder, args.tag, args.config)
         if args.verb == "inspect":
             print("\n".join(describe(checkpoint)))
         elif args.verb == "consolidate":
             print(consolidate(checkpoint, args.file, dtype=args.dtype))
         else:
-            sizes = {size: size for size in checkpoint.ep_sizes.values()}
-            ep_size = sizes if args.ep_size is None else args.ep_size
+            present = next(iter(checkpoint.ep_sizes.values()), 1)
+            ep_size = present if args.ep_size is None else args.ep_size
             num_ranks = checkpoint.num_ranks if args.num_ranks is None else args.num_ranks
             print(reshard(checkpoint, args.target, ep_size=ep_size, num_ranks=num_ranks))
     except ValueError as error:

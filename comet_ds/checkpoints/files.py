@@ -61,12 +61,21 @@ def read(path: Path) -> Mapping[str, Any]:
     return _read(path, path.stat().st_mtime_ns)
 
 
+def _read_settings(config: Any) -> Mapping[str, Any] | None:
+    """Return the DeepSpeed JSON of a run; None where it is a file that is not here."""
+    if isinstance(config, Mapping):
+        return config
+    path = Path(str(config))
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
 class Checkpoint:
     """A checkpoint of a model with MoE layers.
 
     Attributes:
         folder: with the files.
         model: content of the model's file.
+        settings: the DeepSpeed JSON of the run; None where it is not known.
         layers: the MoE layers' experts, in DeepSpeed's order.
         num_ranks: data parallel ranks that saved it.
         kind: of the optimizer; None without one.
@@ -75,12 +84,15 @@ class Checkpoint:
     """
 
     @classmethod
-    def open(cls, folder: str | Path, tag: str | None = None) -> Checkpoint:
+    def open(
+        cls, folder: str | Path, tag: str | None = None, config: str | Path | None = None
+    ) -> Checkpoint:
         """Open a checkpoint.
 
         Args:
             folder: given to ``save_checkpoint``, or the one of a tag within it.
             tag: None for the latest.
+            config: the DeepSpeed JSON of the run, where the checkpoint has its path only.
 
         Raises:
             ValueError: there is none, or none that this package can read.
@@ -88,12 +100,13 @@ class Checkpoint:
         folder = Path(folder)
         if tag is None and (folder / "latest").is_file():
             tag = (folder / "latest").read_text().strip()
-        return cls(folder if tag is None else folder / tag)
+        return cls(folder if tag is None else folder / tag, config)
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: str | Path | None) -> None:
         self.folder = folder
         self._check_files()
         self.model = read(folder / MODEL_FILE)
+        self.settings = _read_settings(config or self.model.get("ds_config") or {})
         self.layers = self._find_layers()
         self.num_ranks: int = self.model["dp_world_size"]
         found: dict[str, dict[int, Path]] = {}
@@ -170,10 +183,8 @@ class Checkpoint:
         return int(self.optimizer(0)[ZERO_STAGE]) if self.kind == ZERO else 0
 
     def setting(self, *keys: str) -> Any:
-        """Return a setting of the JSON the run had; None where it was not set or is not known."""
-        value: Any = self.model.get("ds_config") or {}
-        if isinstance(value, str | Path):  # given as a file, which is elsewhere or has changed
-            value = json.loads(Path(value).read_text()) if Path(value).is_file() else {}
+        """Return a setting of the run's DeepSpeed JSON; None where it was not set, or not known."""
+        value: Any = self.settings
         for key in keys:
             value = value.get(key) if isinstance(value, Mapping) else None
         return value

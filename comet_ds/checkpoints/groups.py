@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a checkpoint's optimizer tensors hold: names, by groups, and where each element lies.
 
-Files of partitioned optimizers (ZeRO 1 and 2, BF16_Optimizer) name their parameters. Others do not:
-their entries are assigned to the model's parameters in the model's order, by value where they have
-fp32 weights and by shape otherwise.
+Files of partitioned optimizers (ZeRO 1 and 2, BF16_Optimizer) name their parameters; for others see
+``entries.py``.
 """
 
 from __future__ import annotations
 
-import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,18 +17,10 @@ from torch import Tensor
 from comet_ds.checkpoint_flat import PARAM_ALIGNMENT_PADDINGS
 from comet_ds.checkpoint_layout import NativeParameter, have_same_settings, split_experts
 from comet_ds.checkpoint_states import MASTERS
-from comet_ds.checkpoints.files import PLAIN, ZERO, Checkpoint, offsets, to_global
+from comet_ds.checkpoints.entries import Groups, name_entries, native
+from comet_ds.checkpoints.files import ZERO, Checkpoint, offsets, to_global
 from comet_ds.checkpoints.names import Topology, parse
 from comet_ds.flat_groups import FlatGroup, Piece, flatten
-
-Groups = list[list[NativeParameter]]
-UNKNOWN = "?"  # begins the name of a parameter that no file names
-
-
-def native(name: str, shape: Sequence[int], ep_size: int | None) -> NativeParameter:
-    """Return a parameter as a file has it; ``ep_size`` is that of an expert's layer."""
-    tags = types.SimpleNamespace(allreduce=ep_size is None, group_name=f"ep_size_{ep_size}")
-    return NativeParameter(name, torch.Size(shape), tags, None)
 
 
 def ep_size_of(group: Sequence[NativeParameter]) -> int | None:
@@ -47,7 +37,7 @@ def read_groups(checkpoint: Checkpoint) -> Groups:
         ValueError: the file does not say which they are.
     """
     if not checkpoint.is_partitioned:
-        return _assign(checkpoint)
+        return name_entries(checkpoint)
     groups = []
     for shapes in checkpoint.model["param_shapes"]:
         group = []
@@ -313,107 +303,3 @@ def _own(value: Any) -> Any:
     if torch.is_tensor(value) and value.untyped_storage().nbytes() > value.nbytes:
         return value.clone()
     return value
-
-
-# ---- which parameters entries without names are ------------------------------------------------
-
-
-class _Cursor:
-    """A group's entries, which are given away in their order."""
-
-    def __init__(self, entries: Any) -> None:
-        self.entries, self.at, self.found = entries, 0, []
-
-    @property
-    def is_done(self) -> bool:
-        flat = torch.is_tensor(self.entries)
-        return self.at == (self.entries.numel() if flat else len(self.entries))
-
-    def take(self, name: str, own: Tensor) -> bool:
-        """Take the next entry for a parameter if it can be its; say whether it is."""
-        if self.is_done:
-            return False
-        if torch.is_tensor(self.entries):
-            value = self.entries.detach()[self.at : self.at + own.numel()].view(-1)
-            is_it, step = torch.equal(value.to(own.dtype), own.flatten()), own.numel()
-        else:
-            value, step = self.entries[self.at], 1
-            if isinstance(value, torch.Size | None):
-                is_it = value in (None, own.shape)
-            else:
-                is_it = value.shape == own.shape and torch.equal(value.detach().to(own.dtype), own)
-        if is_it:
-            self.at += step
-            self.found.append((name, own.shape))
-        return is_it
-
-
-def _assign(checkpoint: Checkpoint) -> Groups:
-    """Return the groups of an optimizer whose file has no names."""
-    for skip_tied, allow_rest in ((False, False), (True, False), (False, True)):
-        cursors, rest = _walk(checkpoint, skip_tied)
-        if all(cursor.is_done for cursor in cursors) and (allow_rest or not rest):
-            break
-    settings = checkpoint.param_groups(0)
-    is_split = any(group.get("moe") for group in settings)
-    made = []
-    for index, (cursor, group) in enumerate(zip(cursors, settings, strict=True)):
-        if cursor.is_done:
-            parts = [(name, shape, parse(name)) for name, shape in cursor.found]
-            made.append([native(n, s, p and checkpoint.ep_sizes[p.layer]) for n, s, p in parts])
-        elif is_split and not group.get("moe"):  # all ranks have the same, whatever it is
-            shapes = [()] * len(cursor.entries)
-            if torch.is_tensor(cursor.entries):
-                shapes = [cursor.entries.shape]
-            names = [f"{UNKNOWN}{index}.{i}" for i in range(len(shapes))]
-            made.append([native(n, s, None) for n, s in zip(names, shapes, strict=True)])
-        else:
-            raise ValueError(
-                f"cannot tell which parameters the optimizer's group {group.get('name', index)!r} "
-                f"has: the one after {[name for name, _ in cursor.found][-1:]} is not in the "
-                "model's order"
-            )
-    return made
-
-
-def _walk(checkpoint: Checkpoint, skip_tied: bool) -> tuple[list[_Cursor], list[str]]:
-    """Give the entries to the model's parameters in order; return them, and who got none.
-
-    Args:
-        skip_tied: a parameter that has the value of one before it gets none.
-    """
-    settings = checkpoint.param_groups(0)
-    if checkpoint.kind == PLAIN:
-        state = checkpoint.base(0)["state"]
-        entries = [[_shape(state.get(i)) for i in group["params"]] for group in settings]
-    else:
-        entries = checkpoint.optimizer(0)[checkpoint.masters_key]
-    cursors = [_Cursor(of_group) for of_group in entries]
-    is_split = any(group.get("moe") for group in settings)
-    local = checkpoint.local_experts(checkpoint.ep_sizes)
-    buffers, rest, seen = checkpoint.buffer_names(), [], []
-    for name in checkpoint.names():
-        parts = parse(name)
-        if name in buffers or (parts and parts.expert >= local[parts.layer]):
-            continue
-        own = checkpoint.tensor(name)
-        if skip_tied:
-            before = [t for p, t in seen if p == (parts and parts[:2]) and t.shape == own.shape]
-            if any(torch.equal(own, other) for other in before):
-                continue
-            seen.append((parts and parts[:2], own))
-        for cursor, group in zip(cursors, settings, strict=True):
-            is_its_kind = not is_split or bool(group.get("moe")) == (parts is not None)
-            if is_its_kind and cursor.take(name, own):
-                break
-        else:
-            rest.append(name)
-    return cursors, rest
-
-
-def _shape(entry: Mapping[str, Any] | None) -> torch.Size | None:
-    """Return a parameter's shape from its state; None where that does not tell."""
-    tensors = [
-        v for k, v in (entry or {}).items() if torch.is_tensor(v) and v.dim() and k != "step"
-    ]
-    return tensors[0].shape if tensors else None

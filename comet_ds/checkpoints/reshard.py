@@ -27,6 +27,7 @@ from comet_ds.checkpoint_states import (
     settings_of,
     take_step,
 )
+from comet_ds.checkpoints.entries import Groups, native
 from comet_ds.checkpoints.files import (
     BF16,
     FP16_FLAT,
@@ -39,11 +40,9 @@ from comet_ds.checkpoints.files import (
 )
 from comet_ds.checkpoints.groups import (
     Elements,
-    Groups,
     ep_size_of,
     find_clusters,
     lay_out,
-    native,
     partition_of,
     read_entries,
     read_groups,
@@ -56,7 +55,7 @@ def reshard(
     source: Checkpoint,
     target: str | Path,
     *,
-    ep_size: int | Mapping[int, int],
+    ep_size: int,
     num_ranks: int,
 ) -> Path:
     """Write a checkpoint for another layout.
@@ -64,7 +63,7 @@ def reshard(
     Args:
         source: what to reshard.
         target: folder for ``load_checkpoint``; the tag is the source's.
-        ep_size: of all layers, or the new one by the present one.
+        ep_size: of all layers.
         num_ranks: data parallel ranks of the run that will resume.
 
     Returns:
@@ -77,6 +76,11 @@ def reshard(
     folder = Path(target) / source.folder.name
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} exists already")
+    if source.settings is None:
+        raise ValueError(
+            f"the settings of the run that saved {source.folder} must be known, and it has the "
+            f"path {source.model['ds_config']} only, which is no file here: give them with --config"
+        )
     plan = _Plan(source, ep_size, num_ranks)
     folder.mkdir(parents=True, exist_ok=True)
     for layer in source.layers:
@@ -97,9 +101,7 @@ def reshard(
 class _Plan:
     """What goes where."""
 
-    def __init__(
-        self, source: Checkpoint, ep_size: int | Mapping[int, int], num_ranks: int
-    ) -> None:
+    def __init__(self, source: Checkpoint, ep_size: int, num_ranks: int) -> None:
         self.source = source
         self.ep_sizes = _new_sizes(source, ep_size, num_ranks)
         self.topology = Topology(num_ranks, source.topology.is_data_first)
@@ -344,34 +346,20 @@ def _is_fused_adam(group: Mapping[str, Any]) -> bool:
     return "bias_correction" in keys and "step" in keys and "amsgrad" not in keys
 
 
-def _new_sizes(
-    source: Checkpoint, ep_size: int | Mapping[int, int], num_ranks: int
-) -> dict[str, int]:
+def _new_sizes(source: Checkpoint, ep_size: int, num_ranks: int) -> dict[str, int]:
     """Return the new ep_size of each layer.
 
     Raises:
-        ValueError: it divides not the experts or the ranks, or several become one.
+        ValueError: it does not divide the experts or the ranks; the layers have several.
     """
-    old = set(source.ep_sizes.values())
-    sizes = ep_size if isinstance(ep_size, Mapping) else dict.fromkeys(old, ep_size)
-    if missing := sorted(old - set(sizes)):
-        raise ValueError(f"layers with ep_size {missing} need a new one, got {dict(sizes)}")
-    used = {size: sizes[size] for size in old}
-    if len(set(used.values())) < len(used):
-        raise ValueError(
-            f"layers with different ep_size must keep different ones, because the optimizer's "
-            f"groups go by it, got {used}: say OLD:NEW for each"
-        )
+    if len(set(source.ep_sizes.values())) > 1:
+        raise ValueError(f"layers with different ep_size are not supported, got {source.ep_sizes}")
     if num_ranks < 1:
         raise ValueError(f"the number of ranks must be at least 1, got {num_ranks}")
-    found = {}
     for layer in source.layers:
-        if layer.prefix not in source.ep_sizes:
-            continue
-        new = found[layer.prefix] = sizes[source.ep_sizes[layer.prefix]]
-        if new < 1 or len(layer.paths) % new or num_ranks % new:
+        if ep_size < 1 or len(layer.paths) % ep_size or num_ranks % ep_size:
             raise ValueError(
                 f"ep_size must divide the number of experts ({len(layer.paths)}) and of ranks "
-                f"({num_ranks}), got {new}"
+                f"({num_ranks}), got {ep_size}"
             )
-    return found
+    return dict.fromkeys(source.ep_sizes, ep_size)
