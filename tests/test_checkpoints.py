@@ -109,6 +109,8 @@ RESHARD: dict[str, tuple] = {
     "ZeRO 2, residual": (2, {**EP2, "use_residual": True}, 4, {**EP4, "use_residual": True},
                          zero(2), {}),
     "ZeRO 2, tied": (2, TIED2, 2, TIED1, zero(2), {}),
+    "ZeRO 2, saved by our layer": (2, EP2, 4, EP4, zero(2), {"kind": "comet_ds"}),
+    "ZeRO 0, saved by our layer": (4, EP2, 2, EP1, zero(0), {"kind": "comet_ds"}),
     "ZeRO 2, offload": (2, EP1, 4, EP4, OFFLOAD, {}),
     "ZeRO 2, Muon": (4, EP2, 2, EP1, {**zero(2), **MUON}, {}),
     "BF16_Optimizer": (2, EP2, 4, EP2, {**zero(1), **BF16, **FP32_SUMS}, BRAIN),
@@ -138,7 +140,8 @@ def resume(rank: int, size: int, folder: str, settings: dict, options: dict, **m
     """Return the losses with either layer, after each has written what it read."""
     dtype, limit = more.pop("dtype", torch.float32), more.pop("limit", None)
     data, curves = rank % more.pop("num_batches", 2), {}
-    more.pop("saved_again", None)
+    for of_saving in ("saved_again", "kind"):
+        more.pop(of_saving, None)
     with machine(limit, dtype):
         for kind in ("deepspeed", "comet_ds"):
             engine = load(build(kind, size, settings, options, **more), folder, "saved")
@@ -271,6 +274,24 @@ def test_consolidate(world, tmp_path: Path, name: str) -> None:
                     wanted = expected[source].to(tensor.dtype)
                     assert torch.equal(tensor, wanted), f"{folder}: {key} in {kind}"
     whole.load_state_dict(torch.load(tmp_path / "fp32.pt"))
+
+
+def test_what_deepspeed_leaves_out_is_the_optimizers(world, tmp_path: Path) -> None:
+    """The MLP of a residual layer whose path has "expert" in it is in no model file."""
+    options = {**EP2, "use_residual": True}
+    found = world(2).run(save_weights, str(tmp_path), zero(2), options)
+    path = tmp_path / "saved" / MODEL_FILE
+    state = torch.load(path, weights_only=False)
+    lost = [name for name in state["module"] if name.startswith(("moe.1.mlp", "moe.1.coeff"))]
+    state["module"] = {n: t for n, t in state["module"].items() if n not in lost}
+    torch.save(state, path)
+    assert len(lost) == 6
+    expected = in_one(found, 2)
+    for folder in (tmp_path, tmp_path / "other"):
+        got = torch.load(consolidate(Checkpoint.open(folder), folder / "whole.pt"))
+        assert_same(dict(sorted(expected.items())), dict(sorted(got.items())), str(folder))
+        if folder == tmp_path:
+            reshard(Checkpoint.open(folder), folder / "other", ep_size=4, num_ranks=4)
 
 
 def test_safetensors(world, tmp_path: Path) -> None:

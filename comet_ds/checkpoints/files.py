@@ -192,7 +192,8 @@ class Checkpoint:
     def _find_ep_sizes(self) -> dict[str, int]:
         """Return each layer's ep_size, from the local names in the model's file or the groups'."""
         listed = [name for group in self.model.get("param_shapes") or [] for name in group]
-        listed += list(self.model.get("frozen_param_shapes") or [])
+        for key in ("frozen_param_shapes", "shared_params", "buffer_names"):
+            listed += list(self.model.get(key) or [])
         counts = count_experts(listed)
         if not counts and self.kind is not None and not self.is_partitioned:
             sizes = {g["name"] for g in self.param_groups(0) if g.get("moe")}
