@@ -9,7 +9,7 @@ import torch
 from deepspeed.moe.experts import Experts
 from torch import Tensor
 
-from comet_ds.agreement import agree_on_largest
+from comet_ds.agreement import InputRules, agree_on_largest
 from comet_ds.config import CometConfig
 from comet_ds.gate import TopKGate
 from comet_ds.overlap import PIPELINED_FLOPS, ChunkedLayer
@@ -23,7 +23,7 @@ class ChunkChoice:
         config: the layer's options.
         ep_size: W.
         num_local_experts: experts of a rank.
-        gate, experts: the layer's.
+        gate, experts: the layer's, as they stand there now.
     """
 
     def __init__(
@@ -42,7 +42,9 @@ class ChunkChoice:
         """Forget in copies: their ranks agree anew."""
         return {**self.__dict__, "_chosen": None}
 
-    def schedule(self, num_tokens: int, group: Any) -> tuple[ChunkSchedule, Tensor]:
+    def schedule(
+        self, num_tokens: int, group: Any, rules: InputRules
+    ) -> tuple[ChunkSchedule, Tensor]:
         """Return the schedule, and its segment table on the layer's device.
 
         Collective in the first call, whose largest number of tokens decides.
@@ -50,26 +52,28 @@ class ChunkChoice:
         Args:
             num_tokens: T of this rank.
             group: expert parallel group.
+            rules: the layer's device and hidden size.
         """
-        device = self.gate.wg.weight.device
+        device = rules.device
         if self._chosen is None or self._chosen[0] != device:
-            num_chunks = self._num_chunks(num_tokens, group, device)
+            num_chunks = self._num_chunks(num_tokens, group, rules)
             schedule = ChunkSchedule(self.ep_size, self.num_local_experts, num_chunks)
             self._chosen = device, schedule, schedule.segment_of_expert.to(device)
         return self._chosen[1:]
 
-    def _num_chunks(self, num_tokens: int, group: Any, device: torch.device) -> int:
+    def _num_chunks(self, num_tokens: int, group: Any, rules: InputRules) -> int:
         if self.ep_size == 1:
             return 1
         if self.config.num_chunks != "auto":
             return self.config.num_chunks
+        device = rules.device
         if device.type != "cuda":  # the cores that would communicate are computing
             return 1
-        rows = agree_on_largest(num_tokens, group, device) * self.gate.k
-        expert = self.experts.deepspeed_experts[0]
-        seconds = 2 * rows * sum(p.numel() for p in expert.parameters()) / PIPELINED_FLOPS
-        weight = self.gate.wg.weight
-        token_bytes = weight.shape[1] * weight.element_size()
+        rows = agree_on_largest(num_tokens, group, device) * getattr(self.gate, "k", 1)
+        params = [p for p in self.experts.parameters() if p.is_floating_point()]
+        numel = sum(p.numel() for p in params) / self.num_local_experts
+        seconds = 2 * rows * numel / PIPELINED_FLOPS
+        token_bytes = rules.hidden * (params[0].element_size() if params else 2)
         domain = torch.cuda.device_count()  # of this host, others may have more
         layer = ChunkedLayer(rows, token_bytes, (seconds, 2 * seconds), self.ep_size, domain)
         return agree_on_largest(layer.best(), group, device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The user's experts: calling one, recognising an MLP.
+"""The user's experts: recognising an MLP.
 
 Experts stay the user's own modules. A module is recognised as an MLP by
 what it computes, never by its class name: it is traced, the graph must be one of
@@ -46,53 +46,6 @@ def parameter_dtypes(expert: nn.Module) -> set[torch.dtype]:
     return dtypes
 
 
-def run_expert(expert: nn.Module, rows: Tensor) -> Tensor:
-    """Apply one expert to its rows.
-
-    Args:
-        expert: any module; called with [1, 1, n, H], the rank DeepSpeed calls it with. An expert
-            without rows is called with one zero row whose output is discarded, so that all its
-            parameters still get a gradient, zero, on every rank.
-        rows: [n, H], n may be 0.
-
-    Returns:
-        [n, H]; the first item where the module returns a tuple.
-
-    Raises:
-        ValueError: the output's shape is not the input's.
-    """
-    num_rows, hidden = rows.shape
-    inputs = rows if num_rows else F.pad(rows, (0, 0, 0, 1))
-    output = expert(inputs.view(1, 1, -1, hidden))
-    if isinstance(output, tuple):
-        output = output[0]
-    expected = (1, 1, inputs.shape[0], hidden)
-    if output.shape != expected:
-        raise ValueError(
-            f"an expert must return the shape it was given, {expected}, "
-            f"got {tuple(output.shape)} from {type(expert).__name__}"
-        )
-    return output.view(-1, hidden)[:num_rows]
-
-
-def run_experts(
-    experts: Sequence[nn.Module], rows: Tensor, rows_per_expert: Sequence[int]
-) -> Tensor:
-    """Apply experts one after the other to contiguous rows.
-
-    Args:
-        experts: n modules.
-        rows: [R, H], expert-major.
-        rows_per_expert: n counts with sum R.
-
-    Returns:
-        [R, H] in the same order.
-    """
-    pieces = rows.split(list(rows_per_expert))
-    outputs = [run_expert(e, piece) for e, piece in zip(experts, pieces, strict=True)]
-    return torch.cat(outputs)
-
-
 @dataclass(frozen=True)
 class ExpertMLP:
     """An expert recognised as an MLP.
@@ -133,7 +86,7 @@ class ModuleStructure:
     """Module trees, cheap to compare with later.
 
     Remembered is what can change what recognised modules compute: their children, hooks, patched
-    forwards, train or eval mode, dropout probabilities.
+    forwards, also of their classes, train or eval mode, dropout probabilities.
 
     Args:
         roots: of the trees.
@@ -158,6 +111,7 @@ class ModuleStructure:
         # Comparing these compares modules by identity, in C.
         self._children = [m._modules for m in modules]
         self._children_then = [dict(children) for children in self._children]
+        self._forwards_then = {cls: cls.forward for cls in set(map(type, modules))}
         self._training_then = [m.training for m in modules]
         self._dropouts = [a for a in self._attributes if "p" in a]
         self._p_then = [a["p"] for a in self._dropouts]
@@ -172,6 +126,8 @@ class ModuleStructure:
     def holds(self, roots: Sequence[nn.Module]) -> bool:
         """Whether ``roots`` are the modules seen then, unchanged."""
         if self.roots != list(roots):
+            return False
+        if any(cls.forward is not forward for cls, forward in self._forwards_then.items()):
             return False
         if self._watch is not None:
             return self._watch.is_unchanged()

@@ -54,12 +54,31 @@ class Routing(NamedTuple):
         weights, l_aux = self.topk_weights.detach(), self.l_aux.detach()
         return self._replace(topk_weights=weights, l_aux=l_aux, tokens=None)
 
+    def as_deepspeeds(self, k: int, capacity: int | None) -> tuple[Any, ...]:
+        """Return what DeepSpeed's gate returns to its layer (``sparse_routes=True``).
+
+        Args:
+            k: of the gate; two routes take an expert's slots in another order than one or more.
+            capacity: rows per expert; None, where nothing is dropped, takes the fullest expert's
+                of this rank (DeepSpeed's: of all ranks of the group).
+        """
+        num_experts = self.exp_counts.numel()
+        ids = self.topk_ids.t() if k == 2 else self.topk_ids
+        flat = torch.where(ids < 0, num_experts, ids).flatten()
+        counts = _count(flat, num_experts + 1)
+        slots = _position_in_expert(flat, counts).view(ids.shape).masked_fill(ids < 0, 0)
+        slots = slots if k == 2 else slots.t()
+        size = counts[:-1].max() if capacity is None else torch.tensor(capacity)
+        routes = (self.topk_ids.t().int(), slots.int(), self.topk_weights.t())
+        return self.l_aux, size, num_experts, *map(Tensor.contiguous, routes), self.exp_counts
+
 
 class TopKGate(sharded_moe.TopKGate):
     """DeepSpeed's gate with a packed result.
 
     Constructor, attributes and parameter (``wg.weight`` [E, H]) are DeepSpeed's. Called as a
-    module it is DeepSpeed's gate unchanged; ``route`` is what the layer calls.
+    module it is DeepSpeed's gate unchanged; ``route`` is what the layer calls. A layer whose gate
+    has hooks calls the module, and ``route`` makes the answer.
 
     Attributes beyond DeepSpeed's:
         exact_logits: compute logits with DeepSpeed's own fp32 operation also where both operands
@@ -68,6 +87,21 @@ class TopKGate(sharded_moe.TopKGate):
     """
 
     exact_logits = False
+    is_in_layer = False  # while a layer calls it as a module
+
+    def forward(
+        self,
+        input: Tensor,
+        used_token: Tensor | None = None,
+        sparse_routes: bool = False,
+        use_tutel: bool = False,
+    ) -> tuple[Any, ...]:
+        """Answer as ``sharded_moe.TopKGate`` does."""
+        if self.is_in_layer:
+            routing = self.route(input, used_token)
+            capacity = self.capacity(input.shape[0]) if self.drop_tokens else None
+            return routing.as_deepspeeds(self.k, capacity)
+        return super().forward(input, used_token, sparse_routes, use_tutel)
 
     def _set_ep_group(self, ep_group) -> None:
         """Set the expert parallel group; setting the same one again is allowed."""

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from comet_ds.expert_calls import run_container, run_experts
 from comet_ds.expert_rows import find_stack
-from comet_ds.experts import ACTIVATIONS, ExpertMLP, RecognisedExperts, run_experts
+from comet_ds.experts import ACTIVATIONS, ExpertMLP, RecognisedExperts
 
 # From this many FLOP in one expert's matrix on, a GEMM of its own runs as fast as its share of a
 # grouped one and needs no stacked copy of the weights (H200: Phi-3.5's experts, 107 GFLOP, 3%
@@ -32,12 +33,16 @@ class ExpertRunner:
 
     Attributes:
         experts: the layer's modules; looked at again on every call.
+        container: a module to call in place of all of them, None where there is none.
+        overridden: why the modules must be called, None where they need not be.
         reason: why grouped GEMM does not apply, or None where it does; set by ``refresh``.
     """
 
     def __init__(self, experts: Sequence[nn.Module], *, grouped_gemm: bool = True) -> None:
         self.experts = experts
         self.grouped_gemm = grouped_gemm
+        self.container: nn.Module | None = None
+        self.overridden: str | None = None
         self.reason: str | None = "not looked at yet"
         self._mlps: list[ExpertMLP] = []
         self._recognised = RecognisedExperts()
@@ -59,7 +64,8 @@ class ExpertRunner:
         """Return a phrase for the log line."""
         if self.reason is None:
             return f"{self._mlps[0].describe()} experts by grouped GEMM"
-        return f"experts one by one, {self.reason}"
+        how = "one by one" if self.container is None else "in one call"
+        return f"experts {how}, {self.reason}"
 
     def stack(self, experts: range) -> list[Tensor | None]:
         """Return the matrices of some experts as [n, ...] tensors, for ``run``; grad flows back.
@@ -116,7 +122,19 @@ class ExpertRunner:
         modules = [self.experts[i] for i in experts]
         return run_experts(modules, rows, host_counts)
 
+    def run_all(
+        self,
+        rows: Tensor,
+        segments: Sequence[tuple[int, int, int]],
+        ep_size: int,
+        num_local_experts: int,
+    ) -> Tensor:
+        """Apply ``container``; see ``run_container``."""
+        return run_container(self.container, rows, segments, ep_size, num_local_experts)
+
     def _why_not_grouped(self, x: Tensor) -> str | None:
+        if self.overridden is not None:
+            return self.overridden
         if not self.grouped_gemm:
             return "grouped GEMM is off in the configuration"
         if x.device.type != "cuda":

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -32,6 +33,7 @@ from comet_ds.experts import parameter_dtypes
 from comet_ds.fused import FusedExperts
 from comet_ds.gate import Routing, TopKGate
 from comet_ds.grouped_mlp import ExpertRunner
+from comet_ds.overrides import Overrides, call_gate, class_for, find_overrides
 from comet_ds.path import PathChoice
 from comet_ds.pipelined import pipelined_forward
 from comet_ds.reference import reference_forward
@@ -119,8 +121,12 @@ class MoE(deepspeed_layer.MoE):
             log_dist("comet_ds: use_tutel is ignored", [0])
         config = CometConfig.parse(comet_ds)
         sizes = (self.num_local_experts, self.expert_group_name)
-        experts = StackedExperts(expert, *sizes, stack=config.stack_experts)
-        gate = TopKGate(
+        experts_class = class_for("Experts", StackedExperts)
+        if experts_class is StackedExperts:
+            experts = StackedExperts(expert, *sizes, stack=config.stack_experts)
+        else:
+            experts = experts_class(expert, *sizes)
+        gate = class_for("TopKGate", TopKGate)(
             hidden_size,
             num_experts,
             k,
@@ -133,9 +139,10 @@ class MoE(deepspeed_layer.MoE):
             None,
             top2_2nd_expert_sampling,
         )
-        self.deepspeed_moe = MOELayer(
+        self.deepspeed_moe = class_for("MOELayer", MOELayer)(
             gate, experts, self.expert_group_name, ep_size, self.num_local_experts
         )
+        self.deepspeed_moe.hidden_size = hidden_size
         if use_residual:
             self.mlp = expert
             self.coefficient = nn.Linear(hidden_size, 2)
@@ -143,7 +150,11 @@ class MoE(deepspeed_layer.MoE):
 
     def configure(self, config: CometConfig) -> None:
         """Set the options; before ``set_deepspeed_parallelism``, the same on all ranks."""
-        self.deepspeed_moe.configure(config)
+        if isinstance(self.deepspeed_moe, MOELayer):
+            self.deepspeed_moe.configure(config)
+        else:
+            name = type(self.deepspeed_moe).__qualname__
+            logger.warning(f"comet_ds: no options are applied to {name}, put in for the MOELayer")
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Create or join the expert parallel groups; DeepSpeed's engine calls this.
@@ -157,6 +168,9 @@ class MoE(deepspeed_layer.MoE):
         num_stages = bwc_pipeline_parallel_world_size(groups.mpu)
         stage_size = dist.get_world_size() // num_stages
         first = dist.get_rank() // stage_size * stage_size
+        if not isinstance(self.deepspeed_moe, MOELayer):  # the user's
+            super().set_deepspeed_parallelism(use_data_before_expert_parallel_)
+            return
         experts = self.deepspeed_moe.experts
         if isinstance(experts, StackedExperts):
             experts.unstack_if_replaced()
@@ -180,7 +194,8 @@ class MoE(deepspeed_layer.MoE):
         """Return what all ranks that hold the layer must agree on."""
         gate, config = self.deepspeed_moe.gate, self.deepspeed_moe.config
         experts = self.deepspeed_moe.experts
-        expert = experts.deepspeed_experts[0]
+        expert = next(iter(self.deepspeed_moe.expert_modules()), experts)
+        found = find_overrides(gate, experts)
         options = (
             "k",
             "capacity_factor",
@@ -192,12 +207,15 @@ class MoE(deepspeed_layer.MoE):
             "top2_2nd_expert_sampling",
         )
         return {
-            "hidden_size": gate.wg.in_features,
+            "gate": None if found.is_gate_own else found.gate,
+            "experts": type(experts).__qualname__,
+            "patched functions": found.layer,
+            "hidden_size": self.deepspeed_moe.hidden_size,
             "num_experts": self.num_experts,
             "ep_size": self.ep_size,
             "use_residual": self.use_residual,
             "enable_expert_tensor_parallelism": self.enable_expert_tensor_parallelism,
-            **{name: getattr(gate, name) for name in options},
+            **{name: getattr(gate, name, None) for name in options},
             "expert class": type(expert).__qualname__,
             "expert parameters": [
                 [name, list(p.shape), str(p.dtype)] for name, p in expert.named_parameters()
@@ -250,16 +268,28 @@ class MOELayer(sharded_moe.MOELayer):
         if not config.stack_experts and isinstance(self.experts, StackedExperts):
             self.experts.unstack('"stack_experts" is false')
         self.path = "pipelined" if config.path == "auto" else config.path
-        self.gate.exact_logits = config.exact_gate
+        if isinstance(self.gate, TopKGate):
+            self.gate.exact_logits = config.exact_gate
         sizes = (self.ep_size, self.num_local_experts)
         self.choice = PathChoice(config, *sizes, self.gate)
         self.chunks = ChunkChoice(config, *sizes, self.gate, self.experts)
-        self.fused = FusedExperts(self.experts.deepspeed_experts)
-        self.runner = ExpertRunner(self.experts.deepspeed_experts, grouped_gemm=config.grouped_gemm)
+        self.fused = FusedExperts(self.expert_modules())
+        self.runner = ExpertRunner(self.expert_modules(), grouped_gemm=config.grouped_gemm)
+        self.overrides = Overrides()
         self.routing: Routing | None = None
         self._announced: Any = None  # what the last line in the log was about
         self._reason: str | None = None  # why the path is not fused
         self._rules: InputRules | None = None
+
+    def expert_modules(self) -> Sequence[nn.Module]:
+        """Return the local experts; none where the user's ``Experts`` does not show them."""
+        return getattr(self.experts, "deepspeed_experts", ())
+
+    def _set_ep_group(self, ep_group: Any) -> None:
+        """Set the expert parallel group, also of a gate that takes one."""
+        self.ep_group = ep_group
+        if hasattr(self.gate, "_set_ep_group"):
+            self.gate._set_ep_group(ep_group)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out of copies what belongs to this process or to the last forward's graph."""
@@ -294,6 +324,10 @@ class MOELayer(sharded_moe.MOELayer):
     def _run_forward(self, hidden_states: Tensor, used_token: Tensor | None) -> Tensor:
         if isinstance(self.experts, StackedExperts):
             self.experts.check_frozen()
+        found = find_overrides(self.gate, self.experts)
+        self._note_overrides(found)
+        if found.layer is not None:
+            return self._run_deepspeeds(hidden_states, used_token, found.layer)
         group = self._group()
         rules = self._input_rules()
         exchange = self.choice.connect(group, rules)
@@ -316,8 +350,14 @@ class MOELayer(sharded_moe.MOELayer):
                     state["_announced"] = fused.weights
                 num_tokens = decision.num_tokens or (x.shape[0],)
                 x, call = fused.begin(x, exchange, num_tokens, gate)
-            routing = gate.route(x, used_token)
-            state["l_aux"], state["exp_counts"] = routing.l_aux, routing.exp_counts
+            if found.gate is None:
+                routing = gate.route(x, used_token)
+                l_aux = routing.l_aux
+            else:
+                experts = self.num_local_experts * self.ep_size
+                options = (self.use_tutel, experts)
+                routing, l_aux = call_gate(gate, found, x, used_token, *options)
+            state["l_aux"], state["exp_counts"] = l_aux, routing.exp_counts
             state["routing"] = routing.detach()
             if is_fused:
                 output = fused.run(routing, call)
@@ -328,8 +368,36 @@ class MOELayer(sharded_moe.MOELayer):
         return output.reshape(hidden_states.shape)
 
     def _why_not_fused(self, x: Tensor) -> str | None:
+        if (reason := self.overrides.why_not_fused()) is not None:
+            return reason
         self.fused.experts = self.experts.deepspeed_experts  # whatever stands there now
         return self.fused.why_not(x)
+
+    def _note_overrides(self, found: Overrides) -> None:
+        """Let the parts of the layer know what is there now."""
+        state = self.__dict__
+        state["overrides"] = found
+        self.choice.gate = self.chunks.gate = self.gate
+        self.chunks.experts = self.experts
+        self.runner.container = None if found.experts is None else self.experts
+        self.runner.overridden = found.experts or found.hooks
+
+    def _run_deepspeeds(
+        self, hidden_states: Tensor, used_token: Tensor | None, patched: str
+    ) -> Tensor:
+        """Run DeepSpeed's forward, of which the user has patched something.
+
+        Raises:
+            RuntimeError: the configuration pins a path, none of which has what is patched.
+        """
+        if self.config.path != "auto":
+            raise RuntimeError(f'path "{self.config.path}" is pinned and cannot run: {patched}')
+        state = self.__dict__
+        state["path"], state["_reason"], state["routing"] = "deepspeed", patched, None
+        self._announce("DeepSpeed's own forward")
+        experts = self.experts
+        with experts.unbound() if isinstance(experts, StackedExperts) else nullcontext():
+            return super().forward(hidden_states, used_token)
 
     def _run_tensor_parallel(
         self, x: Tensor, routing: Routing, group: Any, rules: InputRules
@@ -362,9 +430,9 @@ class MOELayer(sharded_moe.MOELayer):
     ) -> Tensor:
         if self.path == "reference":
             return self._run_reference(x, topk_ids, topk_weights, group, rules)
-        self.runner.experts = self.experts.deepspeed_experts  # whatever stands there now
+        self.runner.experts = self.expert_modules()  # whatever stands there now
         self.runner.refresh(x, expected_rows=topk_ids.numel() / self.num_local_experts)
-        schedule, segment_of_expert = self.chunks.schedule(x.shape[0], group)
+        schedule, segment_of_expert = self.chunks.schedule(x.shape[0], group, rules)
         chunks = f", {len(schedule.chunks)} chunk(s)" if self.ep_size > 1 else ""
         self._announce(f"{self.runner.describe()}, {row_ops.describe(x)}{chunks}")
         plan = plan_routes(topk_ids, segment_of_expert)
@@ -387,10 +455,12 @@ class MOELayer(sharded_moe.MOELayer):
             x,
             topk_ids,
             topk_weights,
-            self.experts.deepspeed_experts,
+            self.expert_modules(),
             ep_group=group,
             ep_size=self.ep_size,
             num_tokens=num_tokens,
+            num_local_experts=self.num_local_experts,
+            container=self.runner.container,
         )
 
     def _group(self) -> Any:
@@ -414,22 +484,30 @@ class MOELayer(sharded_moe.MOELayer):
             is_fresh: look at the experts again.
         """
         gate, weights, rules = self.gate, self.fused.weights, self._rules
-        wg = gate.wg.weight
+        wg = self._weight()
         is_autocast = torch.is_autocast_enabled(wg.device.type)
+        takes_used_token = self.overrides.gate is None and gate.k == 1
         is_known = rules is not None and weights is not None and not (is_fresh or is_autocast)
         if is_known and weights.is_current():
-            found = weights.dtype, wg.device, wg.shape[1], gate.k == 1
+            found = weights.dtype, wg.device, self.hidden_size, takes_used_token
             if (rules.dtype, rules.device, rules.hidden, rules.takes_used_token) == found:
                 return rules
-        dtypes = parameter_dtypes(self.experts.deepspeed_experts[0])
+        dtypes = parameter_dtypes(next(iter(self.expert_modules()), self.experts))
         rules = InputRules(
-            hidden=wg.shape[1],
+            hidden=self.hidden_size,
             dtype=None if len(dtypes) != 1 or is_autocast else dtypes.pop(),
             device=wg.device,
-            takes_used_token=gate.k == 1,
+            takes_used_token=takes_used_token,
         )
         self.__dict__["_rules"] = rules
         return rules
+
+    def _weight(self) -> Tensor:
+        """Return a weight on the layer's device: the gate's, where it has DeepSpeed's."""
+        if type(self.gate) is TopKGate:
+            return self.gate.wg.weight
+        params = itertools.chain(self.gate.parameters(), self.experts.parameters())
+        return next(params, torch.empty(0))
 
     def _raise_everywhere(
         self,
@@ -445,13 +523,14 @@ class MOELayer(sharded_moe.MOELayer):
         elif self.ep_size > 1:
             size = 1
             if self.path != "reference":
-                size = self.chunks.schedule(0, group)[0].num_segments
+                size = self.chunks.schedule(0, group, rules)[0].num_segments
             counts = torch.zeros(size, dtype=torch.int64, device=rules.device)
             CountExchange(counts, group, rules, fault=fault).wait()
         raise ValueError(rules.message(*fault))
 
     def _announce(self, how: str) -> None:
         """Say which path runs, once for all layers alike, and again if it changes."""
+        how += self.overrides.describe()
         if how == self._announced:
             return
         self._announced = how

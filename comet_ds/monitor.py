@@ -48,7 +48,7 @@ LAYER_METRICS = {
     "exposed_backward_ms": "of backward, ms",
     "hidden_share_forward": "1 - exposed over the link's time alone; below 0 if a rank is late",
     "hidden_share_backward": "the same of backward",
-    "path": "0 reference, 1 pipelined, 2 fused",
+    "path": "0 reference, 1 pipelined, 2 fused, 3 DeepSpeed's own",
     "l_aux": "auxiliary loss, mean over the ranks",
     "load_imbalance": "rows of the fullest expert over the mean",
     "dropped_share": "routes dropped over routes wanted",
@@ -72,7 +72,7 @@ DEVICE_FLOPS = {
 }
 
 TIMELINE_FOLDER = Path("comet_ds_timeline")
-PATH_CODES = {"reference": 0, "pipelined": 1, "fused": 2}
+PATH_CODES = {"reference": 0, "pipelined": 1, "fused": 2, "deepspeed": 3}
 DEFAULT_INTERVAL = 10
 
 

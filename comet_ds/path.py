@@ -41,7 +41,7 @@ class PathChoice:
         config: its options.
         ep_size: W.
         num_local_experts: experts of a rank.
-        gate: the layer's.
+        gate: the layer's, as it stands there now.
     """
 
     def __init__(
@@ -133,11 +133,12 @@ class PathChoice:
         """Whether "auto" may reserve the memory that the fused path needs without dropping."""
         if self.config.path == "fused" or self.ep_size <= MAX_SLACK:
             return True
-        return self.gate.drop_tokens
+        return getattr(self.gate, "drop_tokens", True)
 
     def _why_too_large(self, kernels: ModuleType) -> str | None:
-        if self.gate.k > kernels.max_top_k:
-            return f"it takes at most {kernels.max_top_k} routes, k is {self.gate.k}"
+        top_k = getattr(self.gate, "k", 1)
+        if top_k > kernels.max_top_k:
+            return f"it takes at most {kernels.max_top_k} routes, k is {top_k}"
         if not kernels.can_plan(self.num_local_experts, self.ep_size):
             return (
                 f"a plan has no room for {self.num_local_experts} experts on {self.ep_size} ranks"

@@ -18,7 +18,7 @@ stream, and waiting is a stream dependency, not a host wait.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -77,6 +77,9 @@ def _run_local(
     if runner.reason is not None:
         host_counts = plan.tokens_per_segment.tolist()
         rows = rows[: sum(host_counts)]
+    if runner.container is not None:
+        segments = [(0, expert, count) for expert, count in enumerate(host_counts)]
+        return runner.run_all(rows, segments, 1, schedule.num_local_experts)
     return runner.run(rows, experts, runner.stack(experts), offsets, host_counts)
 
 
@@ -94,6 +97,9 @@ def _run_chunks(
     pieces = rows.split([*sizes, rows.shape[0] - sum(sizes)])
     tickets = [_Start.apply(p, a.transfer) for p, a in zip(pieces, arrivals, strict=False)]
     stacks, returning = {}, []
+    if runner.container is not None:
+        returning = _run_at_once(arrivals, tickets, runner, exchange, schedule)
+        arrivals = tickets = []
     for arrival, ticket in zip(arrivals, tickets, strict=True):
         with timed("1st_a2a"):
             received = _Wait.apply(ticket, arrival.transfer)
@@ -105,6 +111,29 @@ def _run_chunks(
         returning.append((_Start.apply(outputs, back), back))
     with timed("2nd_a2a"):
         return torch.cat([_Wait.apply(ticket, back) for ticket, back in returning])
+
+
+def _run_at_once(
+    arrivals: Sequence[_Arrival],
+    tickets: Sequence[Tensor],
+    runner: ExpertRunner,
+    exchange: CountExchange,
+    schedule: ChunkSchedule,
+) -> list[tuple[Tensor, Transfer]]:
+    """Wait for all chunks, compute them in one call, start their return.
+
+    The collectives are in the order of a rank that computes chunk by chunk, in backward too.
+    """
+    received = [_Wait.apply(t, a.transfer) for t, a in zip(tickets, arrivals, strict=True)]
+    segments = [segment for arrival in arrivals for segment in arrival.segments]
+    sizes = (exchange.ep_size, schedule.num_local_experts)
+    outputs = runner.run_all(torch.cat(received), segments, *sizes)
+    returning = []
+    pieces = outputs.split([piece.shape[0] for piece in received])
+    for piece, arrival in zip(pieces, arrivals, strict=True):
+        back = Transfer(arrival.transfer.receive, arrival.transfer.send, exchange.group)
+        returning.append((_Start.apply(piece, back), back))
+    return returning
 
 
 class _Arrival:
@@ -123,6 +152,11 @@ class _Arrival:
             receive=table[:, rank].sum(axis=1).tolist(),
             group=exchange.group,
         )
+        self.segments = [
+            (source, expert, count)
+            for source, counts in enumerate(table[:, rank].tolist())
+            for expert, count in zip(chunk.experts, counts, strict=True)
+        ]
         self.rows_per_expert = table[:, rank].sum(axis=0).tolist()
         self.counts = counts[:, segments].view(by_rank)[:, rank]
 

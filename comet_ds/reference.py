@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from deepspeed import comm as dist
 from torch import Tensor, nn
 
-from comet_ds.experts import run_expert
+from comet_ds.expert_calls import run_container, run_expert
 
 
 def reference_moe(
@@ -54,6 +54,37 @@ def reference_moe(
     return output, rows.dtype
 
 
+def reference_container(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    container: nn.Module,
+    experts: range,
+    ep_size: int,
+) -> tuple[Tensor, torch.dtype]:
+    """Compute the same as ``reference_moe`` by a module that takes all local experts' rows.
+
+    Args:
+        x, topk_ids, topk_weights: T is that of one rank times ``ep_size``, rank-major.
+        container: see ``run_container``.
+        experts: global indices of the local experts.
+        ep_size: W.
+    """
+    rank_of_token = torch.arange(x.shape[0], device=x.device) // max(x.shape[0] // ep_size, 1)
+    routes, segments = [], []
+    for rank in range(ep_size):
+        for local, expert_id in enumerate(experts):
+            is_here = (topk_ids == expert_id) & (rank_of_token == rank).unsqueeze(1)
+            routes.append(torch.nonzero(is_here))
+            segments.append((rank, local, routes[-1].shape[0]))
+    token, route = torch.cat(routes).unbind(dim=1)
+    rows = run_container(container, x[token], segments, ep_size, len(experts))
+    weights = topk_weights[token, route].unsqueeze(1)
+    share = weights * rows.to(torch.promote_types(rows.dtype, weights.dtype))
+    output = torch.zeros(x.shape, dtype=share.dtype, device=x.device)
+    return output.index_add(0, token, share), rows.dtype
+
+
 def reference_forward(
     x: Tensor,
     topk_ids: Tensor,
@@ -63,6 +94,8 @@ def reference_forward(
     ep_group: Any,
     ep_size: int,
     num_tokens: list[int],
+    num_local_experts: int = 0,
+    container: nn.Module | None = None,
 ) -> Tensor:
     """Compute the layer's output for this rank's tokens.
 
@@ -72,21 +105,31 @@ def reference_forward(
         ep_group: expert parallel group; not used when ep_size is 1.
         ep_size: its number of ranks.
         num_tokens: tokens on each rank of the group; they may differ.
+        num_local_experts: El, where ``container`` is given.
+        container: a module that is called in place of the experts, see ``run_container``.
 
     Returns:
         [T, H] in the dtype of the experts' output. Collective over ``ep_group``, forward and
         backward.
     """
     if ep_size == 1:
-        total, dtype = reference_moe(x, topk_ids, topk_weights, experts)
+        if container is not None:
+            own = range(num_local_experts)
+            total, dtype = reference_container(x, topk_ids, topk_weights, container, own, 1)
+        else:
+            total, dtype = reference_moe(x, topk_ids, topk_weights, experts)
         return total.to(dtype)
     most = max(num_tokens)
     gathered = [_AllGather.apply(_pad(t, most), ep_group, ep_size) for t in (x, topk_weights)]
     ids = _all_gather(_pad(topk_ids, most, value=-1), ep_group, ep_size)
     rank = dist.get_rank(group=ep_group)
-    share, dtype = reference_moe(
-        gathered[0], ids, gathered[1], experts, first_expert=rank * len(experts)
-    )
+    if container is not None:
+        own = range(rank * num_local_experts, (rank + 1) * num_local_experts)
+        share, dtype = reference_container(gathered[0], ids, gathered[1], container, own, ep_size)
+    else:
+        share, dtype = reference_moe(
+            gathered[0], ids, gathered[1], experts, first_expert=rank * len(experts)
+        )
     total = _SumOwn.apply(share, ep_group, ep_size)
     return total[: x.shape[0]].to(dtype)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from deepspeed.moe.experts import Experts
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from experts_zoo import randomize, sequential
 from torch import Tensor, nn
@@ -72,9 +73,10 @@ def run(
 
 def named_grads(layer: DeepSpeedMoE) -> dict[str, Tensor | None]:
     """Return "grad of <name>", by the names that parameters have in a ``state_dict()``."""
-    experts = layer.deepspeed_moe.experts.deepspeed_experts
-    prefix = "deepspeed_moe.experts"
-    named = {n: p for n, p in layer.named_parameters() if not n.startswith(prefix)}
+    experts = next(m for m in layer.deepspeed_moe.experts.modules() if isinstance(m, Experts))
+    inside, prefix = {id(p) for p in experts.parameters()}, "deepspeed_moe.experts"
+    named = {n: p for n, p in layer.named_parameters() if id(p) not in inside}
+    experts = experts.deepspeed_experts
     named |= {f"{prefix}.deepspeed_experts.{n}": p for n, p in experts.named_parameters()}
     return {f"grad of {name}": param.grad for name, param in named.items()}
 

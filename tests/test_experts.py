@@ -23,13 +23,12 @@ from experts_zoo import (
 from tolerance import assert_close
 from torch import nn
 
+from comet_ds.expert_calls import run_expert, run_experts
 from comet_ds.experts import (
     ExpertMLP,
     ModuleStructure,
     RecognisedExperts,
     recognise_mlp,
-    run_expert,
-    run_experts,
 )
 from comet_ds.grouped_mlp import ExpertRunner, _Stack
 

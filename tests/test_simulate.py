@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,14 +127,14 @@ def test_chunks() -> None:
 
 def test_chunks_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The configuration's, else those of the largest number of tokens that any rank has."""
-    expert = torch.nn.Linear(2048, 3 * 1024)
-    experts = SimpleNamespace(deepspeed_experts=[expert])
+    linear = functools.partial(torch.nn.Linear, 2048, 3 * 1024, device="meta")
+    experts = torch.nn.ModuleList(linear(dtype=torch.bfloat16) for _ in range(8))
 
     def num_chunks(device: str, ep_size: int = 8, **options: int) -> int:
-        weight = torch.empty(64, 2048, dtype=torch.bfloat16)
-        gate = SimpleNamespace(wg=SimpleNamespace(weight=weight), k=8)
+        gate = SimpleNamespace(k=8)
+        rules = SimpleNamespace(device=torch.device(device), hidden=2048)
         choice = ChunkChoice(CometConfig(**options), ep_size, 64 // ep_size, gate, experts)
-        return choice._num_chunks(100, None, torch.device(device))
+        return choice._num_chunks(100, None, rules)
 
     asked: list[int] = []
 
@@ -145,7 +146,7 @@ def test_chunks_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     assert num_chunks("cuda", num_chunks=3) == 3 and num_chunks("cuda", ep_size=1) == 1
     assert num_chunks("cpu") == 1 and not asked
-    flop = 2 * 8 * 65536 * sum(p.numel() for p in expert.parameters())
+    flop = 2 * 8 * 65536 * sum(p.numel() for p in experts[0].parameters())
     seconds = flop / PIPELINED_FLOPS
     best = ChunkedLayer(8 * 65536, 4096, (seconds, 2 * seconds), 8, 8).best()
     assert num_chunks("cuda") == best > 1 and asked == [100, best]
