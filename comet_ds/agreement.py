@@ -105,7 +105,8 @@ class InputRules:
 
     Attributes:
         hidden: size of the last dimension.
-        dtype: the experts' dtype; None where any will do (mixed parameters, autocast).
+        dtype: the experts' dtype; None where they decide (mixed parameters, autocast, a module that
+            converts what it is given). Ranks bring the same.
         device: the layer's.
         takes_used_token: whether ``used_token`` is looked at.
     """
@@ -123,7 +124,7 @@ class InputRules:
             return self.HIDDEN, x.shape[-1] if x.dim() else 0
         if x.device != self.device:
             return self.DEVICE, 0
-        if self.dtype is not None and x.dtype != self.dtype:
+        if x.dtype not in DTYPES or (self.dtype is not None and x.dtype != self.dtype):
             return self.DTYPE, DTYPES.index(x.dtype) if x.dtype in DTYPES else -1
         if self.takes_used_token and used_token is not None:
             fits = used_token.numel() * self.hidden == x.numel()
@@ -138,12 +139,24 @@ class InputRules:
                 where = f"rank {rank} of the expert parallel group"
                 raise ValueError(f"{where}: {self.message(code, value)}")
 
+    def raise_if_they_differ(self, said: Sequence[int]) -> None:
+        """Raise ValueError where ranks bring different dtypes; ``dtype_code`` by rank."""
+        for rank, code in enumerate(said):
+            if code != said[0]:
+                first, other = (DTYPES[-1 - c] for c in (said[0], code))
+                raise ValueError(
+                    "hidden_states must have the same dtype on all ranks of the expert parallel "
+                    f"group, got {first} on rank 0 and {other} on rank {rank}"
+                )
+
     def message(self, code: int, value: int) -> str:
         """Return the rule and what was given."""
         if code == self.HIDDEN:
             return f"hidden_states must end in hidden size {self.hidden}, got {value}"
         if code == self.DTYPE:
             got = DTYPES[value] if value >= 0 else "another dtype"
+            if self.dtype is None:
+                return f"hidden_states must be floating point, got {got}"
             return f"hidden_states must have the experts' dtype {self.dtype}, got {got}"
         if code == self.DEVICE:
             return f"hidden_states must be on the layer's device {self.device}, got another one"
@@ -153,6 +166,11 @@ class InputRules:
         )
 
 
+def dtype_code(dtype: torch.dtype) -> int:
+    """Return what says that an input is right, and its dtype; a fault's code is positive."""
+    return -1 - DTYPES.index(dtype)
+
+
 class CountExchange:
     """Every rank's row counts on every rank; under way from construction until ``wait``.
 
@@ -160,15 +178,22 @@ class CountExchange:
         counts: [n] int64 on the layer's device; this rank's.
         group: expert parallel group, whose ranks all construct one.
         rules: what ``fault`` is about.
+        dtype: of this rank's input, without a fault.
         fault: code and value of the rule this rank's input breaks, if any.
     """
 
     def __init__(
-        self, counts: Tensor, group: Any, rules: InputRules, *, fault: tuple[int, int] | None = None
+        self,
+        counts: Tensor,
+        group: Any,
+        rules: InputRules,
+        *,
+        dtype: torch.dtype | None = None,
+        fault: tuple[int, int] | None = None,
     ) -> None:
         self.group, self.rules = group, rules
         self.rank, self.ep_size = dist.get_rank(group=group), dist.get_world_size(group=group)
-        message = F.pad(counts, (2, 0))
+        message = F.pad(counts, (2, 0), value=0 if dtype is None else dtype_code(dtype))
         if fault is not None:
             message[0].fill_(fault[0])
             message[1].fill_(fault[1])
@@ -192,7 +217,9 @@ class CountExchange:
         if self._arrived is not None:
             self._arrived.synchronize()
         host = self._host.view(self.ep_size, -1).numpy()
-        self.rules.raise_first(host[:, :2].tolist())
+        faults = host[:, :2].tolist()
+        self.rules.raise_first([f if f[0] > 0 else (self.rules.OK, 0) for f in faults])
+        self.rules.raise_if_they_differ([code for code, _ in faults if code < 0])
         return host[:, 2:], self._gathered.view(self.ep_size, -1)[:, 2:]
 
 

@@ -60,6 +60,12 @@ class ExpertRunner:
             if flop >= LARGE_GEMM_FLOP:
                 self.reason = f"{self._mlps[0].describe()} large enough to fill the GPU alone"
 
+    def are_mlps(self) -> bool:
+        """Whether the experts are recognised MLPs, which take inputs of their dtype alone."""
+        if self.overridden is not None or not self.experts:
+            return False
+        return not isinstance(self._recognised.find(self.experts), str)
+
     def describe(self) -> str:
         """Return a phrase for the log line."""
         if self.reason is None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import logging
@@ -33,6 +34,7 @@ from comet_ds.experts import parameter_dtypes
 from comet_ds.fused import FusedExperts
 from comet_ds.gate import Routing, TopKGate
 from comet_ds.grouped_mlp import ExpertRunner
+from comet_ds.kept import Kept
 from comet_ds.overrides import Overrides, call_gate, class_for, find_overrides
 from comet_ds.path import PathChoice
 from comet_ds.pipelined import pipelined_forward
@@ -262,6 +264,26 @@ class MOELayer(sharded_moe.MOELayer):
         routing: the last forward's ``Routing``, detached; None before the first.
     """
 
+    @property
+    def l_aux(self) -> Any:
+        """The last forward's loss, see ``Kept``; None before the first."""
+        kept = self.__dict__.get("_kept")
+        return None if kept is None else kept.l_aux
+
+    @l_aux.setter
+    def l_aux(self, value: Any) -> None:
+        self.__dict__["_kept"] = Kept(value, self.exp_counts)
+
+    @property
+    def exp_counts(self) -> Any:
+        """The last forward's [E] int64, see ``Routing``; None before the first."""
+        kept = self.__dict__.get("_kept")
+        return None if kept is None else kept.exp_counts
+
+    @exp_counts.setter
+    def exp_counts(self, value: Any) -> None:
+        self.__dict__["_kept"] = Kept(self.l_aux, value)
+
     def configure(self, config: CometConfig) -> None:
         """Set the options."""
         self.config = config
@@ -293,15 +315,16 @@ class MOELayer(sharded_moe.MOELayer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out of copies what belongs to this process or to the last forward's graph."""
-        own = ("ep_group", "l_aux", "_announced", "_rules")
+        own = ("ep_group", "_kept", "_announced", "_rules")
         return {**self.__dict__, **dict.fromkeys(own)}
 
     def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> Tensor:
         """Compute the layer for this rank's tokens.
 
         Args:
-            hidden_states: [..., H] in the experts' dtype, on the layer's device. Ranks may bring
-                different numbers of tokens, also none.
+            hidden_states: [..., H] in the experts' dtype, or another if they are no recognised MLPs
+                and take it, on the layer's device. Ranks may bring different numbers of tokens,
+                also none, but the same dtype.
             used_token: see ``TopKGate.route``.
 
         Returns:
@@ -357,7 +380,7 @@ class MOELayer(sharded_moe.MOELayer):
                 experts = self.num_local_experts * self.ep_size
                 options = (self.use_tutel, experts)
                 routing, l_aux = call_gate(gate, found, x, used_token, *options)
-            state["l_aux"], state["exp_counts"] = l_aux, routing.exp_counts
+            state["_kept"] = kept = Kept(l_aux, routing.exp_counts)
             state["routing"] = routing.detach()
             if is_fused:
                 output = fused.run(routing, call)
@@ -365,7 +388,9 @@ class MOELayer(sharded_moe.MOELayer):
                 output = self._run_tensor_parallel(x, routing, group, rules)
         if self.wall_clock_breakdown:
             self._read_timers()
-        return output.reshape(hidden_states.shape)
+        output = output.reshape(hidden_states.shape)
+        kept.leave_graph_to(output)
+        return output
 
     def _why_not_fused(self, x: Tensor) -> str | None:
         if (reason := self.overrides.why_not_fused()) is not None:
@@ -378,7 +403,7 @@ class MOELayer(sharded_moe.MOELayer):
         state = self.__dict__
         state["overrides"] = found
         self.choice.gate = self.chunks.gate = self.gate
-        self.chunks.experts = self.experts
+        self.chunks.experts, self.runner.experts = self.experts, self.expert_modules()
         self.runner.container = None if found.experts is None else self.experts
         self.runner.overridden = found.experts or found.hooks
 
@@ -397,7 +422,17 @@ class MOELayer(sharded_moe.MOELayer):
         self._announce("DeepSpeed's own forward")
         experts = self.experts
         with experts.unbound() if isinstance(experts, StackedExperts) else nullcontext():
-            return super().forward(hidden_states, used_token)
+            output = super().forward(hidden_states, used_token)
+        self._kept.leave_graph_to(output)
+        return output
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MOELayer:
+        """Copy the layer; whatever in it holds its process group has none then."""
+        if self.ep_group is not None:
+            memo[id(self.ep_group)] = None
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return made
 
     def _run_tensor_parallel(
         self, x: Tensor, routing: Routing, group: Any, rules: InputRules
@@ -430,7 +465,6 @@ class MOELayer(sharded_moe.MOELayer):
     ) -> Tensor:
         if self.path == "reference":
             return self._run_reference(x, topk_ids, topk_weights, group, rules)
-        self.runner.experts = self.expert_modules()  # whatever stands there now
         self.runner.refresh(x, expected_rows=topk_ids.numel() / self.num_local_experts)
         schedule, segment_of_expert = self.chunks.schedule(x.shape[0], group, rules)
         chunks = f", {len(schedule.chunks)} chunk(s)" if self.ep_size > 1 else ""
@@ -438,7 +472,7 @@ class MOELayer(sharded_moe.MOELayer):
         plan = plan_routes(topk_ids, segment_of_expert)
         exchange = None
         if self.ep_size > 1:
-            exchange = CountExchange(plan.tokens_per_segment, group, rules)
+            exchange = CountExchange(plan.tokens_per_segment, group, rules, dtype=x.dtype)
         return pipelined_forward(
             x, topk_weights, plan, self.runner, schedule, exchange, self._timed
         )
@@ -450,7 +484,8 @@ class MOELayer(sharded_moe.MOELayer):
         num_tokens = [x.shape[0]]
         if self.ep_size > 1:
             count = topk_ids.new_full((1,), x.shape[0])
-            num_tokens = CountExchange(count, group, rules).wait()[0].flatten().tolist()
+            exchange = CountExchange(count, group, rules, dtype=x.dtype)
+            num_tokens = exchange.wait()[0].flatten().tolist()
         return reference_forward(
             x,
             topk_ids,
@@ -467,6 +502,9 @@ class MOELayer(sharded_moe.MOELayer):
         """Return the EP group, the world where DeepSpeed's inference engine set none."""
         if self.ep_size == 1 or self.ep_group is not None:
             return self.ep_group
+        found = groups._get_expert_parallel_group_dict().get(self.ep_group_name)
+        if found is not None:  # a copy of a layer that has one
+            return found
         if not dist.is_initialized() or dist.get_world_size() != self.ep_size:
             raise RuntimeError(
                 f"ep_size is {self.ep_size}: call set_deepspeed_parallelism() before the first "
@@ -481,7 +519,8 @@ class MOELayer(sharded_moe.MOELayer):
         fused path has looked at them, and device and dtype are still the same.
 
         Args:
-            is_fresh: look at the experts again.
+            is_fresh: look at the experts again; those that are no recognised MLPs decide themselves
+                what they take, as in DeepSpeed.
         """
         gate, weights, rules = self.gate, self.fused.weights, self._rules
         wg = self._weight()
@@ -493,9 +532,10 @@ class MOELayer(sharded_moe.MOELayer):
             if (rules.dtype, rules.device, rules.hidden, rules.takes_used_token) == found:
                 return rules
         dtypes = parameter_dtypes(next(iter(self.expert_modules()), self.experts))
+        is_open = len(dtypes) != 1 or is_autocast or (is_fresh and not self.runner.are_mlps())
         rules = InputRules(
             hidden=self.hidden_size,
-            dtype=None if len(dtypes) != 1 or is_autocast else dtypes.pop(),
+            dtype=None if is_open else dtypes.pop(),
             device=wg.device,
             takes_used_token=takes_used_token,
         )

@@ -33,7 +33,18 @@ def why_not_stackable(experts: Sequence[nn.Module]) -> str | None:
             if id(param) in seen:
                 return f"{name} is the same parameter in several experts"
             seen.add(id(param))
-    return _why_not_reachable(experts[0])
+    return _why_not_reachable(experts[0]) or _why_not_converted(experts[0])
+
+
+def _why_not_converted(expert: nn.Module) -> str | None:
+    """Return which module of an expert converts its parameters by itself, None if none does.
+
+    Such as one that keeps fp32 in a bf16 model; stacks are converted with the layer.
+    """
+    for module in expert.modules():
+        if type(module)._apply is not nn.Module._apply and not isinstance(module, nn.RNNBase):
+            return f"{type(module).__name__} has an _apply of its own"
+    return None
 
 
 def _why_not_reachable(expert: nn.Module) -> str | None:

@@ -300,3 +300,34 @@ def test_grouped_on_gpu(name: str, counts: list[int]) -> None:
         strict=True,
     ):
         assert_close(a, b, name)
+
+
+WRONG_OUTPUTS = {
+    "dict": (lambda y: {"y": y}, "got dict from Answering"),
+    "list": (lambda y: [y], "got list from Answering"),
+    "None": (lambda y: None, "got NoneType from Answering"),
+    "empty tuple": (lambda y: (), "got tuple from Answering"),
+    "tuple of a dict": (lambda y: ({"y": y}, None), "got a tuple that starts with dict from"),
+}
+
+
+class Answering(nn.Module):
+    def __init__(self, answer) -> None:
+        super().__init__()
+        self.linear, self.answer = nn.Linear(HIDDEN, HIDDEN), answer
+
+    def forward(self, x: torch.Tensor):
+        return self.answer(self.linear(x))
+
+
+@pytest.mark.parametrize("path", ["reference", "pipelined"])
+@pytest.mark.parametrize("name", WRONG_OUTPUTS)
+def test_what_no_expert_may_return(name: str, path: str) -> None:
+    answer, message = WRONG_OUTPUTS[name]
+    layer = MoE(HIDDEN, Answering(answer), 2, use_residual=True, comet_ds={"path": path})
+    with pytest.raises(ValueError, match=f"an expert must return a tensor, .* {message}"):
+        layer(torch.randn(4, HIDDEN))
+    # Experts in one call, as where they have hooks.
+    layer.deepspeed_moe.experts.forward = lambda inputs: answer(inputs)
+    with pytest.raises(ValueError, match="Experts must return a tensor, .* got "):
+        layer(torch.randn(4, HIDDEN))
