@@ -6,8 +6,9 @@ from comet_ds.engine import initialize
 from comet_ds.engine_hooks import install_hooks
 from comet_ds.layer import MoE
 from comet_ds.monitor import attach_metrics
+from comet_ds.optimizer_groups import split_expert_groups
 
 install_hooks()
 
 __version__ = "0.1.0"
-__all__ = ["CometConfig", "MoE", "attach_metrics", "initialize"]
+__all__ = ["CometConfig", "MoE", "attach_metrics", "initialize", "split_expert_groups"]

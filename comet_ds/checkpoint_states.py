@@ -18,12 +18,10 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import nn
 
 from comet_ds.checkpoint_layout import Cluster, ParameterTable
+from comet_ds.optimizer_groups import PER_GROUP
 
 MASTERS = "fp32 weights"  # where they are handled like a state
 NOT_ITS_STATES = "it has no states of this kind of optimizer"
-# What a learning rate scheduler of torch's saves for each group of the optimizer.
-_PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums",
-              "max_momentums")  # fmt: skip
 
 
 def target_settings(
@@ -91,7 +89,7 @@ def regroup_scheduler(
     for key, value in state.items():
         if key == "_schedulers":
             found[key] = [regroup_scheduler(s, counts) for s in value]
-        elif key in _PER_GROUP and isinstance(value, list | tuple):
+        elif key in PER_GROUP and isinstance(value, list | tuple):
             rest, values = list(value), []
             if len(rest) != sum(count for count, _ in counts):
                 raise ValueError(

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hooks on DeepSpeed's engine, for models with stacked experts; none for others.
 
-Three methods of ``DeepSpeedEngine`` are wrapped, once, when comet_ds is imported:
+Four methods of ``DeepSpeedEngine`` are wrapped, once, when comet_ds is imported:
 
+    _configure_distributed_model   applies the "comet_ds" block of the configuration
     _configure_optimizer   keeps the stacks only where the optimizer works by element, notes which
                            parameters are in which group before DeepSpeed flattens them, and spares
                            ZeRO what it need not do for stacks (``zero_shortcuts.py``)
@@ -30,12 +31,15 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.utils import groups
+from deepspeed.utils import groups, logger
 
 from comet_ds.checkpoint_flat import FlatStates
 from comet_ds.checkpoint_layout import Cluster, ParameterTable, find_clusters, is_trained
 from comet_ds.checkpoint_states import ParameterStates, regroup_scheduler
+from comet_ds.config import CONFIG_KEY, CometConfig
+from comet_ds.layer import MoE
 from comet_ds.optimizer_choice import choose_layout, stacked_experts
+from comet_ds.optimizer_groups import check_groups, name_groups
 from comet_ds.stacked import StackedExperts
 from comet_ds.whole_state import gather_experts
 from comet_ds.zero_shortcuts import install_shortcuts
@@ -55,6 +59,41 @@ def install_hooks() -> None:
         original = getattr(DeepSpeedEngine, name)
         if not hasattr(original, "_is_comet_ds"):
             setattr(DeepSpeedEngine, name, _wrap(original, hook))
+    original = DeepSpeedEngine._configure_distributed_model
+    if not hasattr(original, "_is_comet_ds"):
+        DeepSpeedEngine._configure_distributed_model = _with_options(original)
+
+
+def _with_options(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(engine: DeepSpeedEngine, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        _apply_options(engine, model)
+        return original(engine, model, *args, **kwargs)
+
+    method._is_comet_ds = True
+    return method
+
+
+def _apply_options(engine: DeepSpeedEngine, model: torch.nn.Module) -> None:
+    """Apply the "comet_ds" block, which ``comet_ds.initialize`` has done already if it was called.
+
+    Raises:
+        ValueError: unknown key or bad value.
+    """
+    block = engine._config._param_dict.get(CONFIG_KEY)
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    if block is None or not layers:
+        return
+    options = CometConfig.parse(block)
+    changed = [layer for layer in layers if layer.config != options]
+    for layer in changed:
+        layer.configure(options)
+    others = [key for key in ("metrics", "metrics_interval", "timeline_step") if key in block]
+    if changed and others:
+        logger.warning(
+            f'"{CONFIG_KEY}": {", ".join(others)} of the configuration need comet_ds.initialize '
+            "in place of deepspeed.initialize, or comet_ds.attach_metrics; the rest is applied"
+        )
 
 
 def _wrap(original: Callable[..., Any], hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,18 +111,21 @@ def _configure_optimizer(
     original: Callable[..., Any], engine: DeepSpeedEngine, client_optimizer: Any, parameters: list
 ) -> None:
     client_optimizer, parameters = choose_layout(engine, client_optimizer, parameters)
-    if not stacked_experts(engine.module):
-        original(client_optimizer, parameters)
-        return
+    if client_optimizer is None:
+        name_groups(parameters)
     check = engine._do_optimizer_sanity_check
 
     def note_groups(basic_optimizer: torch.optim.Optimizer) -> Any:
-        engine._comet_ds_layout = EngineLayout(engine, basic_optimizer)
+        if client_optimizer is not None:
+            check_groups(engine, basic_optimizer)
+        if stacked_experts(engine.module):
+            engine._comet_ds_layout = EngineLayout(engine, basic_optimizer)
         return check(basic_optimizer)
 
     with _replaced(engine, _do_optimizer_sanity_check=note_groups):
         original(client_optimizer, parameters)
-    found = stacked_experts(engine.module)
+    if not (found := stacked_experts(engine.module)):
+        return
     install_shortcuts(engine.optimizer, [s for e in found for s in e.stacks().values()])
 
 

@@ -30,11 +30,11 @@ def run_expert(expert: nn.Module, rows: Tensor) -> Tensor:
     num_rows, hidden = rows.shape
     inputs = rows if num_rows else F.pad(rows, (0, 0, 0, 1))
     inputs = inputs.view(1, 1, -1, hidden)
-    output = _as_tensor(expert(inputs), inputs, "an expert", expert)
+    output = as_tensor(expert(inputs), inputs, "an expert", expert)
     return output.view(-1, hidden)[:num_rows]
 
 
-def _as_tensor(output: Any, inputs: Tensor, what: str, module: nn.Module) -> Tensor:
+def as_tensor(output: Any, inputs: Tensor, what: str, module: nn.Module) -> Tensor:
     """Return what experts have computed, the first item of a tuple."""
     first = output[0] if isinstance(output, tuple) and output else output
     name = type(module).__name__
@@ -90,7 +90,7 @@ def run_container(
     shape = (ep_size, num_local_experts, capacity, rows.shape[1])
     inputs = rows.new_zeros(filled.size * capacity, rows.shape[1]).index_copy(0, index, rows)
     inputs = inputs.view(shape)
-    output = _as_tensor(container(inputs), inputs, "Experts", container)
+    output = as_tensor(container(inputs), inputs, "Experts", container)
     return output.reshape(-1, rows.shape[1]).index_select(0, index)
 
 

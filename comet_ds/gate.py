@@ -134,7 +134,7 @@ class TopKGate(sharded_moe.TopKGate):
         if kernels is not None and not torch.is_autocast_enabled(x.device.type):
             routing = self._route_by_kernels(x, capacity, used_token, kernels)
         else:
-            routing = self._route_by_torch(self._logits(x), capacity, used_token)
+            routing = self.route_by_torch(x, capacity, used_token)
         if self.wall_clock_breakdown:
             self.timers(GATE_TIMER).stop()
             self.gate_time = self.timers(GATE_TIMER).elapsed(reset=True)
@@ -157,9 +157,9 @@ class TopKGate(sharded_moe.TopKGate):
         weights, l_aux, ids, ranks, kept_counts, exp_counts = found
         return Routing(ids, weights, l_aux, exp_counts, capacity, ranks, kept_counts, tokens)
 
-    def _route_by_torch(
-        self, logits: Tensor, capacity: int | None, used_token: Tensor | None
-    ) -> Routing:
+    def route_by_torch(self, x: Tensor, capacity: int | None, used_token: Tensor | None) -> Routing:
+        """Route without kernels; arguments and result as those of ``route``."""
+        logits = self._logits(x)
         if self.k == 1:
             options = {"used_token": used_token, "rsample": self._samples_first()}
             return top1_routing(logits, capacity, **options, use_rts=self.use_rts)
@@ -253,7 +253,7 @@ def top1_routing(
     if capacity is not None:
         # torch.topk itself breaks the ties among equal priorities, so it has to be torch.topk.
         chosen = torch.topk(priority, min(capacity, num_tokens), dim=0).indices
-        kept = routed & torch.zeros_like(routed).scatter_(0, chosen, True)
+        kept = routed & torch.zeros_like(routed).scatter_(0, chosen, 1)
     kept = kept.any(dim=1, keepdim=True)
     ids = ids.unsqueeze(1)
     return Routing(
@@ -316,14 +316,14 @@ def topk_routing(logits: Tensor, capacity: int | None, *, k: int) -> Routing:
     num_tokens, num_experts = logits.shape
     probs = F.softmax(logits, dim=1)
     top_probs, ids = torch.topk(probs, k, dim=1)
-    kept = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, ids, True)
+    kept = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, ids, 1)
     exp_counts = kept.sum(dim=0)
     share = _mean_over_tokens(kept.float())
     l_aux = torch.mean(_mean_over_tokens(probs) * share) * num_experts * num_experts / k
     if capacity is not None:
         priority = torch.zeros_like(probs).scatter(1, ids, top_probs.detach())
         chosen = torch.topk(priority, min(capacity, num_tokens), dim=0, sorted=False).indices
-        kept = kept & torch.zeros_like(kept).scatter_(0, chosen, True)
+        kept = kept & torch.zeros_like(kept).scatter_(0, chosen, 1)
     # The sum runs over all experts, not over the k gathered ones: its rounding is DeepSpeed's.
     weights = probs * kept
     total = weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).eps)

@@ -41,6 +41,7 @@ from comet_ds.pipelined import pipelined_forward
 from comet_ds.reference import reference_forward
 from comet_ds.routing import plan_routes
 from comet_ds.stacked import StackedExperts
+from comet_ds.traced import STRICT_EXPORT, is_traced, run_traced
 from comet_ds.whole_state import check_loaded, keep_own_experts
 
 
@@ -149,6 +150,11 @@ class MoE(deepspeed_layer.MoE):
             self.mlp = expert
             self.coefficient = nn.Linear(hidden_size, 2)
         self.configure(config)
+
+    @property
+    def config(self) -> CometConfig | None:
+        """The options; None where the user has put another module in for the MOELayer."""
+        return getattr(self.deepspeed_moe, "config", None)
 
     def configure(self, config: CometConfig) -> None:
         """Set the options; before ``set_deepspeed_parallelism``, the same on all ranks."""
@@ -340,7 +346,7 @@ class MOELayer(sharded_moe.MOELayer):
         run = self._run_uncompiled if torch.compiler.is_compiling() else self._run_forward
         return run(hidden_states, used_token)
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=STRICT_EXPORT)
     def _run_uncompiled(self, hidden_states: Tensor, used_token: Tensor | None) -> Tensor:
         return self._run_forward(hidden_states, used_token)
 
@@ -351,6 +357,9 @@ class MOELayer(sharded_moe.MOELayer):
         self._note_overrides(found)
         if found.layer is not None:
             return self._run_deepspeeds(hidden_states, used_token, found.layer)
+        if is_traced():
+            output, self.__dict__["_kept"] = run_traced(self, hidden_states, used_token)
+            return output
         group = self._group()
         rules = self._input_rules()
         exchange = self.choice.connect(group, rules)

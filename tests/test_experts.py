@@ -23,6 +23,7 @@ from experts_zoo import (
 from tolerance import assert_close
 from torch import nn
 
+from comet_ds import MoE
 from comet_ds.expert_calls import run_expert, run_experts
 from comet_ds.experts import (
     ExpertMLP,
@@ -329,5 +330,5 @@ def test_what_no_expert_may_return(name: str, path: str) -> None:
         layer(torch.randn(4, HIDDEN))
     # Experts in one call, as where they have hooks.
     layer.deepspeed_moe.experts.forward = lambda inputs: answer(inputs)
-    with pytest.raises(ValueError, match="Experts must return a tensor, .* got "):
+    with pytest.raises(ValueError, match=r"Experts must return a tensor, .* got "):
         layer(torch.randn(4, HIDDEN))

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Groups of a user's optimizer as DeepSpeed wants them: experts apart, marked ``"moe": True``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from deepspeed.moe.utils import (
+    is_moe_param,
+    is_moe_param_group,
+    split_params_into_different_moe_groups_for_optimizer,
+)
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+# What a learning rate scheduler of torch's has for each group of the optimizer.
+PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums",
+             "max_momentums")  # fmt: skip
+# And what those of DeepSpeed's compute from them.
+_DERIVED = ("delta_lrs", "org_lrs")
+_ORIGIN = "comet_ds_origin"
+
+
+def split_expert_groups(
+    optimizer: torch.optim.Optimizer, lr_scheduler: Any = None
+) -> torch.optim.Optimizer:
+    """Give the experts groups of their own, with the settings of the groups they are in.
+
+    For engines with ZeRO 1 or 2 and an optimizer that is made before ``deepspeed.initialize``, as
+    by Hugging Face's Trainer and Accelerate. ``comet_ds.initialize`` does it. State of the
+    optimizer stays. Does nothing where no group has experts that are not marked.
+
+    Args:
+        optimizer: changed in place.
+        lr_scheduler: a scheduler of torch's that was made for it, if one was; changed alike.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        ValueError: there is a scheduler, by the groups' "initial_lr", and it was not given.
+
+    Source: ``deepspeed/moe/utils.py``.
+    """
+    groups = optimizer.param_groups
+    if not num_unmarked(optimizer):
+        return optimizer
+    if lr_scheduler is None and any("initial_lr" in group for group in groups):
+        raise ValueError(
+            "the experts must be split off the optimizer's groups before a learning rate "
+            "scheduler is made for it, or the scheduler be given as lr_scheduler, got a scheduler "
+            "that was not given"
+        )
+    open_groups = [group for group in groups if not is_moe_param_group(group)]
+    for index, group in enumerate(groups):
+        group[_ORIGIN] = index
+    has_name = [("name" in group) for group in groups]
+    names = [group.get("name") for group in groups]
+    for group in open_groups:
+        group["name"] = f"group {group[_ORIGIN]}"
+    split = split_params_into_different_moe_groups_for_optimizer(list(open_groups))
+    marked = [group for group in groups if is_moe_param_group(group)]
+    made = [group for group in (*split, *marked) if group["params"]]
+    origins = [group.pop(_ORIGIN) for group in made]
+    for group, origin in zip(made, origins, strict=True):
+        if not is_moe_param_group(group):
+            group.pop("name")
+            group.update({"name": names[origin]} if has_name[origin] else {})
+        group.pop("param_names", None)
+    groups[:] = made
+    _regroup(lr_scheduler, origins, len(names))
+    return optimizer
+
+
+def _regroup(scheduler: Any, origins: list[int], num_groups: int) -> None:
+    """Let a scheduler have a value for each new group, that of the group it comes from."""
+    if scheduler is None:
+        return
+    for inner in getattr(scheduler, "_schedulers", ()):
+        _regroup(inner, origins, num_groups)
+    for name in PER_GROUP + _DERIVED:
+        values = getattr(scheduler, name, None)
+        if isinstance(values, list | tuple) and len(values) == num_groups:
+            setattr(scheduler, name, type(values)(values[origin] for origin in origins))
+
+
+def splitting(make: Callable[[Any], torch.optim.Optimizer]) -> Callable[[Any], Any]:
+    """Return a function that makes an optimizer, with experts split off."""
+
+    @functools.wraps(make)
+    def made(parameters: Any) -> torch.optim.Optimizer:
+        return split_expert_groups(make(parameters))
+
+    return made
+
+
+def num_unmarked(optimizer: torch.optim.Optimizer) -> int:
+    """Return how many expert parameters are in groups that are not marked."""
+    groups = [g for g in optimizer.param_groups if not is_moe_param_group(g)]
+    return sum(is_moe_param(param) for group in groups for param in group["params"])
+
+
+def check_groups(engine: DeepSpeedEngine, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a user's optimizer that ZeRO would partition over the wrong ranks.
+
+    Raises:
+        ValueError: naming the remedy.
+    """
+    count = num_unmarked(optimizer) if engine.zero_optimization_stage() in (1, 2) else 0
+    if count:
+        raise ValueError(
+            "with ZeRO 1 and 2 an optimizer must have the experts in groups of their own, marked "
+            f'"moe", got {count} expert parameters in others: call comet_ds.initialize in place of '
+            "deepspeed.initialize, or comet_ds.split_expert_groups(optimizer) when it has been "
+            "made (with a Trainer, in its create_optimizer), or configure the optimizer in the JSON"
+        )
+
+
+def name_groups(parameters: list[Any]) -> None:
+    """Name the groups of parameters that have no name, by which DeepSpeed splits them."""
+    for index, group in enumerate(parameters):
+        if isinstance(group, dict):
+            group.setdefault("name", f"group {index}")
