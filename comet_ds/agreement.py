@@ -28,6 +28,8 @@ from deepspeed import comm as dist
 from deepspeed.constants import default_pg_timeout
 from torch import Tensor
 
+from comet_ds.gradients import NUM_NEED_BITS, BackwardNeeds
+
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # A host that waits for another polls without pause for so long, then at these intervals.
 POLLING_S, POLL_INTERVAL_S = 0.01, 1e-4
@@ -160,15 +162,30 @@ class CountExchange:
         counts: [n] int64 on the layer's device; this rank's.
         group: expert parallel group, whose ranks all construct one.
         rules: what ``fault`` is about.
+        needs: gradients this rank needs, from ``find_needs``.
         fault: code and value of the rule this rank's input breaks, if any.
+
+    Attributes:
+        needs: gradients that any rank needs, once ``wait`` has returned.
     """
 
+    # The first word is a fault's code and, above it, what is needed; the second a fault's value,
+    # and means nothing where there is none: so padding fills in both.
+    CODE_BITS = 8
+
     def __init__(
-        self, counts: Tensor, group: Any, rules: InputRules, *, fault: tuple[int, int] | None = None
+        self,
+        counts: Tensor,
+        group: Any,
+        rules: InputRules,
+        *,
+        needs: int = 0,
+        fault: tuple[int, int] | None = None,
     ) -> None:
         self.group, self.rules = group, rules
         self.rank, self.ep_size = dist.get_rank(group=group), dist.get_world_size(group=group)
-        message = F.pad(counts, (2, 0))
+        self.needs: BackwardNeeds | None = None
+        message = F.pad(counts, (2, 0), value=needs << self.CODE_BITS)
         if fault is not None:
             message[0].fill_(fault[0])
             message[1].fill_(fault[1])
@@ -192,7 +209,10 @@ class CountExchange:
         if self._arrived is not None:
             self._arrived.synchronize()
         host = self._host.view(self.ep_size, -1).numpy()
-        self.rules.raise_first(host[:, :2].tolist())
+        words = host[:, :2].tolist()
+        mask = (1 << self.CODE_BITS) - 1
+        self.rules.raise_first([(word & mask, value) for word, value in words])
+        self.needs = BackwardNeeds.agree([word >> self.CODE_BITS for word, _ in words])
         return host[:, 2:], self._gathered.view(self.ep_size, -1)[:, 2:]
 
 
@@ -203,11 +223,13 @@ class Answer(NamedTuple):
         num_tokens: T of the rank; 0 with a fault.
         can_fuse: whether its input and experts can take the fused path.
         fault: code and value of the rule its input breaks, ``(InputRules.OK, 0)`` if none.
+        needs: gradients it needs, from ``find_needs``.
     """
 
     num_tokens: int
     can_fuse: bool
     fault: tuple[int, int]
+    needs: int = 0
 
 
 class RollCall:
@@ -262,7 +284,8 @@ class RollCall:
         """
         self._number += 1
         code, value = mine.fault
-        payloads = (mine.num_tokens | mine.can_fuse << 32 | code << 33, value + 1)
+        flags = mine.can_fuse | mine.needs << 1 | code << 1 + NUM_NEED_BITS
+        payloads = (mine.num_tokens | flags << 32, value + 1)
         first = self._first_word(self.rank)
         for i, payload in enumerate(payloads):
             self._words[first + i] = self._tag() << self.PAYLOAD_BITS | payload
@@ -282,8 +305,9 @@ class RollCall:
             waited_s = time.monotonic() - start
             self._check(rank, waited_s)
         payload, value = (self._words[first + i] & mask for i in range(self.WORDS))
-        fault = (payload >> 33, value - 1)
-        return Answer(payload & 0xFFFFFFFF, bool(payload >> 32 & 1), fault)
+        flags, needs_mask = payload >> 32, (1 << NUM_NEED_BITS) - 1
+        fault = (flags >> 1 + NUM_NEED_BITS, value - 1)
+        return Answer(payload & 0xFFFFFFFF, bool(flags & 1), fault, flags >> 1 & needs_mask)
 
     def _check(self, rank: int, waited_s: float) -> None:
         where = f"rank {rank} of the expert parallel group"

@@ -31,6 +31,7 @@ from comet_ds.expert_rows import REMEDY
 from comet_ds.experts import parameter_dtypes
 from comet_ds.fused import FusedExperts
 from comet_ds.gate import Routing, TopKGate
+from comet_ds.gradients import find_needs
 from comet_ds.grouped_mlp import ExpertRunner
 from comet_ds.path import PathChoice
 from comet_ds.pipelined import pipelined_forward
@@ -350,7 +351,8 @@ class MOELayer(sharded_moe.MOELayer):
         plan = plan_routes(topk_ids, segment_of_expert)
         exchange = None
         if self.ep_size > 1:
-            exchange = CountExchange(plan.tokens_per_segment, group, rules)
+            needs = find_needs(x, (topk_weights,), self.experts.parameters())
+            exchange = CountExchange(plan.tokens_per_segment, group, rules, needs=needs)
         return pipelined_forward(
             x, topk_weights, plan, self.runner, schedule, exchange, self._timed
         )
@@ -359,10 +361,12 @@ class MOELayer(sharded_moe.MOELayer):
         self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, group: Any, rules: InputRules
     ) -> Tensor:
         self._announce("plain PyTorch")
-        num_tokens = [x.shape[0]]
+        num_tokens, needs = [x.shape[0]], None
         if self.ep_size > 1:
             count = topk_ids.new_full((1,), x.shape[0])
-            num_tokens = CountExchange(count, group, rules).wait()[0].flatten().tolist()
+            own_needs = find_needs(x, (topk_weights,), self.experts.parameters())
+            exchange = CountExchange(count, group, rules, needs=own_needs)
+            num_tokens, needs = exchange.wait()[0].flatten().tolist(), exchange.needs
         return reference_forward(
             x,
             topk_ids,
@@ -371,6 +375,7 @@ class MOELayer(sharded_moe.MOELayer):
             ep_group=group,
             ep_size=self.ep_size,
             num_tokens=num_tokens,
+            needs=needs,
         )
 
     def _group(self) -> Any:

@@ -11,7 +11,7 @@ experts, and the shares are summed. Nothing here is fast; everything else is tes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from deepspeed import comm as dist
 from torch import Tensor, nn
 
 from comet_ds.experts import run_expert
+from comet_ds.gradients import BackwardNeeds, anchor
 
 
 def reference_moe(
@@ -63,6 +64,7 @@ def reference_forward(
     ep_group: Any,
     ep_size: int,
     num_tokens: list[int],
+    needs: BackwardNeeds | None,
 ) -> Tensor:
     """Compute the layer's output for this rank's tokens.
 
@@ -72,62 +74,88 @@ def reference_forward(
         ep_group: expert parallel group; not used when ep_size is 1.
         ep_size: its number of ranks.
         num_tokens: tokens on each rank of the group; they may differ.
+        needs: gradients that any rank of the group needs; not used when ep_size is 1.
 
     Returns:
         [T, H] in the dtype of the experts' output. Collective over ``ep_group``, forward and
-        backward.
+        backward; may be differentiated any number of times.
     """
     if ep_size == 1:
         total, dtype = reference_moe(x, topk_ids, topk_weights, experts)
         return total.to(dtype)
-    most = max(num_tokens)
-    gathered = [_AllGather.apply(_pad(t, most), ep_group, ep_size) for t in (x, topk_weights)]
-    ids = _all_gather(_pad(topk_ids, most, value=-1), ep_group, ep_size)
+    most, group = max(num_tokens), _Group(ep_group, ep_size, needs)
+    parts = _pad(x, most), _pad(topk_weights, most)
+    rows, weights, token = _AllGather.apply(group, anchor(x, group.has_backward), *parts)
+    ids = _all_gather(_pad(topk_ids, most, value=-1), group)
     rank = dist.get_rank(group=ep_group)
-    share, dtype = reference_moe(
-        gathered[0], ids, gathered[1], experts, first_expert=rank * len(experts)
-    )
-    total = _SumOwn.apply(share, ep_group, ep_size)
+    share, dtype = reference_moe(rows, ids, weights, experts, first_expert=rank * len(experts))
+    total, _ = _SumOwn.apply(group, token, share)
     return total[: x.shape[0]].to(dtype)
 
 
+class _Group(NamedTuple):
+    """An expert parallel group, its size, and the gradients its ranks need of a forward."""
+
+    group: Any
+    size: int
+    needs: BackwardNeeds
+
+    @property
+    def has_backward(self) -> bool:
+        return torch.is_grad_enabled() and self.needs.has_any
+
+
 class _AllGather(torch.autograd.Function):
-    """[n, ...] on every rank to [W * n, ...]; the gradient is summed over the ranks."""
+    """[n, ...] on every rank to [W * n, ...]; the gradient is summed over the ranks.
+
+    Both functions take any number of tensors, and return as many and a token. A token in the inputs
+    of the next one, or an anchor, keeps all ranks' graphs alike whatever their experts do.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: Any, size: int) -> Tensor:
-        ctx.group, ctx.size = group, size
-        return _all_gather(rows, group, size)
+    def forward(ctx: Any, group: _Group, token: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+        ctx.group, ctx.has_anchor = group, token.is_leaf
+        return *(_all_gather(r, group) for r in rows), token.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _sum_own(grad, ctx.group, ctx.size), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *grads, token = grads
+        *found, token = _SumOwn.apply(ctx.group, _chained(token), *grads)
+        return None, None if ctx.has_anchor else token, *found
 
 
 class _SumOwn(torch.autograd.Function):
     """[W * n, ...] summed over the ranks, each keeping its own [n, ...]; adjoint of the above."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: Any, size: int) -> Tensor:
-        ctx.group, ctx.size = group, size
-        return _sum_own(rows, group, size)
+    def forward(ctx: Any, group: _Group, token: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+        ctx.group, ctx.has_anchor = group, token.is_leaf
+        return *(_sum_own(r, group) for r in rows), token.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _all_gather(grad, ctx.group, ctx.size), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.group.needs.check_present()
+        *grads, token = grads
+        *found, token = _AllGather.apply(ctx.group, _chained(token), *grads)
+        return None, None if ctx.has_anchor else token, *found
 
 
-def _all_gather(rows: Tensor, group: Any, size: int) -> Tensor:
-    gathered = rows.new_empty(size * rows.shape[0], *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
+def _chained(token: Tensor) -> Tensor:
+    """Return a token's gradient, or what stands for it, so that it can be differentiated again."""
+    return anchor(token) if torch.is_grad_enabled() and not token.requires_grad else token
+
+
+def _all_gather(rows: Tensor, group: _Group) -> Tensor:
+    gathered = rows.new_empty(group.size * rows.shape[0], *rows.shape[1:])
+    dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group.group)
     return gathered
 
 
-def _sum_own(rows: Tensor, group: Any, size: int) -> Tensor:
+def _sum_own(rows: Tensor, group: _Group) -> Tensor:
     total = rows.clone()
-    dist.all_reduce(total, group=group)
-    own = rows.shape[0] // size
-    return total.narrow(0, dist.get_rank(group=group) * own, own)
+    dist.all_reduce(total, group=group.group)
+    own = rows.shape[0] // group.size
+    return total.narrow(0, dist.get_rank(group=group.group) * own, own)
 
 
 def _pad(rows: Tensor, length: int, value: float = 0) -> Tensor:
