@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from comet_ds.exchange import Exchange, ExposureMeter
 from comet_ds.expert_weights import (
@@ -33,6 +32,7 @@ from comet_ds.expert_weights import (
 from comet_ds.experts import ExpertMLP, RecognisedExperts
 from comet_ds.fused_call import CallSizes, PreparedCall, layer_shape, prepare_call
 from comet_ds.gate import Routing, TopKGate
+from comet_ds.gradients import BackwardNeeds, first_order_only
 from comet_ds.kernels import current_stream, load_kernels, why_no_kernels
 from comet_ds.overlap import Division, LayerShape
 from comet_ds.refine import Trial
@@ -50,12 +50,14 @@ class FusedCall:
         trial: the CTA splits to measure, if any are.
         meter: of what communication takes from computation, if anyone asks.
         side_stream: address of the stream of copies that run meanwhile, 0 on one rank.
+        needs: gradients that any rank needs; None on one rank.
     """
 
     prepared: PreparedCall
     trial: Trial | None = None
     meter: ExposureMeter | None = None
     side_stream: int = 0
+    needs: BackwardNeeds | None = None
 
     def events(self, gemm: Pass) -> tuple[int, int]:
         """Return the events to record around a launch beside which ranks communicate."""
@@ -135,7 +137,12 @@ class FusedExperts:
         return f"{stacked}{self.weights.mlps[0].describe()} experts"
 
     def begin(
-        self, x: Tensor, exchange: Exchange | None, num_tokens: tuple[int, ...], gate: TopKGate
+        self,
+        x: Tensor,
+        exchange: Exchange | None,
+        num_tokens: tuple[int, ...],
+        gate: TopKGate,
+        needs: BackwardNeeds | None = None,
     ) -> tuple[Tensor, FusedCall]:
         """Send the input on its way to the other ranks while the gate runs.
 
@@ -145,6 +152,7 @@ class FusedExperts:
                 experts are local.
             num_tokens: T of every rank of the group.
             gate: the layer's.
+            needs: gradients that any of the ranks needs; None where all experts are local.
 
         Returns:
             The input as ``run`` reads it, and what ``run`` is to be given.
@@ -160,12 +168,12 @@ class FusedExperts:
         trial = None
         if exchange.tuner is not None:
             shape = layer_shape(self.weights, sizes, exchange.memory.rank)
-            trial = exchange.trial(shape, self._has_backward(x, gate.wg.weight))
+            trial = exchange.trial(shape, needs.has_any and needs.absent is None)
         prepared = self._prepare(sizes, exchange, trial)
         self.shape, self.division = prepared.shape, prepared.division
         stream, side_stream = exchange.enter()
         prepared.forward.begin(tokens=x, stream=stream, side_stream=side_stream)
-        return x, FusedCall(prepared, trial, self.meter, side_stream)
+        return x, FusedCall(prepared, trial, self.meter, side_stream, needs)
 
     def _prepare(
         self, sizes: CallSizes, exchange: Exchange | None = None, trial: Trial | None = None
@@ -203,8 +211,13 @@ class FusedExperts:
             [T, H] in the tokens' dtype. Gradients for them, the routing weights and every expert
             parameter; the same input gives the same bits.
         """
-        has_backward = self._has_backward(routing.tokens, routing.topk_weights)
-        inputs = (routing.tokens, routing.topk_weights, routing, call, has_backward)
+        weights = routing.topk_weights
+        has_backward = self._has_backward(routing.tokens, weights)
+        if not has_backward and call.needs is not None and call.needs.has_any:
+            # Another rank's backward needs this one's: it is attached, whatever is needed here.
+            has_backward = torch.is_grad_enabled()
+            weights = weights.detach().requires_grad_(has_backward)
+        inputs = (routing.tokens, weights, routing, call, has_backward)
         return _FusedMLP.apply(*inputs, *call.prepared.weights.parameters)
 
 
@@ -258,10 +271,12 @@ class _FusedMLP(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         workspace, rows, *pre = ctx.saved_tensors
         call, prepared = ctx.call, ctx.call.prepared.current()
+        if call.needs is not None:
+            call.needs.check_present()
         weights, launches = prepared.weights, prepared.backward
         _check_unchanged(weights, ctx.versions)
         grad = _aligned(grad)

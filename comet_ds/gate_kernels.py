@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from comet_ds.gradients import first_order_only
 from comet_ds.kernels import current_stream
 
 
@@ -66,7 +66,7 @@ class RouteTokens(torch.autograd.Function):
         return weights, l_aux, passed
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(
         ctx: Any,
         grad_weights: Tensor | None,
@@ -96,7 +96,7 @@ class RouteLogits(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(
         ctx: Any, grad_weights: Tensor | None, grad_l_aux: Tensor | None
     ) -> tuple[Tensor, None, None]:

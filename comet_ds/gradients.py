@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which gradients a backward computes, agreed on by all ranks; and what has no second derivative.
+"""Which gradients a backward computes, agreed on by all ranks; and what refuses one more.
 
 The backward of an expert parallel layer exchanges rows as its forward does, so either all ranks of
 the group take part or none does. Whether a rank needs a gradient is its own affair: its input may
@@ -120,7 +120,7 @@ class _Refused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
-            f"comet_ds: {ctx.name.lstrip('_')} has no second derivative: kernels compute its "
-            "gradient; for gradients of gradients (create_graph=True) run the layer on the CPU, or "
-            'use DeepSpeed\'s layer, with "path": "pipelined" or "reference"'
+            f"{ctx.name.lstrip('_')} of comet_ds cannot be differentiated once more: its gradient "
+            "comes from kernels, or is itself a gradient of gradients. Where a loss needs them "
+            "(create_graph=True), compute this layer with DeepSpeed's, or on the CPU"
         )

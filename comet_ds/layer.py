@@ -286,7 +286,8 @@ class MOELayer(sharded_moe.MOELayer):
         with self._timed(sharded_moe.MOE_TIMER), _current(hidden_states.device):
             x = hidden_states.reshape(-1, hidden_states.shape[-1])
             why_not = functools.partial(self._why_not_fused, x)
-            decision = self.choice.choose(why_not, x.shape[0], exchange, rules)
+            needs = functools.partial(self._fused_needs, x)
+            decision = self.choice.choose(why_not, needs, x.shape[0], exchange, rules)
             # Module.__setattr__ looks every one of these up in three tables.
             state, gate, fused = self.__dict__, self.gate, self.fused
             state["path"], state["_reason"] = decision.path, decision.why_not_fused
@@ -296,7 +297,7 @@ class MOELayer(sharded_moe.MOELayer):
                     self._announce(fused.describe())
                     state["_announced"] = fused.weights
                 num_tokens = decision.num_tokens or (x.shape[0],)
-                x, call = fused.begin(x, exchange, num_tokens, gate)
+                x, call = fused.begin(x, exchange, num_tokens, gate, decision.needs)
             routing = gate.route(x, used_token)
             state["l_aux"], state["exp_counts"] = routing.l_aux, routing.exp_counts
             state["routing"] = routing.detach()
@@ -311,6 +312,9 @@ class MOELayer(sharded_moe.MOELayer):
     def _why_not_fused(self, x: Tensor) -> str | None:
         self.fused.experts = self.experts.deepspeed_experts  # whatever stands there now
         return self.fused.why_not(x)
+
+    def _fused_needs(self, x: Tensor) -> int:
+        return find_needs(x, (x, self.gate.wg.weight), self.fused.weights.parameters)
 
     def _run_tensor_parallel(
         self, x: Tensor, routing: Routing, group: Any, rules: InputRules

@@ -71,8 +71,8 @@ def pipelined_forward(
 
     Returns:
         [T, H] in the experts' output dtype; may be differentiated twice. With expert parallelism
-        collective over its group, forward and backward. Waits on the host once, for the counts that size the buffers; not at
-        all for grouped GEMM without expert parallelism.
+        collective over its group, forward and backward. Waits on the host once, for the counts that
+        size the buffers; not at all for grouped GEMM without expert parallelism.
     """
     rows = _Permute.apply(x, plan.token_of_row, plan.row_of_route)
     if exchange is None:

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from parity import HIDDEN, VARIANTS, build, named_grads, tokens
+from deepspeed.moe.layer import MoE as DeepSpeedMoE
+from parity import FFN, HIDDEN, VARIANTS, build, named_grads, tokens
 from tolerance import assert_close
 from torch import Tensor, nn
 
 from comet_ds import MoE
+from comet_ds.gradients import first_order_only
 
 HANG_S = 60  # a backward that has not returned by then waits for good
 
@@ -151,3 +153,87 @@ def test_a_backward_without_all_ranks_is_refused(world, variant: str) -> None:
         "rank 1 of the expert parallel group ran this forward without gradients"
     )
     assert answers[1] == ""
+
+
+# ---- gradients of gradients --------------------------------------------------------------------
+
+
+def smooth() -> nn.Module:
+    return nn.Sequential(nn.Linear(HIDDEN, FFN), nn.Tanh(), nn.Linear(FFN, HIDDEN))
+
+
+def second_order(cls: type, rank: int, what: str, **options: Any) -> dict[str, Tensor | None]:
+    """Return the gradients of a penalty on gradients."""
+    layer = build(cls, rank, expert=smooth(), parallel=True, **options)
+    x, grad = tokens(rank, (24, HIDDEN))
+    x.requires_grad_()
+    torch.manual_seed(7)
+    output, l_aux, _ = layer(x)
+    loss = output.sum() if what == "sum" else (output * grad).sum() + l_aux
+    asked = [x] if what != "parameters" else [p for p in layer.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(loss, asked, create_graph=True)
+    sum(g.square().sum() for g in grads).backward()
+    return named_grads(layer) | {"grad of x": x.grad}
+
+
+SECOND_ORDER = {
+    "sum, k=1": ("sum", dict(k=1)),
+    "sum, k=2": ("sum", dict(k=2)),
+    "sum, k=4, not dropping": ("sum", dict(k=4, drop_tokens=False)),
+    "dropping": ("weighted", dict(k=2, capacity_factor=0.5)),
+    "parameters": ("parameters", dict(k=2)),
+}
+
+
+def check_second_order(rank: int, size: int, name: str) -> float:
+    what, options = SECOND_ORDER[name]
+    expected = second_order(DeepSpeedMoE, rank, what, ep_size=size, **options)
+    for variant, block in VARIANTS.items():
+        got = second_order(MoE, rank, what, ep_size=size, **options, comet_ds=block)
+        for key, value in expected.items():
+            if value is None or got[key] is None:  # a bias that nothing depends on
+                present = value if value is not None else got[key]
+                assert present is None or not present.any(), f"{variant}: {key}"
+            else:
+                assert_close(got[key], value, f"rank {rank}, {variant}: {key}")
+    return torch.linalg.vector_norm(expected["grad of x"]).item()
+
+
+@pytest.mark.parametrize("name", SECOND_ORDER)
+@pytest.mark.parametrize("size", [1, 2])
+def test_second_order(world, size: int, name: str) -> None:
+    assert min(world(size).run(check_second_order, name, timeout=HANG_S)) > 1e-3
+
+
+class Square(torch.autograd.Function):
+    """x^2 whose gradient comes from somewhere that autograd does not see."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad * ctx.saved_tensors[0]
+
+
+def test_kernels_refuse_second_order() -> None:
+    """Also where the incoming gradient requires none: ``once_differentiable`` returns 0 there."""
+    x = torch.randn(3, requires_grad=True)
+    (grad,) = torch.autograd.grad(Square.apply(x).sum(), x, create_graph=True)
+    assert torch.equal(grad, 2 * x)
+    with pytest.raises(RuntimeError, match="Square of comet_ds cannot be differentiated once more"):
+        grad.square().sum().backward()
+    Square.apply(x).sum().backward()
+    assert torch.equal(x.grad, 2 * x)
+
+
+def test_third_order_is_refused() -> None:
+    layer = build(MoE, 0, expert=smooth(), k=2)
+    x = torch.randn(5, HIDDEN, requires_grad=True)
+    (first,) = torch.autograd.grad(layer(x)[0].sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated once more"):
+        second.square().sum().backward()
