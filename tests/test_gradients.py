@@ -9,8 +9,9 @@ import pytest
 import torch
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from parity import FFN, HIDDEN, VARIANTS, build, named_grads, tokens
-from tolerance import assert_close
+from tolerance import assert_close, relative_error
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from comet_ds import MoE
 from comet_ds.gradients import first_order_only
@@ -237,3 +238,56 @@ def test_third_order_is_refused() -> None:
     (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated once more"):
         second.square().sum().backward()
+
+
+# ---- recomputed routes -------------------------------------------------------------------------
+
+
+def recompute(layer: MoE, x: Tensor, grad: Tensor, seeds: tuple[int, int]) -> dict[str, Tensor]:
+    """Run under activation checkpointing that draws anew, from another seed than the forward."""
+    x = x.clone().requires_grad_()
+    torch.manual_seed(seeds[0])
+    output, l_aux, _ = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
+    layer.zero_grad()
+    torch.manual_seed(seeds[1])
+    torch.autograd.backward([output, l_aux], [grad, torch.ones_like(l_aux)])
+    return named_grads(layer) | {"grad of x": x.grad}
+
+
+# What differs in the second routing: which tokens are kept, or also how many each expert has.
+REDRAWN = {
+    "kept tokens": dict(k=1, capacity_factor=0.5, min_capacity=1),
+    "experts": dict(k=1, noisy_gate_policy="RSample", drop_tokens=False),
+    "second experts": dict(k=2, drop_tokens=False),
+}
+
+
+def check_recomputed(rank: int, size: int, name: str, block: dict) -> str:
+    """Gradients are those of the routing that was recomputed, or there are none."""
+    layer = build(MoE, rank, ep_size=size, parallel=True, comet_ds=block, **REDRAWN[name])
+    x, grad = tokens(rank, (48, HIDDEN))
+    same = recompute(layer, x, grad, (7, 7))
+    expected = recompute(layer, x, grad, (11, 11))
+    key = "grad of deepspeed_moe.gate.wg.weight"
+    assert relative_error(same[key], expected[key]) > 0.1  # the seed decides
+    try:
+        found = recompute(layer, x, grad, (7, 11))
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+    for what, value in expected.items():
+        assert_close(found[what], value, f"rank {rank}: {what}")
+    return ""
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("size", [1, 2])
+def test_recomputed_tokens(world, size: int, variant: str) -> None:
+    answers = world(size).run(check_recomputed, "kept tokens", VARIANTS[variant], timeout=HANG_S)
+    assert not any(answers)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ["experts", "second experts"])
+def test_recomputed_experts_are_refused(world, name: str, variant: str) -> None:
+    (answer,) = world(1).run(check_recomputed, name, VARIANTS[variant], timeout=HANG_S)
+    assert answer.startswith("CheckpointError")
