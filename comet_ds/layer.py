@@ -38,6 +38,7 @@ from comet_ds.pipelined import pipelined_forward
 from comet_ds.reference import reference_forward
 from comet_ds.routing import plan_routes
 from comet_ds.stacked import StackedExperts
+from comet_ds.wrappers import WrapperCheck
 
 
 class MoE(deepspeed_layer.MoE):
@@ -245,6 +246,7 @@ class MOELayer(sharded_moe.MOELayer):
         self.chunks = ChunkChoice(config, *sizes, self.gate, self.experts)
         self.fused = FusedExperts(self.experts.deepspeed_experts)
         self.runner = ExpertRunner(self.experts.deepspeed_experts, grouped_gemm=config.grouped_gemm)
+        self.wrapper_check = WrapperCheck(self.experts)
         self.routing: Routing | None = None
         self._announced: Any = None  # what the last line in the log was about
         self._reason: str | None = None  # why the path is not fused
@@ -270,12 +272,16 @@ class MOELayer(sharded_moe.MOELayer):
         Raises:
             ValueError: input of wrong size, dtype or device (on every rank of the EP group,
                 whichever rank it happened on); an expert that returns a wrong shape; experts of a
-                stack that are frozen without the others.
+                stack that are frozen without the others; experts of several ranks wrapped by
+                DistributedDataParallel or FSDP.
             RuntimeError: ep_size > 1 without process groups.
         """
+        group = self._group()
+        if self.ep_size > 1:
+            self.wrapper_check.experts = self.experts
+            self.wrapper_check.check(group)
         if isinstance(self.experts, StackedExperts):
             self.experts.check_frozen()
-        group = self._group()
         rules = self._input_rules()
         exchange = self.choice.connect(group, rules)
         if rules.check(hidden_states, used_token)[0] != rules.OK:
