@@ -29,10 +29,9 @@ from deepspeed.constants import default_pg_timeout
 from torch import Tensor
 
 from comet_ds.gradients import NUM_NEED_BITS, BackwardNeeds
+from comet_ds.waiting import POLL_INTERVAL_S, POLLING_S, Attendance
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-# A host that waits for another polls without pause for so long, then at these intervals.
-POLLING_S, POLL_INTERVAL_S = 0.01, 1e-4
 
 
 def agree_on_setup(
@@ -162,11 +161,14 @@ class CountExchange:
         counts: [n] int64 on the layer's device; this rank's.
         group: expert parallel group, whose ranks all construct one.
         rules: what ``fault`` is about.
+        attendance: of the group, for the layer.
         needs: gradients this rank needs, from ``find_needs``.
         fault: code and value of the rule this rank's input breaks, if any.
 
     Attributes:
         needs: gradients that any rank needs, once ``wait`` has returned.
+        attendance: as given.
+        what: the forward's name in messages.
     """
 
     # The first word is a fault's code and, above it, what is needed; the second a fault's value,
@@ -178,6 +180,7 @@ class CountExchange:
         counts: Tensor,
         group: Any,
         rules: InputRules,
+        attendance: Attendance,
         *,
         needs: int = 0,
         fault: tuple[int, int] | None = None,
@@ -185,15 +188,20 @@ class CountExchange:
         self.group, self.rules = group, rules
         self.rank, self.ep_size = dist.get_rank(group=group), dist.get_world_size(group=group)
         self.needs: BackwardNeeds | None = None
+        self.attendance, self.what = attendance, f"forward number {attendance.begin()}"
         message = F.pad(counts, (2, 0), value=needs << self.CODE_BITS)
         if fault is not None:
             message[0].fill_(fault[0])
             message[1].fill_(fault[1])
         self._gathered = message.new_empty(self.ep_size * message.numel())
-        dist.all_gather_into_tensor(self._gathered, message, group=group)
-        self._host = self._gathered.to("cpu", non_blocking=True)
-        self._arrived = None
+        self._message = message  # as long as it is being sent
+        self._work = dist.all_gather_into_tensor(
+            self._gathered, message, group=group, async_op=True
+        )
+        self._host, self._arrived = self._gathered, None
         if counts.is_cuda:
+            self._work.wait()
+            self._host = self._gathered.to("cpu", non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
@@ -205,9 +213,12 @@ class CountExchange:
 
         Raises:
             ValueError: on every rank, if any rank's input has a fault.
+            RuntimeError: a rank did not come in time.
         """
         if self._arrived is not None:
-            self._arrived.synchronize()
+            self.attendance.finish_event(self._arrived, self.what)
+        else:
+            self.attendance.finish(self._work, self._gathered, self.what)
         host = self._host.view(self.ep_size, -1).numpy()
         words = host[:, :2].tolist()
         mask = (1 << self.CODE_BITS) - 1

@@ -38,6 +38,7 @@ from comet_ds.pipelined import pipelined_forward
 from comet_ds.reference import reference_forward
 from comet_ds.routing import plan_routes
 from comet_ds.stacked import StackedExperts
+from comet_ds.waiting import Attendance
 from comet_ds.wrappers import WrapperCheck
 
 
@@ -248,13 +249,14 @@ class MOELayer(sharded_moe.MOELayer):
         self.runner = ExpertRunner(self.experts.deepspeed_experts, grouped_gemm=config.grouped_gemm)
         self.wrapper_check = WrapperCheck(self.experts)
         self.routing: Routing | None = None
+        self._attendance: Attendance | None = None
         self._announced: Any = None  # what the last line in the log was about
         self._reason: str | None = None  # why the path is not fused
         self._rules: InputRules | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out of copies what belongs to this process or to the last forward's graph."""
-        own = ("ep_group", "l_aux", "_announced", "_rules")
+        own = ("ep_group", "l_aux", "_announced", "_rules", "_attendance")
         return {**self.__dict__, **dict.fromkeys(own)}
 
     @torch.compiler.disable
@@ -274,12 +276,15 @@ class MOELayer(sharded_moe.MOELayer):
                 whichever rank it happened on); an expert that returns a wrong shape; experts of a
                 stack that are frozen without the others; experts of several ranks wrapped by
                 DistributedDataParallel or FSDP.
-            RuntimeError: ep_size > 1 without process groups.
+            RuntimeError: ep_size > 1 without process groups; a rank of the EP group that did not
+                come within ``timeout_s``.
         """
         group = self._group()
         if self.ep_size > 1:
             self.wrapper_check.experts = self.experts
             self.wrapper_check.check(group)
+            if self._attendance is None or self._attendance.group is not group:
+                self._attendance = Attendance(group, self.config.timeout_s)
         if isinstance(self.experts, StackedExperts):
             self.experts.check_frozen()
         rules = self._input_rules()
@@ -362,7 +367,8 @@ class MOELayer(sharded_moe.MOELayer):
         exchange = None
         if self.ep_size > 1:
             needs = find_needs(x, (topk_weights,), self.experts.parameters())
-            exchange = CountExchange(plan.tokens_per_segment, group, rules, needs=needs)
+            arguments = (group, rules, self._attendance)
+            exchange = CountExchange(plan.tokens_per_segment, *arguments, needs=needs)
         return pipelined_forward(
             x, topk_weights, plan, self.runner, schedule, exchange, self._timed
         )
@@ -371,22 +377,13 @@ class MOELayer(sharded_moe.MOELayer):
         self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, group: Any, rules: InputRules
     ) -> Tensor:
         self._announce("plain PyTorch")
-        num_tokens, needs = [x.shape[0]], None
+        exchange = None
         if self.ep_size > 1:
             count = topk_ids.new_full((1,), x.shape[0])
-            own_needs = find_needs(x, (topk_weights,), self.experts.parameters())
-            exchange = CountExchange(count, group, rules, needs=own_needs)
-            num_tokens, needs = exchange.wait()[0].flatten().tolist(), exchange.needs
-        return reference_forward(
-            x,
-            topk_ids,
-            topk_weights,
-            self.experts.deepspeed_experts,
-            ep_group=group,
-            ep_size=self.ep_size,
-            num_tokens=num_tokens,
-            needs=needs,
-        )
+            needs = find_needs(x, (topk_weights,), self.experts.parameters())
+            exchange = CountExchange(count, group, rules, self._attendance, needs=needs)
+        experts = self.experts.deepspeed_experts
+        return reference_forward(x, topk_ids, topk_weights, experts, exchange=exchange)
 
     def _group(self) -> Any:
         """Return the EP group, the world where DeepSpeed's inference engine set none."""
@@ -442,7 +439,7 @@ class MOELayer(sharded_moe.MOELayer):
             if self.path != "reference":
                 size = self.chunks.schedule(0, group)[0].num_segments
             counts = torch.zeros(size, dtype=torch.int64, device=rules.device)
-            CountExchange(counts, group, rules, fault=fault).wait()
+            CountExchange(counts, group, rules, self._attendance, fault=fault).wait()
         raise ValueError(rules.message(*fault))
 
     def _announce(self, how: str) -> None:

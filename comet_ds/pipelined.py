@@ -41,10 +41,11 @@ from deepspeed import comm as dist
 from torch import Tensor
 
 from comet_ds.agreement import CountExchange
-from comet_ds.gradients import BackwardNeeds, anchor, first_order_only
+from comet_ds.gradients import anchor, first_order_only
 from comet_ds.grouped_mlp import ExpertRunner
 from comet_ds.routing import Chunk, ChunkSchedule, RoutingPlan, expert_major_order
 from comet_ds.row_ops import sum_rows, sum_rows_backward
+from comet_ds.waiting import BACKWARD, FORWARD
 
 Timed = Callable[[str], AbstractContextManager]
 
@@ -139,7 +140,7 @@ class _Arrival:
         table = host_counts[:, segments].reshape(by_rank)
         self.chunk = chunk
         rows = np.stack([table[rank].sum(axis=1), table[:, rank].sum(axis=1)])
-        self.transfer = Transfer(torch.from_numpy(rows), exchange.group, exchange.needs)
+        self.transfer = Transfer(torch.from_numpy(rows), exchange)
         self.rows_per_expert = table[:, rank].sum(axis=0).tolist()
         self.counts = counts[:, segments].view(by_rank)[:, rank]
 
@@ -160,15 +161,17 @@ class Transfer:
 
     Args:
         counts: [2, W] int64, CPU; rows to each rank of the group, and rows from each.
-        group: process group.
-        needs: gradients that its ranks need.
+        exchange: of the same forward.
+        is_backward: whether gradients travel.
 
     Attributes:
         reverse: the transfer of the gradients, while a backward is under way.
     """
 
-    def __init__(self, counts: Tensor, group: Any, needs: BackwardNeeds) -> None:
-        self.counts, self.group, self.needs = counts, group, needs
+    def __init__(
+        self, counts: Tensor, exchange: CountExchange, *, is_backward: bool = False
+    ) -> None:
+        self.counts, self.exchange, self.is_backward = counts, exchange, is_backward
         self.reverse: Transfer | None = None
         self._pending: tuple[Any, Tensor, Tensor] | None = None
 
@@ -177,9 +180,10 @@ class Transfer:
         return int(self.counts[0].sum())
 
     def opposite(self, counts: Tensor | None = None) -> Transfer:
-        """Return the transfer the other way round, of other counts if given."""
-        counts = self.counts if counts is None else counts
-        return Transfer(counts.flip(0), self.group, self.needs)
+        """Return the transfer the other way round, in backward where counts are given."""
+        is_backward = counts is not None
+        counts = counts if is_backward else self.counts
+        return Transfer(counts.flip(0), self.exchange, is_backward=is_backward)
 
     def start(self, rows: Tensor) -> None:
         """Start sending [num_sent, H]."""
@@ -187,14 +191,15 @@ class Transfer:
         rows = rows.contiguous()
         arriving = rows.new_empty(sum(receive), rows.shape[1])
         work = dist.all_to_all_single(
-            arriving, rows, receive, send, group=self.group, async_op=True
+            arriving, rows, receive, send, group=self.exchange.group, async_op=True
         )
         self._pending = work, rows, arriving
 
     def wait(self) -> Tensor:
         """Make what follows wait for the transfer; return what it brings."""
         work, _, arriving = self._pending
-        work.wait()
+        part = BACKWARD if self.is_backward else FORWARD
+        self.exchange.attendance.finish(work, arriving, f"{part} {self.exchange.what}")
         self._pending = None
         return arriving
 
@@ -230,7 +235,7 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *grads, token = grads
-        ctx.transfers[0].needs.check_present()
+        ctx.transfers[0].exchange.needs.check_present()
         if torch.is_grad_enabled() and not token.requires_grad:
             token = anchor(token)
         for transfer, counts in zip(ctx.transfers, ctx.saved_tensors, strict=True):

@@ -11,15 +11,17 @@ experts, and the shares are summed. Nothing here is fast; everything else is tes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from deepspeed import comm as dist
 from torch import Tensor, nn
 
+from comet_ds.agreement import CountExchange
 from comet_ds.experts import run_expert
-from comet_ds.gradients import BackwardNeeds, anchor
+from comet_ds.gradients import anchor
+from comet_ds.waiting import BACKWARD, FORWARD
 
 
 def reference_moe(
@@ -61,48 +63,31 @@ def reference_forward(
     topk_weights: Tensor,
     experts: Sequence[nn.Module],
     *,
-    ep_group: Any,
-    ep_size: int,
-    num_tokens: list[int],
-    needs: BackwardNeeds | None,
+    exchange: CountExchange | None,
 ) -> Tensor:
     """Compute the layer's output for this rank's tokens.
 
     Args:
         x, topk_ids, topk_weights: as in ``reference_moe``, this rank's tokens.
         experts: this rank's experts.
-        ep_group: expert parallel group; not used when ep_size is 1.
-        ep_size: its number of ranks.
-        num_tokens: tokens on each rank of the group; they may differ.
-        needs: gradients that any rank of the group needs; not used when ep_size is 1.
+        exchange: every rank's number of tokens, which may differ; None without expert parallelism.
 
     Returns:
-        [T, H] in the dtype of the experts' output. Collective over ``ep_group``, forward and
+        [T, H] in the dtype of the experts' output. Collective over the group, forward and
         backward; may be differentiated any number of times.
     """
-    if ep_size == 1:
+    if exchange is None:
         total, dtype = reference_moe(x, topk_ids, topk_weights, experts)
         return total.to(dtype)
-    most, group = max(num_tokens), _Group(ep_group, ep_size, needs)
+    most = int(exchange.wait()[0].max())
+    has_backward = torch.is_grad_enabled() and exchange.needs.has_any
     parts = _pad(x, most), _pad(topk_weights, most)
-    rows, weights, token = _AllGather.apply(group, anchor(x, group.has_backward), *parts)
-    ids = _all_gather(_pad(topk_ids, most, value=-1), group)
-    rank = dist.get_rank(group=ep_group)
-    share, dtype = reference_moe(rows, ids, weights, experts, first_expert=rank * len(experts))
-    total, _ = _SumOwn.apply(group, token, share)
+    rows, weights, token = _AllGather.apply(exchange, FORWARD, anchor(x, has_backward), *parts)
+    ids = _all_gather(_pad(topk_ids, most, value=-1), exchange, FORWARD)
+    first_expert = exchange.rank * len(experts)
+    share, dtype = reference_moe(rows, ids, weights, experts, first_expert=first_expert)
+    total, _ = _SumOwn.apply(exchange, FORWARD, token, share)
     return total[: x.shape[0]].to(dtype)
-
-
-class _Group(NamedTuple):
-    """An expert parallel group, its size, and the gradients its ranks need of a forward."""
-
-    group: Any
-    size: int
-    needs: BackwardNeeds
-
-    @property
-    def has_backward(self) -> bool:
-        return torch.is_grad_enabled() and self.needs.has_any
 
 
 class _AllGather(torch.autograd.Function):
@@ -113,31 +98,35 @@ class _AllGather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, group: _Group, token: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
-        ctx.group, ctx.has_anchor = group, token.is_leaf
-        return *(_all_gather(r, group) for r in rows), token.new_empty(0)
+    def forward(
+        ctx: Any, exchange: CountExchange, part: str, token: Tensor, *rows: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.exchange, ctx.has_anchor = exchange, token.is_leaf
+        return *(_all_gather(r, exchange, part) for r in rows), token.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *grads, token = grads
-        *found, token = _SumOwn.apply(ctx.group, _chained(token), *grads)
-        return None, None if ctx.has_anchor else token, *found
+        *found, token = _SumOwn.apply(ctx.exchange, BACKWARD, _chained(token), *grads)
+        return None, None, None if ctx.has_anchor else token, *found
 
 
 class _SumOwn(torch.autograd.Function):
     """[W * n, ...] summed over the ranks, each keeping its own [n, ...]; adjoint of the above."""
 
     @staticmethod
-    def forward(ctx: Any, group: _Group, token: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
-        ctx.group, ctx.has_anchor = group, token.is_leaf
-        return *(_sum_own(r, group) for r in rows), token.new_empty(0)
+    def forward(
+        ctx: Any, exchange: CountExchange, part: str, token: Tensor, *rows: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.exchange, ctx.has_anchor = exchange, token.is_leaf
+        return *(_sum_own(r, exchange, part) for r in rows), token.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.group.needs.check_present()
+        ctx.exchange.needs.check_present()
         *grads, token = grads
-        *found, token = _AllGather.apply(ctx.group, _chained(token), *grads)
-        return None, None if ctx.has_anchor else token, *found
+        *found, token = _AllGather.apply(ctx.exchange, BACKWARD, _chained(token), *grads)
+        return None, None, None if ctx.has_anchor else token, *found
 
 
 def _chained(token: Tensor) -> Tensor:
@@ -145,17 +134,20 @@ def _chained(token: Tensor) -> Tensor:
     return anchor(token) if torch.is_grad_enabled() and not token.requires_grad else token
 
 
-def _all_gather(rows: Tensor, group: _Group) -> Tensor:
-    gathered = rows.new_empty(group.size * rows.shape[0], *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group.group)
+def _all_gather(rows: Tensor, exchange: CountExchange, part: str) -> Tensor:
+    rows = rows.contiguous()
+    gathered = rows.new_empty(exchange.ep_size * rows.shape[0], *rows.shape[1:])
+    work = dist.all_gather_into_tensor(gathered, rows, group=exchange.group, async_op=True)
+    exchange.attendance.finish(work, gathered, f"{part} {exchange.what}")
     return gathered
 
 
-def _sum_own(rows: Tensor, group: _Group) -> Tensor:
+def _sum_own(rows: Tensor, exchange: CountExchange, part: str) -> Tensor:
     total = rows.clone()
-    dist.all_reduce(total, group=group.group)
-    own = rows.shape[0] // group.size
-    return total.narrow(0, dist.get_rank(group=group.group) * own, own)
+    work = dist.all_reduce(total, group=exchange.group, async_op=True)
+    exchange.attendance.finish(work, total, f"{part} {exchange.what}")
+    own = rows.shape[0] // exchange.ep_size
+    return total.narrow(0, exchange.rank * own, own)
 
 
 def _pad(rows: Tensor, length: int, value: float = 0) -> Tensor:
