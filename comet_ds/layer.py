@@ -53,7 +53,12 @@ class MoE(deepspeed_layer.MoE):
 
     Arguments, attributes, parameter names, random draws and result are DeepSpeed's, so the import
     is all that changes; see DeepSpeed's documentation for them. Tokens need not be spread evenly:
-    ranks may bring different numbers of tokens, also none.
+    ranks may bring different numbers of tokens, also none. Each may need other gradients: all ranks
+    of the expert parallel group take part in a backward.
+
+    Activation checkpointing has to preserve the RNG state where the gate draws, as it does by
+    default. Without it, gradients are those of the recomputed routes; where an expert then has
+    another number of tokens, torch raises a ``CheckpointError``, but with ``use_reentrant=True``.
 
     Args:
         hidden_size: H, size of a token's activation.

@@ -309,15 +309,17 @@ torch.cuda.synchronize()
 def check_roll_call(rank: int, size: int) -> None:
     roll = RollCall(torch.distributed.group.WORLD, 20)
     for number in range(300):
-        mine = Answer(1000 * rank + number, number % 3 > rank % 2, OK)
+        mine = Answer(1000 * rank + number, number % 3 > rank % 2, OK, (number + rank) % 16)
         if rank == number % size and number % 50 == 0:
             time.sleep(0.02)
         answers = roll.call(mine)
         assert answers[rank] == mine
         assert [a.num_tokens for a in answers] == [1000 * r + number for r in range(size)]
         assert [a.can_fuse for a in answers] == [number % 3 > r % 2 for r in range(size)]
+        assert [a.needs for a in answers] == [(number + r) % 16 for r in range(size)]
     fault = (InputRules.DTYPE, -1) if rank == 1 else OK
-    assert roll.call(Answer(0, False, fault))[1].fault == (InputRules.DTYPE, -1)
+    answer = roll.call(Answer(0, False, fault, 15))[1]
+    assert (answer.fault, answer.needs) == ((InputRules.DTYPE, -1), 15)
 
 
 @pytest.mark.parametrize("size", [2, 4])

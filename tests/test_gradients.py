@@ -56,13 +56,14 @@ def gradients(layer: MoE, x: Tensor, grad: Tensor) -> dict[str, Tensor | None]:
     )
 
 
-def check_needs(rank: int, size: int, name: str, block: dict) -> int:
+def check_needs(rank: int, size: int, name: str, block: dict, **where: Any) -> int:
     """What is needed has the gradient that it has where all ranks need all."""
     need = NEEDS[name][rank]
     block = {**block, "stack_experts": False}
     options = dict(ep_size=size, k=4, drop_tokens=False, parallel=True, comet_ds=block)
-    layer = build(MoE, rank, **options)
-    x, grad = tokens(rank, (need.get("tokens", 24 + rank), HIDDEN))
+    layer = build(MoE, rank, **options, **where)
+    shape = need.get("tokens", 24 + rank), HIDDEN
+    x, grad = (t.to(layer.deepspeed_moe.gate.wg.weight) for t in tokens(rank, shape))
     everything = gradients(layer, x.clone().requires_grad_(), grad)
     for index in need.get("frozen", ()):
         layer.deepspeed_moe.experts.deepspeed_experts[index].requires_grad_(False)
@@ -80,6 +81,18 @@ def check_needs(rank: int, size: int, name: str, block: dict) -> int:
 @pytest.mark.parametrize("name", NEEDS)
 def test_gradients_that_some_ranks_need(world, name: str, variant: str) -> None:
     assert sum(world(2).run(check_needs, name, VARIANTS[variant], timeout=HANG_S)) > 0
+
+
+def check_needs_on_gpu(rank: int, size: int, name: str, path: str) -> None:
+    where = dict(device=f"cuda:{rank}", dtype=torch.bfloat16)
+    assert check_needs(rank, size, name, {"path": path}, **where) >= 0
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.parametrize("path", ["fused", "pipelined"])
+@pytest.mark.parametrize("name", NEEDS)
+def test_gradients_that_some_ranks_need_on_gpu(world, name: str, path: str) -> None:
+    world(2, "nccl").run(check_needs_on_gpu, name, path, timeout=HANG_S)
 
 
 def check_asked(rank: int, size: int, block: dict) -> None:
@@ -134,9 +147,9 @@ def test_experts_that_cut_the_graph(world, variant: str) -> None:
     world(2).run(check_careless, VARIANTS[variant], timeout=HANG_S)
 
 
-def check_absent(rank: int, size: int, block: dict) -> str:
-    layer = build(MoE, rank, ep_size=size, k=2, parallel=True, comet_ds=block)
-    x, grad = tokens(rank, (8, HIDDEN))
+def check_absent(rank: int, size: int, block: dict, **where: Any) -> str:
+    layer = build(MoE, rank, ep_size=size, k=2, parallel=True, comet_ds=block, **where)
+    x, grad = (t.to(layer.deepspeed_moe.gate.wg.weight) for t in tokens(rank, (8, HIDDEN)))
     with torch.set_grad_enabled(rank == 0):
         output = layer(x)[0]
     try:
@@ -154,6 +167,17 @@ def test_a_backward_without_all_ranks_is_refused(world, variant: str) -> None:
         "rank 1 of the expert parallel group ran this forward without gradients"
     )
     assert answers[1] == ""
+
+
+def check_absent_on_gpu(rank: int, size: int) -> str:
+    where = dict(device=f"cuda:{rank}", dtype=torch.bfloat16)
+    return check_absent(rank, size, {"path": "fused"}, **where)
+
+
+@pytest.mark.gpu(2)
+def test_a_fused_backward_without_all_ranks_is_refused(world) -> None:
+    answers = world(2, "nccl").run(check_absent_on_gpu, timeout=HANG_S)
+    assert answers[0].startswith("rank 1 of the expert parallel group ran this forward without")
 
 
 # ---- gradients of gradients --------------------------------------------------------------------
@@ -229,6 +253,18 @@ def test_kernels_refuse_second_order() -> None:
         grad.square().sum().backward()
     Square.apply(x).sum().backward()
     assert torch.equal(x.grad, 2 * x)
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize("path", ["fused", "pipelined", "reference"])
+def test_kernels_of_the_layer_refuse_second_order(path: str) -> None:
+    """On every path the gate's kernels do, whatever requires a gradient."""
+    block = {"path": path}
+    layer = build(MoE, 0, k=2, device="cuda", dtype=torch.bfloat16, comet_ds=block)
+    x = torch.randn(24, HIDDEN, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x)[0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated once more"):
+        grad.float().square().sum().backward()
 
 
 def test_third_order_is_refused() -> None:
