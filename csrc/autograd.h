@@ -16,9 +16,9 @@ class NotTwiceDifferentiable : public torch::autograd::Function<NotTwiceDifferen
     }
     static variable_list backward(torch::autograd::AutogradContext*, const variable_list&) {
         TORCH_CHECK(false,
-                    "comet_ds: kernels compute this gradient, which has no second derivative; for "
-                    "gradients of gradients (create_graph=True) run the layer on the CPU, or use "
-                    "DeepSpeed's layer, with \"path\": \"pipelined\" or \"reference\"");
+                    "a gradient of comet_ds cannot be differentiated once more: it comes from "
+                    "kernels. Where a loss needs gradients of gradients (create_graph=True), "
+                    "compute this layer with DeepSpeed's, or on the CPU");
     }
 };
 
