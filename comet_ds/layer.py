@@ -377,6 +377,8 @@ class MOELayer(sharded_moe.MOELayer):
             if self._attendance is None or self._attendance.group is not group:
                 self._attendance = Attendance(group, self.config.timeout_s)
         if isinstance(self.experts, StackedExperts):
+            if self.experts.is_stacked:
+                self.wrapper_check.check_stacks()
             self.experts.check_frozen()
         rules = self._input_rules()
         exchange = self.choice.connect(group, rules)

@@ -60,6 +60,19 @@ class WrapperCheck:
             raise ValueError(_message("DistributedDataParallel", how, does))
         self._accepted = weakref.ref(wrapper)
 
+    def check_stacks(self) -> None:
+        """Refuse stacked experts that are sharded, also where all experts are local.
+
+        Raises:
+            ValueError: with the remedy.
+        """
+        if _FSDP_MARK in self.experts.__dict__ and is_sharded(self.experts):
+            raise ValueError(
+                "FSDP cannot shard stacked experts, whose modules have views of them: give the "
+                'layer comet_ds={"stack_experts": False}, or leave the experts out of FSDP '
+                "(ignored_states, for fully_shard ignored_params)"
+            )
+
     def _is_replicated(self, wrapper: DistributedDataParallel, group: Any) -> bool:
         """Whether some expert is another rank's copy, of whom the group expects other experts."""
         own = {id(param) for param in self.experts.parameters()}

@@ -17,13 +17,11 @@ from comet_ds import MoE
 
 
 class Model(nn.Module):
-    def __init__(self, rank: int, **options: Any) -> None:
+    def __init__(self, rank: int, stacks: bool, **options: Any) -> None:
         super().__init__()
         torch.manual_seed(1)
         self.first = nn.Linear(HIDDEN, HIDDEN)
-        # The wrappers cannot wrap stacks: torch finds an expert's rows in modules, and not in the
-        # model's parameters, or the other way round.
-        options |= dict(k=2, drop_tokens=False, parallel=True, comet_ds={"stack_experts": False})
+        options |= dict(k=2, drop_tokens=False, parallel=True, comet_ds={"stack_experts": stacks})
         self.moe = build(MoE, rank, **options)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,8 +62,8 @@ WRAPPERS = {
 }
 
 
-def check_refused(rank: int, size: int, name: str) -> str:
-    model = Model(rank, ep_size=size)
+def check_refused(rank: int, size: int, name: str, stacks: bool) -> str:
+    model = Model(rank, stacks, ep_size=size)
     wrapped = WRAPPERS[name](model, False)
     x, _ = tokens(rank, (12, HIDDEN))
     try:
@@ -75,9 +73,10 @@ def check_refused(rank: int, size: int, name: str) -> str:
     return "no error"
 
 
+@pytest.mark.parametrize("stacks", [True, False])
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_experts_of_several_ranks_are_refused(world, name: str) -> None:
-    for answer in world(2).run(check_refused, name):
+def test_experts_of_several_ranks_are_refused(world, name: str, stacks: bool) -> None:
+    for answer in world(2).run(check_refused, name, stacks):
         wrapper = "DistributedDataParallel" if name == "DistributedDataParallel" else "FSDP"
         assert answer.startswith(
             f"experts differ between the ranks of an expert parallel group, but {wrapper} "
@@ -91,9 +90,9 @@ def grads_of_experts(model: nn.Module, layer: Any, x: Tensor, grad: Tensor) -> d
     return {n: g.clone() for n, g in named_grads(layer).items() if "deepspeed_experts" in n}
 
 
-def check_left_out(rank: int, size: int, name: str) -> None:
+def check_left_out(rank: int, size: int, name: str, stacks: bool) -> None:
     """Experts that the wrapper leaves out have the gradients they have without it."""
-    plain, model = Model(rank, ep_size=size), Model(rank, ep_size=size)
+    plain, model = (Model(rank, stacks, ep_size=size) for _ in range(2))
     wrapped = WRAPPERS[name](model, True)
     x, grad = tokens(rank, (12, HIDDEN))
     for _ in range(2):  # the second forward does not look again
@@ -106,19 +105,20 @@ def check_left_out(rank: int, size: int, name: str) -> None:
     assert expected
 
 
+@pytest.mark.parametrize("stacks", [True, False])
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_experts_left_out_are_right(world, name: str) -> None:
-    world(2).run(check_left_out, name)
+def test_experts_left_out_are_right(world, name: str, stacks: bool) -> None:
+    world(2).run(check_left_out, name, stacks)
 
 
-def check_replicas(rank: int, size: int, ep_size: int) -> None:
+def check_replicas(rank: int, size: int, ep_size: int, stacks: bool) -> None:
     """Copies of the same experts may be averaged: by all at ep_size 1, else by their replicas."""
     group = None
     for first in range(ep_size):
         ranks = list(range(first, size, ep_size))
         made = torch.distributed.new_group(ranks)
         group = made if rank in ranks else group
-    plain, model = Model(rank, ep_size=ep_size), Model(rank, ep_size=ep_size)
+    plain, model = (Model(rank, stacks, ep_size=ep_size) for _ in range(2))
     wrapped = replicate(model, False, process_group=group)
     x, grad = tokens(rank, (12, HIDDEN))
     expected = grads_of_experts(plain, plain.moe, x, grad)
@@ -128,6 +128,22 @@ def check_replicas(rank: int, size: int, ep_size: int) -> None:
         assert_close(got[key], value * ep_size / size, f"rank {rank}: {key}")
 
 
+@pytest.mark.parametrize("stacks", [True, False])
 @pytest.mark.parametrize(("size", "ep_size"), [(2, 1), (4, 2)])
-def test_replicas_of_experts_are_averaged(world, size: int, ep_size: int) -> None:
-    world(size).run(check_replicas, ep_size)
+def test_replicas_of_experts_are_averaged(world, size: int, ep_size: int, stacks: bool) -> None:
+    world(size).run(check_replicas, ep_size, stacks)
+
+
+def check_sharded_stacks(rank: int, size: int, name: str) -> str:
+    model = Model(rank, True, ep_size=1)
+    try:
+        WRAPPERS[name](model, False)(tokens(rank, (12, HIDDEN))[0])
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("name", [name for name in WRAPPERS if "Distributed" not in name])
+def test_sharded_stacks_are_refused(world, name: str) -> None:
+    for answer in world(2).run(check_sharded_stacks, name):
+        assert '"stack_experts": False' in answer
