@@ -177,46 +177,34 @@ Tensor routes_backward(const Tensor& probs, const Tensor& topk_ids, const Tensor
     return grad_logits;
 }
 
-// Returns (topk_weights, l_aux, topk_ids, ranks, kept_counts, exp_counts), the first two of which
-// have gradients.
-variable_list results(AutogradContext* ctx, const Routes& r) {
-    const variable_list without_grad{r.topk_ids, r.ranks, r.kept_counts, r.exp_counts};
-    ctx->mark_non_differentiable(without_grad);
-    ctx->set_materialize_grads(false);
-    return {r.topk_weights, r.l_aux, r.topk_ids, r.ranks, r.kept_counts, r.exp_counts};
-}
-constexpr int kNumResults = 6;
-
 class RouteTokens : public torch::autograd::Function<RouteTokens> {
   public:
     // Also returns x for one reader, the experts, whose backward must return a new contiguous
     // tensor that nobody else holds: the product that makes the gate's gradient adds to it in place.
     static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
-                                 const GateOptions& options) {
+                                 const GateOptions& options, Routes* chosen) {
         const Tensor rows = x.contiguous();
-        const Routes routes = choose_routes(gate_logits(rows, weight), options);
-        ctx->save_for_backward({rows, weight, routes.probs, routes.topk_ids, routes.loss_share});
-        variable_list found = results(ctx, routes);
-        found.push_back(x.view_as(x));
-        if (!x.requires_grad()) {
-            ctx->mark_non_differentiable(
-                {routes.topk_ids, routes.ranks, routes.kept_counts, routes.exp_counts, found.back()});
-        }
-        return found;
+        *chosen = choose_routes(gate_logits(rows, weight), options);
+        ctx->save_for_backward(
+            {rows, weight, chosen->probs, chosen->topk_ids, chosen->loss_share});
+        ctx->set_materialize_grads(false);
+        const Tensor passed = x.view_as(x);
+        if (!x.requires_grad()) ctx->mark_non_differentiable({passed});
+        return {chosen->topk_weights, chosen->l_aux, passed};
     }
 
     static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
         return once_differentiable(grads, [&]() -> variable_list {
             const Tensor &grad_weights = grads[0], &grad_l_aux = grads[1];
-            const Tensor& grad_x = grads[kNumResults];
-            if (!grad_weights.defined() && !grad_l_aux.defined()) return {grad_x, {}, {}};
+            const Tensor& grad_x = grads[2];
+            if (!grad_weights.defined() && !grad_l_aux.defined()) return {grad_x, {}, {}, {}};
             const auto saved = ctx->get_saved_variables();
             const Tensor grad =
                 routes_backward(saved[2], saved[3], saved[4], grad_weights, grad_l_aux);
             const auto found =
                 gate_logits_backward(grad, saved[0], saved[1], ctx->needs_input_grad(0),
                                      ctx->needs_input_grad(1), grad_x);
-            return {found[0], found[1], {}};
+            return {found[0], found[1], {}, {}};
         });
     }
 };
@@ -224,16 +212,17 @@ class RouteTokens : public torch::autograd::Function<RouteTokens> {
 class RouteLogits : public torch::autograd::Function<RouteLogits> {
   public:
     static variable_list forward(AutogradContext* ctx, const Tensor& logits,
-                                 const GateOptions& options) {
-        const Routes routes = choose_routes(logits, options);
-        ctx->save_for_backward({routes.probs, routes.topk_ids, routes.loss_share});
-        return results(ctx, routes);
+                                 const GateOptions& options, Routes* chosen) {
+        *chosen = choose_routes(logits, options);
+        ctx->save_for_backward({chosen->probs, chosen->topk_ids, chosen->loss_share});
+        ctx->set_materialize_grads(false);
+        return {chosen->topk_weights, chosen->l_aux};
     }
 
     static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
         return once_differentiable(grads, [&]() -> variable_list {
             const auto saved = ctx->get_saved_variables();
-            return {routes_backward(saved[0], saved[1], saved[2], grads[0], grads[1]), {}};
+            return {routes_backward(saved[0], saved[1], saved[2], grads[0], grads[1]), {}, {}};
         });
     }
 };
@@ -244,6 +233,15 @@ GateOptions gate_options(int64_t top_k, std::optional<int64_t> capacity, const M
                          const MaybeTensor& priority, const MaybeTensor& used_token) {
     return {top_k, capacity.value_or(-1), or_undefined(noise), or_undefined(priority),
             or_undefined(used_token)};
+}
+
+// Returns (topk_weights, l_aux, topk_ids, ranks, kept_counts, exp_counts) and what else has a
+// gradient. The decisions have none, and are not shown to autograd: noting that takes time.
+std::vector<Tensor> with_decisions(const variable_list& found, const Routes& chosen) {
+    std::vector<Tensor> all{found[0],     found[1],           chosen.topk_ids,
+                            chosen.ranks, chosen.kept_counts, chosen.exp_counts};
+    all.insert(all.end(), found.begin() + 2, found.end());
+    return all;
 }
 
 }  // namespace
@@ -262,8 +260,10 @@ void bind_gate(py::module_& m) {
         "route_tokens",
         [](const Tensor& x, const Tensor& weight, int64_t top_k, std::optional<int64_t> capacity,
            const MaybeTensor& noise, const MaybeTensor& priority, const MaybeTensor& used_token) {
-            return RouteTokens::apply(
-                x, weight, gate_options(top_k, capacity, noise, priority, used_token));
+            Routes chosen;
+            const auto found = RouteTokens::apply(
+                x, weight, gate_options(top_k, capacity, noise, priority, used_token), &chosen);
+            return with_decisions(found, chosen);
         },
         arg("x"), arg("weight"), py::kw_only(), arg("top_k"), arg("capacity"), arg("noise"),
         arg("priority"), arg("used_token"));
@@ -271,8 +271,10 @@ void bind_gate(py::module_& m) {
         "route_logits",
         [](const Tensor& logits, int64_t top_k, std::optional<int64_t> capacity,
            const MaybeTensor& noise, const MaybeTensor& priority, const MaybeTensor& used_token) {
-            return RouteLogits::apply(logits,
-                                      gate_options(top_k, capacity, noise, priority, used_token));
+            Routes chosen;
+            const auto found = RouteLogits::apply(
+                logits, gate_options(top_k, capacity, noise, priority, used_token), &chosen);
+            return with_decisions(found, chosen);
         },
         arg("logits"), py::kw_only(), arg("top_k"), arg("capacity"), arg("noise"), arg("priority"),
         arg("used_token"));
