@@ -16,6 +16,9 @@ ERROR_RATIO = 1.5
 # Loss curves of a whole training run, relative to what one rounding error in every input makes of
 # the reference's: how far roundings grow depends on the model, the data and the processor.
 CURVE_NOISE = 4
+# On GPUs, where sums are in no fixed order, means of the first and the last ten losses may differ
+# by this, too.
+CURVE_ENDS = 1e-2, 3e-2
 # The same of a few steps, as of a run that was resumed: of fewer numbers, so that the largest says
 # less. However much noise there is: with permuted optimizer states, losses are off by 15%.
 FEW_STEPS_NOISE, FEW_STEPS_LIMIT = 10, 3e-2
