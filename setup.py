@@ -19,7 +19,13 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Let the op builder compile."""
         sys.path.insert(0, str(ROOT))
-        from op_builder.comet_moe import CometMoEBuilder
+        try:
+            from op_builder.comet_moe import CometMoEBuilder
+        except ModuleNotFoundError as error:  # pip builds in an empty environment
+            raise SystemExit(
+                "DS_BUILD_COMET_MOE=1 compiles for the torch and DeepSpeed that are installed: "
+                f"pip install --no-build-isolation . ({error})"
+            ) from error
 
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -42,11 +48,14 @@ setup(
     cmdclass={"build_ext": BuildKernels},
     entry_points={"console_scripts": ["comet_ds=comet_ds.__main__:main"]},
     install_requires=[
-        "torch>=2.11,<2.14",
+        # No bound from above: pip would replace a newer torch that is installed. Pre-releases count
+        # too: NVIDIA's containers have them. comet_ds/versions.py says what is tested.
+        "torch>=2.11.0.dev0",
         "deepspeed>=0.19.6,<0.20",
         "hjson",
         "ninja",
         "numpy",
+        "packaging",
         "pybind11",
         "pydantic>=2",
         "wandb",

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """comet_ds: DeepSpeed's MoE layer with communication and computation overlapped."""
 
+import comet_ds.versions  # noqa: F401  before what an older torch or DeepSpeed has not
+
+# isort: split
 from comet_ds.config import CometConfig
 from comet_ds.engine import initialize
 from comet_ds.engine_hooks import install_hooks

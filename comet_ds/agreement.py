@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -287,10 +286,10 @@ class RollCall:
         self.rank, self.num_ranks = dist.get_rank(group=group), dist.get_world_size(group=group)
         self.timeout_s, self._number = timeout_s, 0
         path: list[Any] = [None]
-        if self.rank == 0:
-            file, path[0] = tempfile.mkstemp(prefix="comet_ds_", dir=self._directory())
-            os.ftruncate(file, mmap.PAGESIZE)
-            os.close(file)
+        if self.rank == 0:  # memory without a name: ranks that are killed leave nothing behind
+            page = os.memfd_create("comet_ds")
+            os.ftruncate(page, mmap.PAGESIZE)
+            path[0] = f"/proc/{os.getpid()}/fd/{page}"
         torch.distributed.broadcast_object_list(path, group=group, group_src=0)
         fault = None
         try:
@@ -301,14 +300,10 @@ class RollCall:
         found: list[Any] = [None] * self.num_ranks
         torch.distributed.all_gather_object(found, (os.getpid(), fault), group=group)
         if self.rank == 0:  # all have it open
-            os.unlink(path[0])
+            os.close(page)
         self._processes = [process for process, _ in found]
         if faults := [fault for _, fault in found if fault is not None]:
             raise RuntimeError(faults[0])
-
-    @staticmethod
-    def _directory() -> str | None:
-        return "/dev/shm" if os.path.isdir("/dev/shm") else None
 
     def call(self, mine: Answer) -> list[Answer]:
         """Return the answers of all ranks to the same call, by rank.

@@ -11,22 +11,33 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from torch.utils.cpp_extension import _get_build_directory
 
 from comet_ds import __version__
 from comet_ds.op_builder.comet_moe import CometMoEBuilder, cuda_version, find_nvcc
+from comet_ds.op_builder.locks import (
+    OWN_LOCK,
+    TORCH_LOCK,
+    describe_stale_lock,
+    find_stale_locks,
+    holder,
+    is_held,
+    is_stale,
+)
 from comet_ds.peer_memory import describe_link
 
 
 def describe_versions() -> Iterator[str]:
     """Yield one line per piece of software."""
-    nvcc = find_nvcc()
     yield f"comet_ds     {__version__}, {Path(__file__).parent}"
     yield f"DeepSpeed    {deepspeed.__version__}"
     yield f"torch        {torch.__version__}, CUDA {torch.version.cuda or 'none'}"
-    yield "nvcc         " + (
-        "not found" if nvcc is None else "{}.{}, ".format(*cuda_version()) + nvcc
-    )
+    if (nvcc := find_nvcc()) is None:
+        yield "nvcc         not found"
+        return
+    try:
+        yield "nvcc         {}.{}, {}".format(*cuda_version(), nvcc)
+    except RuntimeError as error:
+        yield f"nvcc         {error}"
 
 
 def describe_gpus() -> Iterator[str]:
@@ -54,14 +65,16 @@ def describe_kernels() -> Iterator[str]:
     reason = builder.why_not()
     if reason is not None:
         yield f"kernels      no: {reason}"
-    elif path := builder.prebuilt():
+    elif (path := builder.prebuilt()) and builder.fits(path):
         yield f"kernels      compiled by the installation, {path}"
     else:
-        folder = Path(_get_build_directory(builder.NAME, verbose=False))
+        folder = builder.build_folder()
         is_cached = any(folder.glob("*.so"))
         yield f"kernels      {'compiled' if is_cached else 'compiled at first use'} in {folder}"
-        if (folder / "lock").exists():
-            yield f"             someone is compiling, or was killed: then rm -r {folder}"
+        if is_held(folder):
+            yield f"             {holder(folder / OWN_LOCK)} compiles them now"
+        elif is_stale(folder / TORCH_LOCK):
+            yield "             whoever compiled them was killed: the next run does it again"
     if reason is None:
         yield "path         fused with bf16 or fp16, MLP experts, and expert parallel groups of one"
         yield "             host's GPUs with peer access; else pipelined"
@@ -69,9 +82,17 @@ def describe_kernels() -> Iterator[str]:
         yield f"path         pipelined, with PyTorch operations: {reason}"
 
 
+def describe_locks() -> Iterator[str]:
+    """Yield a line for each of DeepSpeed's operations that later runs would wait for, for ever."""
+    for lock in find_stale_locks():
+        if (lock.parent / OWN_LOCK).exists():  # ours: the next run clears it
+            continue
+        yield f"stale lock   {describe_stale_lock(lock)}"
+
+
 def main() -> None:
     """Print the report."""
-    for describe in (describe_versions, describe_gpus, describe_kernels):
+    for describe in (describe_versions, describe_gpus, describe_kernels, describe_locks):
         for line in describe():
             print(line)
 

@@ -15,6 +15,7 @@ import argparse
 import copy
 import json
 import os
+import sys
 import sysconfig
 import time
 from collections.abc import Iterable
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import comet_ds
+from comet_ds.op_builder.locks import describe_stale_lock, find_stale_locks
 
 NUM_BYTES = 256
 L_AUX_WEIGHT = 0.01
@@ -201,6 +203,9 @@ def main() -> None:
     """Train."""
     args = parse_args()
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if not torch.cuda.is_available():  # DeepSpeed compiles its communication at first use
+        for lock in find_stale_locks("deepspeed_shm_comm"):
+            sys.exit(describe_stale_lock(lock))
     deepspeed.init_distributed()
     rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     args.ep_size = args.ep_size or world_size

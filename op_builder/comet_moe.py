@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -16,13 +18,16 @@ from types import ModuleType
 
 import torch
 from deepspeed.ops.op_builder.builder import CUDAOpBuilder
-from torch.utils.cpp_extension import CUDA_HOME
+from torch.utils.cpp_extension import CUDA_HOME, _get_build_directory
 from torch.utils.cpp_extension import include_paths as torch_includes
+
+from .locks import compiling
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 COMPUTE_CAPABILITY = (9, 0)
 # The oldest toolkit with everything csrc uses (cudaGetDriverEntryPointByVersion).
 OLDEST_CUDA = (12, 5)
+UNFIT = "was compiled for another torch or from other sources"
 
 
 class CometMoEBuilder(CUDAOpBuilder):
@@ -31,7 +36,7 @@ class CometMoEBuilder(CUDAOpBuilder):
     ``load()`` takes the module that the installation compiled (``DS_BUILD_COMET_MOE=1 pip install
     .``) if it fits the sources; else it compiles with ninja into torch's extension folder
     ($TORCH_EXTENSIONS_DIR, else ~/.cache/torch_extensions), once for all processes of a machine:
-    the others wait at a lock file there.
+    the others wait for a lock there, which ends with the process that has it.
     """
 
     BUILD_VAR = "DS_BUILD_COMET_MOE"
@@ -126,21 +131,34 @@ class CometMoEBuilder(CUDAOpBuilder):
                 return path
         return None
 
+    def fits(self, path: Path) -> bool:
+        """Return whether a module was compiled from these sources and for this torch.
+
+        By the fingerprint in the file: loading one compiled for another torch fails, or worse.
+        """
+        return self.fingerprint().encode() in path.read_bytes()
+
     def load(self, verbose: bool = True) -> ModuleType:
         """Return the module; compile it first where that has not been done."""
-        if path := self.prebuilt():
+        path = self.prebuilt()
+        if path and self.fits(path):
             spec = importlib.util.spec_from_file_location(self.NAME, path)
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-            if getattr(module, "fingerprint", None) == self.fingerprint():
-                return module
-            self.warning(f"{path} was compiled from other sources; compiling again")
+            return module
+        if path:
+            self.warning(f"{path} {UNFIT}; compiling again")
         start = time.perf_counter()
-        module = super().load(verbose)
+        with compiling(self.build_folder(), self.warning):
+            module = super().load(verbose)
         module.fingerprint = self.fingerprint()
         if (seconds := time.perf_counter() - start) > 2:  # a cached module takes less
             self.warning(f"compiled the kernels of comet_ds in {seconds:.0f} s")
         return module
+
+    def build_folder(self) -> Path:
+        """Return the folder the first use compiles in; make it if need be."""
+        return Path(_get_build_directory(self.NAME, verbose=False))
 
     def why_not(self) -> str | None:
         """Return why the kernels cannot be built and run here, None where they can."""
@@ -149,23 +167,34 @@ class CometMoEBuilder(CUDAOpBuilder):
         capability = torch.cuda.get_device_capability()
         if capability != COMPUTE_CAPABILITY:
             return f"the kernels need compute capability 9.0, this GPU has {capability}"
-        if self.prebuilt():
+        path = self.prebuilt()
+        if path and self.fits(path):
             return None
-        if reason := self._why_no_compiler():
-            return reason
-        nvcc_major, torch_cuda = cuda_version()[0], torch.version.cuda or "none"
-        if str(nvcc_major) != torch_cuda.split(".")[0]:
-            return f"nvcc is of CUDA {nvcc_major}, torch of CUDA {torch_cuda}: install one to match"
-        if shutil.which("ninja") is None:
-            return "ninja not found: pip install ninja"
-        return None
+        reason = self._why_no_compiler() or self._why_no_first_use()
+        return f"{path} {UNFIT}, and {reason}" if path and reason else reason
 
     @staticmethod
     def _why_no_compiler() -> str | None:
         if find_nvcc() is None:
             return "nvcc not found: install the CUDA toolkit or set CUDA_HOME"
-        if (version := cuda_version()) < OLDEST_CUDA:
+        try:
+            version = cuda_version()
+        except RuntimeError as error:
+            return str(error)
+        if version < OLDEST_CUDA:
             return f"nvcc {version[0]}.{version[1]} is too old: the kernels need CUDA 12.5"
+        compiler = next(iter(shlex.split(os.environ.get("CXX", ""))), "c++")
+        if shutil.which(compiler) is None:
+            return f"C++ compiler {compiler} not found: install g++ or set CXX"
+        return None
+
+    @staticmethod
+    def _why_no_first_use() -> str | None:
+        nvcc_major, torch_cuda = cuda_version()[0], torch.version.cuda or "none"
+        if str(nvcc_major) != torch_cuda.split(".")[0]:
+            return f"nvcc is of CUDA {nvcc_major}, torch of CUDA {torch_cuda}: install one to match"
+        if shutil.which("ninja") is None:
+            return "ninja not found: pip install ninja"
         return None
 
     def is_compatible(self, verbose: bool = False) -> bool:
@@ -205,9 +234,19 @@ def find_nvcc() -> str | None:
 
 
 def cuda_version() -> tuple[int, int]:
-    """Return nvcc's version."""
-    done = subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True, check=True)
+    """Return nvcc's version.
+
+    Raises:
+        RuntimeError: nvcc is there and does not tell it.
+    """
+    nvcc = find_nvcc()
+    try:
+        done = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+    except OSError as error:
+        raise RuntimeError(f"{nvcc} does not run: {error}") from error
     found = re.search(r"release (\d+)\.(\d+)", done.stdout)
+    if found is None:
+        raise RuntimeError(f"{nvcc} --version does not tell its version: {done.stderr.strip()}")
     return int(found[1]), int(found[2])
 
 

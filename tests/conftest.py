@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared fixtures: worlds of ranks, and the gpu(n) marker."""
+"""Shared fixtures: worlds of ranks, extensions of the run's own, and the gpu(n) marker."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import extensions
 import pytest
 import torch
 from distributed import World
@@ -29,6 +32,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def seed() -> None:
     """Make every test draw the same numbers in every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def extensions_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Compile extensions in a folder of this run; processes that tests start inherit it."""
+    folder = tmp_path_factory.mktemp("extensions")
+    extensions.fill(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
+        yield folder
+    extensions.keep(folder)
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

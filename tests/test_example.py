@@ -15,8 +15,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 DEEPSPEED = shutil.which("deepspeed") or str(Path(sys.executable).with_name("deepspeed"))
 
 
-def launch(*args: str) -> str:
-    command = [DEEPSPEED, "--num_gpus", "2", str(EXAMPLES / "train_gpt_moe.py"), *args]
+def launch(*args: str, num_ranks: int = 2) -> str:
+    command = [DEEPSPEED, "--num_gpus", str(num_ranks), str(EXAMPLES / "train_gpt_moe.py"), *args]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     output = done.stdout + done.stderr
     assert done.returncode == 0, output[-4000:]
@@ -38,6 +38,11 @@ def test_trains_and_resumes(tmp_path: Path) -> None:
     # It goes on where it stopped: no second descent from the start, no repeated steps.
     assert resumed < first - 0.5 and last < middle
     assert "40/60" in output
+
+
+def test_one_rank() -> None:
+    first, last = losses(launch("--steps", "40", num_ranks=1), "comet_ds")
+    assert last < first - 0.5
 
 
 def test_deepspeeds_layer_and_own_data(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -383,6 +384,27 @@ def assert_killed_rank_is_named(backend: str, check: Callable) -> None:
 
 def test_killed_rank_is_named_by_the_roll_call() -> None:
     assert_killed_rank_is_named("gloo", check_killed_before_call)
+
+
+def check_killed_in_construction(rank: int, size: int) -> None:
+    def die(*args: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.distributed.broadcast_object_list = die  # the page exists, the others have not opened it
+    RollCall(torch.distributed.group.WORLD, 100)
+
+
+def test_killed_ranks_leave_no_shared_memory() -> None:
+    """Also where a rank is killed in between creating the page and all having it open."""
+
+    def of_ours() -> set[Path]:
+        folders = Path("/dev/shm"), Path(tempfile.gettempdir())
+        return {path for folder in folders for path in folder.glob("comet_ds_*")}
+
+    before = of_ours()
+    with pytest.raises(AssertionError, match="its process has ended"):
+        World(2, "gloo").run(check_killed_in_construction, timeout=60)
+    assert of_ours() <= before, "left behind"
 
 
 @pytest.mark.parametrize("is_sent", [False, True])

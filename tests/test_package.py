@@ -67,12 +67,77 @@ def test_builder_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "nvcc is of CUDA 13, torch of CUDA 12.8" in CometMoEBuilder().why_not()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert CometMoEBuilder().why_not() is None
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+    missing = {"ninja"}
+    monkeypatch.setattr(shutil, "which", lambda name: None if name in missing else name)
+    assert "ninja not found" in CometMoEBuilder().why_not()
+    missing.add("c++")
+    monkeypatch.delenv("CXX", raising=False)
+    assert "C++ compiler c++ not found: install g++" in CometMoEBuilder().why_not()
+    monkeypatch.setenv("CXX", "ccache g++")
     assert "ninja not found" in CometMoEBuilder().why_not()
     monkeypatch.setattr(comet_moe, "find_nvcc", lambda: None)
     assert "nvcc not found" in CometMoEBuilder().why_not()
     with pytest.raises(RuntimeError, match="nvcc not found"):
         CometMoEBuilder().compile(Path("/nowhere/kernels.so"))
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "reason"),
+    [
+        ("#!/bin/sh\necho something else", " --version does not tell its version"),
+        ("no program", " does not run: "),
+    ],
+)
+def test_nvcc_that_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, nvcc, reason
+) -> None:
+    from comet_ds.op_builder import comet_moe
+
+    path = tmp_path / "nvcc"
+    path.write_text(nvcc)
+    path.chmod(0o755)
+    monkeypatch.setattr(comet_moe, "find_nvcc", lambda: str(path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert f"{path}{reason}" in CometMoEBuilder().why_not()
+    with pytest.raises(RuntimeError, match=reason):
+        CometMoEBuilder().compile(tmp_path / "kernels.so")
+    monkeypatch.setattr(report, "find_nvcc", lambda: str(path))
+    assert f"nvcc         {path}{reason}" in "\n".join(report.describe_versions())
+
+
+def test_module_compiled_for_another_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is never loaded, which would fail or worse; without a compiler the reason says both."""
+    from comet_ds.op_builder import comet_moe
+
+    builder, compiled = CometMoEBuilder(), SimpleNamespace()
+    path = tmp_path / "comet_ds_moe.so"
+    path.write_bytes(b"\0" + builder.fingerprint().encode() + b"\0")
+    assert builder.fits(path)
+    monkeypatch.setattr(torch, "__version__", "2.11.0")
+    assert not builder.fits(path)
+    monkeypatch.setattr(builder, "prebuilt", lambda: path)
+    monkeypatch.setattr(CUDAOpBuilder, "load", lambda self, verbose: compiled)
+    assert builder.load() is compiled
+    monkeypatch.setattr(comet_moe, "find_nvcc", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    reason = builder.why_not()
+    assert reason.startswith(f"{path} was compiled for another torch or from other sources, and ")
+    assert "nvcc not found" in reason
+    path.write_bytes(builder.fingerprint().encode())
+    assert builder.why_not() is None
+
+
+def test_compiling_ahead_in_an_empty_environment() -> None:
+    """As pip builds unless told otherwise: torch is not there."""
+    code = "import sys; sys.modules['torch'] = None; sys.argv = ['setup.py', 'build_ext']; "
+    code += "exec(open('setup.py').read())"
+    env = {**os.environ, "DS_BUILD_COMET_MOE": "1"}
+    command = [sys.executable, "-c", f"__file__ = 'setup.py'; {code}"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode, done.stdout
+    assert "pip install --no-build-isolation . (" in done.stderr.strip().splitlines()[-1]
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
