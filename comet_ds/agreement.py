@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -285,25 +286,49 @@ class RollCall:
     def __init__(self, group: Any, timeout_s: float) -> None:
         self.rank, self.num_ranks = dist.get_rank(group=group), dist.get_world_size(group=group)
         self.timeout_s, self._number = timeout_s, 0
-        path: list[Any] = [None]
-        if self.rank == 0:  # memory without a name: ranks that are killed leave nothing behind
-            page = os.memfd_create("comet_ds")
-            os.ftruncate(page, mmap.PAGESIZE)
-            path[0] = f"/proc/{os.getpid()}/fd/{page}"
+        # Memory without a name, of which killed ranks leave nothing; a file where processes may not
+        # open each other's.
+        for has_name in (False, True):
+            faults = self._share_page(group, has_name)
+            if not faults:
+                return
+        raise RuntimeError(faults[0])
+
+    def _share_page(self, group: Any, has_name: bool) -> list[str]:
+        """Map a page that all ranks have; return why some could not, nothing if all could."""
+        path, page, fault = [None], None, None
+        if self.rank == 0:
+            try:
+                page, path[0] = self._make_page(has_name)
+            except OSError as error:
+                fault = f"rank {dist.get_rank()} cannot share memory with the others: {error}"
         torch.distributed.broadcast_object_list(path, group=group, group_src=0)
-        fault = None
         try:
-            with open(path[0], "r+b") as file:
-                self._words = memoryview(mmap.mmap(file.fileno(), mmap.PAGESIZE)).cast("q")
+            if path[0] is not None:
+                with open(path[0], "r+b") as file:
+                    self._words = memoryview(mmap.mmap(file.fileno(), mmap.PAGESIZE)).cast("q")
         except OSError as error:
             fault = f"rank {dist.get_rank()} cannot share memory with the others: {error}"
         found: list[Any] = [None] * self.num_ranks
         torch.distributed.all_gather_object(found, (os.getpid(), fault), group=group)
-        if self.rank == 0:  # all have it open
+        if page is not None:  # all have it open, or have given up
             os.close(page)
+            if has_name:
+                os.unlink(path[0])
         self._processes = [process for process, _ in found]
-        if faults := [fault for _, fault in found if fault is not None]:
-            raise RuntimeError(faults[0])
+        return [fault for _, fault in found if fault is not None]
+
+    @staticmethod
+    def _make_page(has_name: bool) -> tuple[int, str]:
+        """Return the descriptor of a new page, and by which path other processes open it."""
+        if has_name:
+            shared = "/dev/shm" if os.path.isdir("/dev/shm") else None
+            page, path = tempfile.mkstemp(prefix="comet_ds_", dir=shared)
+        else:
+            page = os.memfd_create("comet_ds")
+            path = f"/proc/{os.getpid()}/fd/{page}"
+        os.ftruncate(page, mmap.PAGESIZE)
+        return page, path
 
     def call(self, mine: Answer) -> list[Answer]:
         """Return the answers of all ranks to the same call, by rank.

@@ -407,6 +407,27 @@ def test_killed_ranks_leave_no_shared_memory() -> None:
     assert of_ours() <= before, "left behind"
 
 
+def check_named_page(rank: int, size: int) -> list[int]:
+    make = RollCall._make_page
+
+    def make_unreachable(has_name: bool) -> tuple[int, str]:
+        page, path = make(has_name)
+        return page, path if has_name else "/nowhere/page"
+
+    RollCall._make_page = staticmethod(make_unreachable)
+    try:
+        roll = RollCall(torch.distributed.group.WORLD, 20)
+        return [answer.num_tokens for answer in roll.call(Answer(7 + rank, True, OK))]
+    finally:
+        RollCall._make_page = staticmethod(make)
+
+
+def test_a_file_where_memory_without_a_name_is_not_reached(world) -> None:
+    before = set(Path("/dev/shm").glob("comet_ds_*"))
+    assert world(2).run(check_named_page) == [[7, 8], [7, 8]]
+    assert set(Path("/dev/shm").glob("comet_ds_*")) <= before
+
+
 @pytest.mark.parametrize("is_sent", [False, True])
 def test_parts_of_the_block(is_sent: bool) -> None:
     """Parts are aligned, do not overlap, and hold what the largest rank brings."""
