@@ -468,7 +468,7 @@ def test_what_ranks_exchange_arrives(num_tokens: tuple[int, ...], is_sent: bool)
     found = []
     for rank, block in enumerate(blocks):
         where = {"rank": rank, "block": block, "addresses": [b.data_ptr() for b in blocks]}
-        memory = SimpleNamespace(reserve=lambda size: None, **where)
+        memory = SimpleNamespace(reserve=lambda size: None, is_captured=False, **where)
         found.append(exchange_over(memory).places(call))
     for rank, places in enumerate(found):
         for i in range(len(blocks) - 1):
