@@ -144,7 +144,7 @@ def find_stale_locks(name: str = "*") -> list[Path]:
 def describe_stale_lock(lock: Path) -> str:
     """Return what a stale lock does, and how to clear it."""
     return (
-        f"{lock.parent.name} is locked by nobody: a process that was killed, or torch 2.14 or later, "
-        f"has left {lock}, and whoever needs it waits for ever: rm {lock} (unless another machine "
-        "that has this folder compiles it now)"
+        f"{lock.parent.name} is locked by nobody: a process that was killed, or torch 2.14 or "
+        f"later, has left {lock}, and whoever needs it waits for ever: rm {lock} (unless another "
+        "machine that has this folder compiles it now)"
     )
