@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,9 +28,10 @@ from deepspeed import comm as dist
 from deepspeed.constants import default_pg_timeout
 from torch import Tensor
 
+from comet_ds.gradients import NUM_NEED_BITS, BackwardNeeds
+from comet_ds.waiting import POLL_INTERVAL_S, POLLING_S, Attendance
+
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-# A host that waits for another polls without pause for so long, then at these intervals.
-POLLING_S, POLL_INTERVAL_S = 0.01, 1e-4
 
 
 def agree_on_setup(
@@ -142,7 +144,7 @@ class InputRules:
         """Raise ValueError where ranks bring different dtypes; ``dtype_code`` by rank."""
         for rank, code in enumerate(said):
             if code != said[0]:
-                first, other = (DTYPES[-1 - c] for c in (said[0], code))
+                first, other = (DTYPES[c - 1] for c in (said[0], code))
                 raise ValueError(
                     "hidden_states must have the same dtype on all ranks of the expert parallel "
                     f"group, got {first} on rank 0 and {other} on rank {rank}"
@@ -166,8 +168,8 @@ class InputRules:
 
 
 def dtype_code(dtype: torch.dtype) -> int:
-    """Return what says that an input is right, and its dtype; a fault's code is positive."""
-    return -1 - DTYPES.index(dtype)
+    """Return what stands for an input's dtype in a message, never 0."""
+    return 1 + DTYPES.index(dtype)
 
 
 class CountExchange:
@@ -177,30 +179,50 @@ class CountExchange:
         counts: [n] int64 on the layer's device; this rank's.
         group: expert parallel group, whose ranks all construct one.
         rules: what ``fault`` is about.
+        attendance: of the group, for the layer.
         dtype: of this rank's input, without a fault.
+        needs: gradients this rank needs, from ``find_needs``.
         fault: code and value of the rule this rank's input breaks, if any.
+
+    Attributes:
+        needs: gradients that any rank needs, once ``wait`` has returned.
+        attendance: as given.
+        what: the forward's name in messages.
     """
+
+    # The first word is a fault's code and, above it, what is needed and the dtype; the second a
+    # fault's value, and means nothing where there is none: so padding fills in both.
+    CODE_BITS = 8
 
     def __init__(
         self,
         counts: Tensor,
         group: Any,
         rules: InputRules,
+        attendance: Attendance,
         *,
         dtype: torch.dtype | None = None,
+        needs: int = 0,
         fault: tuple[int, int] | None = None,
     ) -> None:
         self.group, self.rules = group, rules
         self.rank, self.ep_size = dist.get_rank(group=group), dist.get_world_size(group=group)
-        message = F.pad(counts, (2, 0), value=0 if dtype is None else dtype_code(dtype))
+        self.needs: BackwardNeeds | None = None
+        self.attendance, self.what = attendance, f"forward number {attendance.begin()}"
+        said = needs if dtype is None else needs | dtype_code(dtype) << NUM_NEED_BITS
+        message = F.pad(counts, (2, 0), value=said << self.CODE_BITS)
         if fault is not None:
             message[0].fill_(fault[0])
             message[1].fill_(fault[1])
         self._gathered = message.new_empty(self.ep_size * message.numel())
-        dist.all_gather_into_tensor(self._gathered, message, group=group)
-        self._host = self._gathered.to("cpu", non_blocking=True)
-        self._arrived = None
+        self._message = message  # as long as it is being sent
+        self._work = dist.all_gather_into_tensor(
+            self._gathered, message, group=group, async_op=True
+        )
+        self._host, self._arrived = self._gathered, None
         if counts.is_cuda:
+            self._work.wait()
+            self._host = self._gathered.to("cpu", non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
@@ -212,13 +234,19 @@ class CountExchange:
 
         Raises:
             ValueError: on every rank, if any rank's input has a fault.
+            RuntimeError: a rank did not come in time.
         """
         if self._arrived is not None:
-            self._arrived.synchronize()
+            self.attendance.finish_event(self._arrived, self.what)
+        else:
+            self.attendance.finish(self._work, self._gathered, self.what)
         host = self._host.view(self.ep_size, -1).numpy()
-        faults = host[:, :2].tolist()
-        self.rules.raise_first([f if f[0] > 0 else (self.rules.OK, 0) for f in faults])
-        self.rules.raise_if_they_differ([code for code, _ in faults if code < 0])
+        words = host[:, :2].tolist()
+        mask = (1 << self.CODE_BITS) - 1
+        self.rules.raise_first([(word & mask, value) for word, value in words])
+        said = [word >> self.CODE_BITS for word, _ in words]
+        self.rules.raise_if_they_differ([s >> NUM_NEED_BITS for s in said])
+        self.needs = BackwardNeeds.agree(said)
         return host[:, 2:], self._gathered.view(self.ep_size, -1)[:, 2:]
 
 
@@ -229,11 +257,13 @@ class Answer(NamedTuple):
         num_tokens: T of the rank; 0 with a fault.
         can_fuse: whether its input and experts can take the fused path.
         fault: code and value of the rule its input breaks, ``(InputRules.OK, 0)`` if none.
+        needs: gradients it needs, from ``find_needs``.
     """
 
     num_tokens: int
     can_fuse: bool
     fault: tuple[int, int]
+    needs: int = 0
 
 
 class RollCall:
@@ -256,25 +286,49 @@ class RollCall:
     def __init__(self, group: Any, timeout_s: float) -> None:
         self.rank, self.num_ranks = dist.get_rank(group=group), dist.get_world_size(group=group)
         self.timeout_s, self._number = timeout_s, 0
-        path: list[Any] = [None]
-        if self.rank == 0:  # memory without a name: ranks that are killed leave nothing behind
-            page = os.memfd_create("comet_ds")
-            os.ftruncate(page, mmap.PAGESIZE)
-            path[0] = f"/proc/{os.getpid()}/fd/{page}"
+        # Memory without a name, of which killed ranks leave nothing; a file where processes may not
+        # open each other's.
+        for has_name in (False, True):
+            faults = self._share_page(group, has_name)
+            if not faults:
+                return
+        raise RuntimeError(faults[0])
+
+    def _share_page(self, group: Any, has_name: bool) -> list[str]:
+        """Map a page that all ranks have; return why some could not, nothing if all could."""
+        path, page, fault = [None], None, None
+        if self.rank == 0:
+            try:
+                page, path[0] = self._make_page(has_name)
+            except OSError as error:
+                fault = f"rank {dist.get_rank()} cannot share memory with the others: {error}"
         torch.distributed.broadcast_object_list(path, group=group, group_src=0)
-        fault = None
         try:
-            with open(path[0], "r+b") as file:
-                self._words = memoryview(mmap.mmap(file.fileno(), mmap.PAGESIZE)).cast("q")
+            if path[0] is not None:
+                with open(path[0], "r+b") as file:
+                    self._words = memoryview(mmap.mmap(file.fileno(), mmap.PAGESIZE)).cast("q")
         except OSError as error:
             fault = f"rank {dist.get_rank()} cannot share memory with the others: {error}"
         found: list[Any] = [None] * self.num_ranks
         torch.distributed.all_gather_object(found, (os.getpid(), fault), group=group)
-        if self.rank == 0:  # all have it open
+        if page is not None:  # all have it open, or have given up
             os.close(page)
+            if has_name:
+                os.unlink(path[0])
         self._processes = [process for process, _ in found]
-        if faults := [fault for _, fault in found if fault is not None]:
-            raise RuntimeError(faults[0])
+        return [fault for _, fault in found if fault is not None]
+
+    @staticmethod
+    def _make_page(has_name: bool) -> tuple[int, str]:
+        """Return the descriptor of a new page, and by which path other processes open it."""
+        if has_name:
+            shared = "/dev/shm" if os.path.isdir("/dev/shm") else None
+            page, path = tempfile.mkstemp(prefix="comet_ds_", dir=shared)
+        else:
+            page = os.memfd_create("comet_ds")
+            path = f"/proc/{os.getpid()}/fd/{page}"
+        os.ftruncate(page, mmap.PAGESIZE)
+        return page, path
 
     def call(self, mine: Answer) -> list[Answer]:
         """Return the answers of all ranks to the same call, by rank.
@@ -284,7 +338,8 @@ class RollCall:
         """
         self._number += 1
         code, value = mine.fault
-        payloads = (mine.num_tokens | mine.can_fuse << 32 | code << 33, value + 1)
+        flags = mine.can_fuse | mine.needs << 1 | code << 1 + NUM_NEED_BITS
+        payloads = (mine.num_tokens | flags << 32, value + 1)
         first = self._first_word(self.rank)
         for i, payload in enumerate(payloads):
             self._words[first + i] = self._tag() << self.PAYLOAD_BITS | payload
@@ -304,8 +359,9 @@ class RollCall:
             waited_s = time.monotonic() - start
             self._check(rank, waited_s)
         payload, value = (self._words[first + i] & mask for i in range(self.WORDS))
-        fault = (payload >> 33, value - 1)
-        return Answer(payload & 0xFFFFFFFF, bool(payload >> 32 & 1), fault)
+        flags, needs_mask = payload >> 32, (1 << NUM_NEED_BITS) - 1
+        fault = (flags >> 1 + NUM_NEED_BITS, value - 1)
+        return Answer(payload & 0xFFFFFFFF, bool(flags & 1), fault, flags >> 1 & needs_mask)
 
     def _check(self, rank: int, waited_s: float) -> None:
         where = f"rank {rank} of the expert parallel group"

@@ -27,7 +27,9 @@ class CometConfig(BaseModel):
         stack_experts: keep each matrix of all local experts in one parameter (``stacked.py``);
             false keeps one parameter per expert, as DeepSpeed does. A layer that was built with
             false stays so.
-        timeout_s: seconds to wait for another rank of the expert parallel group (path "fused").
+        timeout_s: seconds to wait for another rank of the expert parallel group before the error
+            that names it. What only the device waits for (NCCL's all-to-alls, path "pipelined")
+            has the process group's timeout.
         tuning_table: file of ``comet_ds.tune``; None takes the user's (path "fused"). That of a
             group's first layer serves all its layers.
         refine: measure division points that the table has not, in a run's first forwards, and keep

@@ -41,6 +41,7 @@ from comet_ds.layer import MoE
 from comet_ds.optimizer_choice import choose_layout, stacked_experts
 from comet_ds.optimizer_groups import check_groups, name_groups
 from comet_ds.stacked import StackedExperts
+from comet_ds.unsharded import install_reduction
 from comet_ds.whole_state import gather_experts
 from comet_ds.zero_shortcuts import install_shortcuts
 
@@ -126,6 +127,7 @@ def _configure_optimizer(
         original(client_optimizer, parameters)
     if not (found := stacked_experts(engine.module)):
         return
+    install_reduction(engine)
     install_shortcuts(engine.optimizer, [s for e in found for s in e.stacks().values()])
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,6 +22,10 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 if TYPE_CHECKING:
     from comet_ds.stacked import StackedExperts
 
+# Modules of torch's data parallel wrappers, and how many calls lie between them and
+# ``named_parameters`` at most.
+WRAPPERS = ("torch.nn.parallel.", "torch.distributed.fsdp.", "torch.distributed._composable.")
+WRAPPER_DEPTH = 4
 REMEDY = 'set "stack_experts" to false to keep one parameter per expert'
 
 # Attributes of a stack that are not tags of its rows.
@@ -301,11 +306,27 @@ def _listing(module: nn.Module) -> Iterator[None]:
         yield
 
 
+def _is_asked_by_wrapper() -> bool:
+    """Whether the caller's caller is of a data parallel wrapper of torch's.
+
+    They go through all modules to find what they find in the model's ``parameters()``, stacks, once
+    more: rows would be parameters that are not there.
+    """
+    frame = sys._getframe(2)
+    for _ in range(WRAPPER_DEPTH):
+        if frame is None:
+            return False
+        if frame.f_globals.get("__name__", "").startswith(WRAPPERS):
+            return True
+        frame = frame.f_back
+    return False
+
+
 class _Methods:
     """Methods that a stacked expert's modules have in place of their class's."""
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
-        with _listing(self):
+        with contextlib.nullcontext() if _is_asked_by_wrapper() else _listing(self):
             return iter(list(type(self).named_parameters(self, *args, **kwargs)))
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:

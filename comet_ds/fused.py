@@ -20,6 +20,7 @@ from comet_ds.expert_weights import ALIGNMENT_BYTES, ExpertWeights, why_not_addr
 from comet_ds.experts import ExpertMLP, RecognisedExperts
 from comet_ds.fused_call import CallSizes, PreparedCall, layer_shape, prepare_call
 from comet_ds.gate import Routing, TopKGate
+from comet_ds.gradients import BackwardNeeds
 from comet_ds.kernels import load_kernels, why_no_kernels
 from comet_ds.overlap import Division, LayerShape
 from comet_ds.refine import Trial
@@ -36,11 +37,13 @@ class FusedCall:
         prepared: the launches.
         trial: the CTA splits to measure, if any are.
         side_stream: address of the stream of copies that run meanwhile, 0 on one rank.
+        needs: gradients that any rank needs; None on one rank.
     """
 
     prepared: PreparedCall
     trial: Trial | None = None
     side_stream: int = 0
+    needs: BackwardNeeds | None = None
 
 
 class FusedExperts:
@@ -109,7 +112,12 @@ class FusedExperts:
         return f"{stacked}{self.weights.mlps[0].describe()} experts"
 
     def begin(
-        self, x: Tensor, exchange: Exchange | None, num_tokens: tuple[int, ...], gate: TopKGate
+        self,
+        x: Tensor,
+        exchange: Exchange | None,
+        num_tokens: tuple[int, ...],
+        gate: TopKGate,
+        needs: BackwardNeeds | None = None,
     ) -> tuple[Tensor, FusedCall]:
         """Send the input on its way to the other ranks while the gate runs.
 
@@ -119,6 +127,7 @@ class FusedExperts:
                 experts are local.
             num_tokens: T of every rank of the group.
             gate: the layer's.
+            needs: gradients that any of the ranks needs; None where all experts are local.
 
         Returns:
             The input as ``run`` reads it, and what ``run`` is to be given.
@@ -134,13 +143,13 @@ class FusedExperts:
         trial = None
         if exchange.tuner is not None:
             shape = layer_shape(self.weights, sizes, exchange.memory.rank)
-            trial = exchange.trial(shape, self._has_backward(x, gate.wg.weight))
+            trial = exchange.trial(shape, needs.has_any and needs.absent is None)
         prepared = self._prepare(sizes, exchange, trial)
         self.shape, self.division = prepared.shape, prepared.division
         side_stream = exchange.streams.enter()
         prepared.launches.forward.begin(tokens=x, side_stream=side_stream)
         is_measured = trial is not None and trial.samples
-        return x, FusedCall(prepared, trial if is_measured else None, side_stream)
+        return x, FusedCall(prepared, trial if is_measured else None, side_stream, needs)
 
     def _prepare(
         self, sizes: CallSizes, exchange: Exchange | None = None, trial: Trial | None = None
@@ -178,10 +187,13 @@ class FusedExperts:
             [T, H] in the tokens' dtype. Gradients for them, the routing weights and every expert
             parameter; the same input gives the same bits.
         """
-        prepared = call.prepared
+        prepared, needs, weights = call.prepared, call.needs, routing.topk_weights
+        if needs is not None and needs.has_any and not self._has_backward(routing.tokens, weights):
+            # Another rank's backward needs this one's: it is attached, whatever is needed here.
+            weights = weights.detach().requires_grad_(torch.is_grad_enabled())
         return prepared.weights.kernels.run_experts(
             x=routing.tokens,
-            topk_weights=routing.topk_weights,
+            topk_weights=weights,
             topk_ids=routing.topk_ids,
             ranks=routing.ranks,
             kept_counts=routing.kept_counts,
@@ -189,6 +201,7 @@ class FusedExperts:
             prepared=prepared,
             trial=call.trial,
             meter=self.meter,
+            needs=needs if needs is not None and needs.absent is not None else None,
             side_stream=call.side_stream,
         )
 

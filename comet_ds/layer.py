@@ -33,6 +33,7 @@ from comet_ds.expert_rows import REMEDY
 from comet_ds.experts import parameter_dtypes
 from comet_ds.fused import FusedExperts
 from comet_ds.gate import Routing, TopKGate
+from comet_ds.gradients import find_needs
 from comet_ds.grouped_mlp import ExpertRunner
 from comet_ds.kept import Kept
 from comet_ds.overrides import Overrides, call_gate, class_for, find_overrides
@@ -42,7 +43,9 @@ from comet_ds.reference import reference_forward
 from comet_ds.routing import plan_routes
 from comet_ds.stacked import StackedExperts
 from comet_ds.traced import STRICT_EXPORT, is_traced, run_traced
+from comet_ds.waiting import Attendance
 from comet_ds.whole_state import check_loaded, keep_own_experts
+from comet_ds.wrappers import WrapperCheck
 
 
 class MoE(deepspeed_layer.MoE):
@@ -50,7 +53,12 @@ class MoE(deepspeed_layer.MoE):
 
     Arguments, attributes, parameter names, random draws and result are DeepSpeed's, so the import
     is all that changes; see DeepSpeed's documentation for them. Tokens need not be spread evenly:
-    ranks may bring different numbers of tokens, also none.
+    ranks may bring different numbers of tokens, also none. Each may need other gradients: all ranks
+    of the expert parallel group take part in a backward.
+
+    Activation checkpointing has to preserve the RNG state where the gate draws, as it does by
+    default. Without it, gradients are those of the recomputed routes; where an expert then has
+    another number of tokens, torch raises a ``CheckpointError``, but with ``use_reentrant=True``.
 
     Args:
         hidden_size: H, size of a token's activation.
@@ -304,7 +312,9 @@ class MOELayer(sharded_moe.MOELayer):
         self.fused = FusedExperts(self.expert_modules())
         self.runner = ExpertRunner(self.expert_modules(), grouped_gemm=config.grouped_gemm)
         self.overrides = Overrides()
+        self.wrapper_check = WrapperCheck(self.experts)
         self.routing: Routing | None = None
+        self._attendance: Attendance | None = None
         self._announced: Any = None  # what the last line in the log was about
         self._reason: str | None = None  # why the path is not fused
         self._rules: InputRules | None = None
@@ -321,7 +331,7 @@ class MOELayer(sharded_moe.MOELayer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out of copies what belongs to this process or to the last forward's graph."""
-        own = ("ep_group", "_kept", "_announced", "_rules")
+        own = ("ep_group", "_kept", "_announced", "_rules", "_attendance")
         return {**self.__dict__, **dict.fromkeys(own)}
 
     def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> Tensor:
@@ -339,8 +349,10 @@ class MOELayer(sharded_moe.MOELayer):
         Raises:
             ValueError: input of wrong size, dtype or device (on every rank of the EP group,
                 whichever rank it happened on); an expert that returns a wrong shape; experts of a
-                stack that are frozen without the others.
-            RuntimeError: ep_size > 1 without process groups.
+                stack that are frozen without the others; experts of several ranks wrapped by
+                DistributedDataParallel or FSDP.
+            RuntimeError: ep_size > 1 without process groups; a rank of the EP group that did not
+                come within ``timeout_s``.
         """
         # The decorator's wrapper takes 20 us of host time: compiled callers alone need it.
         run = self._run_uncompiled if torch.compiler.is_compiling() else self._run_forward
@@ -351,8 +363,6 @@ class MOELayer(sharded_moe.MOELayer):
         return self._run_forward(hidden_states, used_token)
 
     def _run_forward(self, hidden_states: Tensor, used_token: Tensor | None) -> Tensor:
-        if isinstance(self.experts, StackedExperts):
-            self.experts.check_frozen()
         found = find_overrides(self.gate, self.experts)
         self._note_overrides(found)
         if found.layer is not None:
@@ -361,6 +371,15 @@ class MOELayer(sharded_moe.MOELayer):
             output, self.__dict__["_kept"] = run_traced(self, hidden_states, used_token)
             return output
         group = self._group()
+        if self.ep_size > 1:
+            self.wrapper_check.experts = self.experts
+            self.wrapper_check.check(group)
+            if self._attendance is None or self._attendance.group is not group:
+                self._attendance = Attendance(group, self.config.timeout_s)
+        if isinstance(self.experts, StackedExperts):
+            if self.experts.is_stacked:
+                self.wrapper_check.check_stacks()
+            self.experts.check_frozen()
         rules = self._input_rules()
         exchange = self.choice.connect(group, rules)
         if rules.check(hidden_states, used_token)[0] != rules.OK:
@@ -371,7 +390,8 @@ class MOELayer(sharded_moe.MOELayer):
         with self._timed(sharded_moe.MOE_TIMER), _current(hidden_states.device):
             x = hidden_states.reshape(-1, hidden_states.shape[-1])
             why_not = functools.partial(self._why_not_fused, x)
-            decision = self.choice.choose(why_not, x.shape[0], exchange, rules)
+            needs = functools.partial(self._fused_needs, x)
+            decision = self.choice.choose(why_not, needs, x.shape[0], exchange, rules)
             # Module.__setattr__ looks every one of these up in three tables.
             state, gate, fused = self.__dict__, self.gate, self.fused
             state["path"], state["_reason"] = decision.path, decision.why_not_fused
@@ -381,7 +401,7 @@ class MOELayer(sharded_moe.MOELayer):
                     self._announce(fused.describe())
                     state["_announced"] = fused.weights
                 num_tokens = decision.num_tokens or (x.shape[0],)
-                x, call = fused.begin(x, exchange, num_tokens, gate)
+                x, call = fused.begin(x, exchange, num_tokens, gate, decision.needs)
             if found.gate is None:
                 routing = gate.route(x, used_token)
                 l_aux = routing.l_aux
@@ -406,6 +426,9 @@ class MOELayer(sharded_moe.MOELayer):
             return reason
         self.fused.experts = self.experts.deepspeed_experts  # whatever stands there now
         return self.fused.why_not(x)
+
+    def _fused_needs(self, x: Tensor) -> int:
+        return find_needs(x, (x, self.gate.wg.weight), self.fused.weights.parameters)
 
     def _note_overrides(self, found: Overrides) -> None:
         """Let the parts of the layer know what is there now."""
@@ -481,7 +504,11 @@ class MOELayer(sharded_moe.MOELayer):
         plan = plan_routes(topk_ids, segment_of_expert)
         exchange = None
         if self.ep_size > 1:
-            exchange = CountExchange(plan.tokens_per_segment, group, rules, dtype=x.dtype)
+            needs = find_needs(x, (topk_weights,), self.experts.parameters())
+            arguments = (group, rules, self._attendance)
+            exchange = CountExchange(
+                plan.tokens_per_segment, *arguments, dtype=x.dtype, needs=needs
+            )
         return pipelined_forward(
             x, topk_weights, plan, self.runner, schedule, exchange, self._timed
         )
@@ -490,19 +517,18 @@ class MOELayer(sharded_moe.MOELayer):
         self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, group: Any, rules: InputRules
     ) -> Tensor:
         self._announce("plain PyTorch")
-        num_tokens = [x.shape[0]]
+        exchange = None
         if self.ep_size > 1:
             count = topk_ids.new_full((1,), x.shape[0])
-            exchange = CountExchange(count, group, rules, dtype=x.dtype)
-            num_tokens = exchange.wait()[0].flatten().tolist()
+            needs = find_needs(x, (topk_weights,), self.experts.parameters())
+            arguments = (group, rules, self._attendance)
+            exchange = CountExchange(count, *arguments, dtype=x.dtype, needs=needs)
         return reference_forward(
             x,
             topk_ids,
             topk_weights,
             self.expert_modules(),
-            ep_group=group,
-            ep_size=self.ep_size,
-            num_tokens=num_tokens,
+            exchange=exchange,
             num_local_experts=self.num_local_experts,
             container=self.runner.container,
         )
@@ -574,7 +600,7 @@ class MOELayer(sharded_moe.MOELayer):
             if self.path != "reference":
                 size = self.chunks.schedule(0, group, rules)[0].num_segments
             counts = torch.zeros(size, dtype=torch.int64, device=rules.device)
-            CountExchange(counts, group, rules, fault=fault).wait()
+            CountExchange(counts, group, rules, self._attendance, fault=fault).wait()
         raise ValueError(rules.message(*fault))
 
     def _announce(self, how: str) -> None:

@@ -15,6 +15,7 @@ from comet_ds.agreement import Answer, InputRules
 from comet_ds.config import CometConfig
 from comet_ds.exchange import Exchange, connect
 from comet_ds.gate import TopKGate
+from comet_ds.gradients import BackwardNeeds
 
 # Where memory is reserved for all tokens on one rank, "auto" takes so many times the even share.
 MAX_SLACK = 2
@@ -27,11 +28,13 @@ class Decision(NamedTuple):
         path: "reference", "pipelined" or "fused".
         why_not_fused: why not, where the configuration leaves it open.
         num_tokens: of every rank of the group, where the ranks have decided together.
+        needs: gradients that any of them needs; None where there is but one.
     """
 
     path: str
     why_not_fused: str | None = None
     num_tokens: tuple[int, ...] = ()
+    needs: BackwardNeeds | None = None
 
 
 class PathChoice:
@@ -97,6 +100,7 @@ class PathChoice:
     def choose(
         self,
         why_not: Callable[[], str | None],
+        needs: Callable[[], int],
         num_tokens: int,
         exchange: Exchange | str | None,
         rules: InputRules,
@@ -105,6 +109,8 @@ class PathChoice:
 
         Args:
             why_not: says why this rank's experts cannot take the fused path with its input.
+            needs: says which gradients this rank needs, see ``find_needs``; called where it takes
+                the fused path with others.
             num_tokens: T.
             exchange: what ``connect`` has returned.
             rules: for what another rank's input may break.
@@ -117,15 +123,19 @@ class PathChoice:
             return Decision(self.config.path)
         reason = exchange if isinstance(exchange, str) else why_not()
         answers: list[Answer] = []
+        agreed = None
         if isinstance(exchange, Exchange):
-            mine = Answer(num_tokens, reason is None, (rules.OK, 0))
+            own_needs = needs() if reason is None else 0
+            mine = Answer(num_tokens, reason is None, (rules.OK, 0), own_needs)
             answers = exchange.roll_call.call(mine)
             rules.raise_first([answer.fault for answer in answers])
+            agreed = BackwardNeeds.agree([answer.needs for answer in answers])
             refusing = [rank for rank, answer in enumerate(answers) if not answer.can_fuse]
             if refusing and reason is None:
                 reason = f"rank {refusing[0]} of the expert parallel group cannot"
         if reason is None:
-            return Decision("fused", None, tuple(answer.num_tokens for answer in answers))
+            num_tokens_of_ranks = tuple(answer.num_tokens for answer in answers)
+            return Decision("fused", None, num_tokens_of_ranks, agreed)
         self._check_pin(reason)
         return Decision("pipelined", reason)
 

@@ -18,7 +18,10 @@ import torch.nn.functional as F
 from deepspeed import comm as dist
 from torch import Tensor, nn
 
+from comet_ds.agreement import CountExchange
 from comet_ds.expert_calls import run_container, run_expert
+from comet_ds.gradients import anchor
+from comet_ds.waiting import BACKWARD, FORWARD
 
 
 def reference_moe(
@@ -91,9 +94,7 @@ def reference_forward(
     topk_weights: Tensor,
     experts: Sequence[nn.Module],
     *,
-    ep_group: Any,
-    ep_size: int,
-    num_tokens: list[int],
+    exchange: CountExchange | None,
     num_local_experts: int = 0,
     container: nn.Module | None = None,
 ) -> Tensor:
@@ -102,75 +103,95 @@ def reference_forward(
     Args:
         x, topk_ids, topk_weights: as in ``reference_moe``, this rank's tokens.
         experts: this rank's experts.
-        ep_group: expert parallel group; not used when ep_size is 1.
-        ep_size: its number of ranks.
-        num_tokens: tokens on each rank of the group; they may differ.
+        exchange: every rank's number of tokens, which may differ; None without expert parallelism.
         num_local_experts: El, where ``container`` is given.
         container: a module that is called in place of the experts, see ``run_container``.
 
     Returns:
-        [T, H] in the dtype of the experts' output. Collective over ``ep_group``, forward and
-        backward.
+        [T, H] in the dtype of the experts' output. Collective over the group, forward and
+        backward; may be differentiated any number of times.
     """
-    if ep_size == 1:
+    if exchange is None:
         if container is not None:
             own = range(num_local_experts)
             total, dtype = reference_container(x, topk_ids, topk_weights, container, own, 1)
         else:
             total, dtype = reference_moe(x, topk_ids, topk_weights, experts)
         return total.to(dtype)
-    most = max(num_tokens)
-    gathered = [_AllGather.apply(_pad(t, most), ep_group, ep_size) for t in (x, topk_weights)]
-    ids = _all_gather(_pad(topk_ids, most, value=-1), ep_group, ep_size)
-    rank = dist.get_rank(group=ep_group)
+    most = int(exchange.wait()[0].max())
+    has_backward = torch.is_grad_enabled() and exchange.needs.has_any
+    parts = _pad(x, most), _pad(topk_weights, most)
+    rows, weights, token = _AllGather.apply(exchange, FORWARD, anchor(x, has_backward), *parts)
+    ids = _all_gather(_pad(topk_ids, most, value=-1), exchange, FORWARD)
     if container is not None:
-        own = range(rank * num_local_experts, (rank + 1) * num_local_experts)
-        share, dtype = reference_container(gathered[0], ids, gathered[1], container, own, ep_size)
+        first_expert = exchange.rank * num_local_experts
+        own = range(first_expert, first_expert + num_local_experts)
+        share, dtype = reference_container(rows, ids, weights, container, own, exchange.ep_size)
     else:
-        share, dtype = reference_moe(
-            gathered[0], ids, gathered[1], experts, first_expert=rank * len(experts)
-        )
-    total = _SumOwn.apply(share, ep_group, ep_size)
+        first_expert = exchange.rank * len(experts)
+        share, dtype = reference_moe(rows, ids, weights, experts, first_expert=first_expert)
+    total, _ = _SumOwn.apply(exchange, FORWARD, token, share)
     return total[: x.shape[0]].to(dtype)
 
 
 class _AllGather(torch.autograd.Function):
-    """[n, ...] on every rank to [W * n, ...]; the gradient is summed over the ranks."""
+    """[n, ...] on every rank to [W * n, ...]; the gradient is summed over the ranks.
+
+    Both functions take any number of tensors, and return as many and a token. A token in the inputs
+    of the next one, or an anchor, keeps all ranks' graphs alike whatever their experts do.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: Any, size: int) -> Tensor:
-        ctx.group, ctx.size = group, size
-        return _all_gather(rows, group, size)
+    def forward(
+        ctx: Any, exchange: CountExchange, part: str, token: Tensor, *rows: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.exchange, ctx.has_anchor = exchange, token.is_leaf
+        return *(_all_gather(r, exchange, part) for r in rows), token.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _sum_own(grad, ctx.group, ctx.size), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *grads, token = grads
+        *found, token = _SumOwn.apply(ctx.exchange, BACKWARD, _chained(token), *grads)
+        return None, None, None if ctx.has_anchor else token, *found
 
 
 class _SumOwn(torch.autograd.Function):
     """[W * n, ...] summed over the ranks, each keeping its own [n, ...]; adjoint of the above."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: Any, size: int) -> Tensor:
-        ctx.group, ctx.size = group, size
-        return _sum_own(rows, group, size)
+    def forward(
+        ctx: Any, exchange: CountExchange, part: str, token: Tensor, *rows: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.exchange, ctx.has_anchor = exchange, token.is_leaf
+        return *(_sum_own(r, exchange, part) for r in rows), token.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _all_gather(grad, ctx.group, ctx.size), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.exchange.needs.check_present()
+        *grads, token = grads
+        *found, token = _AllGather.apply(ctx.exchange, BACKWARD, _chained(token), *grads)
+        return None, None, None if ctx.has_anchor else token, *found
 
 
-def _all_gather(rows: Tensor, group: Any, size: int) -> Tensor:
-    gathered = rows.new_empty(size * rows.shape[0], *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
+def _chained(token: Tensor) -> Tensor:
+    """Return a token's gradient, or what stands for it, so that it can be differentiated again."""
+    return anchor(token) if torch.is_grad_enabled() and not token.requires_grad else token
+
+
+def _all_gather(rows: Tensor, exchange: CountExchange, part: str) -> Tensor:
+    rows = rows.contiguous()
+    gathered = rows.new_empty(exchange.ep_size * rows.shape[0], *rows.shape[1:])
+    work = dist.all_gather_into_tensor(gathered, rows, group=exchange.group, async_op=True)
+    exchange.attendance.finish(work, gathered, f"{part} {exchange.what}")
     return gathered
 
 
-def _sum_own(rows: Tensor, group: Any, size: int) -> Tensor:
+def _sum_own(rows: Tensor, exchange: CountExchange, part: str) -> Tensor:
     total = rows.clone()
-    dist.all_reduce(total, group=group)
-    own = rows.shape[0] // size
-    return total.narrow(0, dist.get_rank(group=group) * own, own)
+    work = dist.all_reduce(total, group=exchange.group, async_op=True)
+    exchange.attendance.finish(work, total, f"{part} {exchange.what}")
+    own = rows.shape[0] // exchange.ep_size
+    return total.narrow(0, exchange.rank * own, own)
 
 
 def _pad(rows: Tensor, length: int, value: float = 0) -> Tensor:

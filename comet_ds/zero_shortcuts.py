@@ -21,7 +21,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
-from comet_ds import unsharded_norm, zero_norm
+from comet_ds import unsharded, zero_norm
 
 
 def install_shortcuts(optimizer: Any, stacks: Iterable[nn.Parameter]) -> None:
@@ -34,7 +34,7 @@ def install_shortcuts(optimizer: Any, stacks: Iterable[nn.Parameter]) -> None:
         stacks: the model's.
     """
     if isinstance(optimizer, (FP16_Optimizer, FP16_UnfusedOptimizer)):
-        unsharded_norm.install_norm(optimizer)
+        unsharded.install_norm(optimizer)
     if not isinstance(optimizer, DeepSpeedZeroOptimizer):
         return
     if optimizer.cpu_offload or getattr(optimizer, "zenflow", False):

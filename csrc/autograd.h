@@ -15,23 +15,25 @@ class NotTwiceDifferentiable : public torch::autograd::Function<NotTwiceDifferen
         return gradient.view_as(gradient);
     }
     static variable_list backward(torch::autograd::AutogradContext*, const variable_list&) {
-        TORCH_CHECK(false, "comet_ds: the kernels have no second derivative; \"path\": \"reference\" "
-                           "computes it");
+        TORCH_CHECK(false,
+                    "a gradient of comet_ds cannot be differentiated once more: it comes from "
+                    "kernels. Where a loss needs gradients of gradients (create_graph=True), "
+                    "compute this layer with DeepSpeed's, or on the CPU");
     }
 };
 
 // Runs a backward whose kernels autograd does not see. With create_graph, who differentiates the
 // result gets an error instead of gradients that lack this layer's part.
 template <typename Backward>
-variable_list once_differentiable(const variable_list& grads, const Backward& backward) {
+variable_list once_differentiable(const Backward& backward) {
     variable_list result;
     {
         at::AutoGradMode without_graph(false);
         result = backward();
     }
-    if (!at::GradMode::is_enabled() || !torch::autograd::any_variable_requires_grad(grads)) {
-        return result;
-    }
+    // Also where no incoming gradient requires one, as that of output.sum(): whoever differentiates
+    // the result means this layer's part of it.
+    if (!at::GradMode::is_enabled()) return result;
     for (auto& gradient : result) {
         if (!gradient.defined()) continue;
         gradient = NotTwiceDifferentiable::apply(gradient.detach().requires_grad_());

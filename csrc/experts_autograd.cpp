@@ -106,17 +106,19 @@ using EventPair = std::pair<uintptr_t, uintptr_t>;
 // One forward of a layer and its backward.
 struct Call : torch::CustomClassHolder {
     Call(std::shared_ptr<PreparedLaunches> launches, py::object prepared, py::object trial,
-         py::object meter, cudaStream_t side)
+         py::object meter, py::object needs, cudaStream_t side)
         : launches(std::move(launches)),
           prepared(std::move(prepared)),
           trial(std::move(trial)),
           meter(std::move(meter)),
+          needs(std::move(needs)),
           side(side) {}
 
     std::shared_ptr<PreparedLaunches> launches;
     PythonHandle prepared;  // PreparedCall of comet_ds/fused_call.py
     PythonHandle trial;     // Trial of comet_ds/refine.py, or None
     PythonHandle meter;     // ExposureMeter of comet_ds/exchange.py, or None
+    PythonHandle needs;     // BackwardNeeds of comet_ds/gradients.py, where a rank will not come
     cudaStream_t side;
     std::optional<PendingUse> pending;
     std::vector<int64_t> versions;  // of the parameters
@@ -135,6 +137,13 @@ struct Call : torch::CustomClassHolder {
         if (meter.is_none()) return nullptr;
         const py::gil_scoped_acquire gil;
         return reinterpret_cast<Exposure*>((*meter).attr("begin")(direction).cast<uintptr_t>());
+    }
+
+    // Refuses a backward that a rank will not come to.
+    void check_present() {
+        if (needs.is_none()) return;
+        const py::gil_scoped_acquire gil;
+        (*needs).attr("check_present")();
     }
 
     // Prepares the launches again, should the group's memory have moved since.
@@ -175,6 +184,7 @@ class Backward {
         workspace_ = saved[0];
         rows_ = saved[1];
         pre_.assign(saved.begin() + 2, saved.end());
+        call_->check_present();
         call_->check_parameters();
         call_->refresh();
     }
@@ -326,7 +336,7 @@ class FusedExperts : public torch::autograd::Function<FusedExperts> {
     }
 
     static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-        return once_differentiable(grads, [&] {
+        return once_differentiable([&] {
             variable_list found = Backward(ctx, grads[0]).run();
             found.emplace_back();  // has_backward
             return found;
@@ -337,12 +347,12 @@ class FusedExperts : public torch::autograd::Function<FusedExperts> {
 Tensor run_experts(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids,
                    const Tensor& ranks, const Tensor& kept_counts,
                    const std::shared_ptr<PreparedLaunches>& launches, py::object prepared,
-                   py::object trial, py::object meter, uintptr_t side_stream) {
+                   py::object trial, py::object meter, py::object needs, uintptr_t side_stream) {
     const auto& parameters = launches->parameters->all();
     bool has_backward = x.requires_grad() || topk_weights.requires_grad();
     for (const Tensor& param : parameters) has_backward |= param.requires_grad();
     auto call = c10::make_intrusive<Call>(launches, std::move(prepared), std::move(trial),
-                                          std::move(meter),
+                                          std::move(meter), std::move(needs),
                                           reinterpret_cast<cudaStream_t>(side_stream));
     return FusedExperts::apply(x, topk_weights, RoutingTensors{topk_ids, {}, ranks, kept_counts},
                                call, at::TensorList(parameters),
@@ -479,7 +489,7 @@ void bind_experts(py::module_& m) {
         .def_readonly("generation", &PreparedLaunches::generation);
     m.def("run_experts", &run_experts, py::kw_only(), arg("x"), arg("topk_weights"),
           arg("topk_ids"), arg("ranks"), arg("kept_counts"), arg("launches"), arg("prepared"),
-          arg("trial"), arg("meter"), arg("side_stream"));
+          arg("trial"), arg("meter"), arg("needs"), arg("side_stream"));
 }
 
 }  // namespace comet_ds

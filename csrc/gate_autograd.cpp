@@ -194,7 +194,7 @@ class RouteTokens : public torch::autograd::Function<RouteTokens> {
     }
 
     static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-        return once_differentiable(grads, [&]() -> variable_list {
+        return once_differentiable([&]() -> variable_list {
             const Tensor &grad_weights = grads[0], &grad_l_aux = grads[1];
             const Tensor& grad_x = grads[2];
             if (!grad_weights.defined() && !grad_l_aux.defined()) return {grad_x, {}, {}, {}};
@@ -220,7 +220,7 @@ class RouteLogits : public torch::autograd::Function<RouteLogits> {
     }
 
     static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-        return once_differentiable(grads, [&]() -> variable_list {
+        return once_differentiable([&]() -> variable_list {
             const auto saved = ctx->get_saved_variables();
             return {routes_backward(saved[0], saved[1], saved[2], grads[0], grads[1]), {}, {}};
         });

@@ -177,7 +177,7 @@ def test_command(world, tmp_path: Path, capsys) -> None:
         lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
         assert lines["ZeRO"] == "stage   2" and lines["ep_size"] == str(size)
         assert lines["ranks"] == str(ranks)
-        assert lines["parameters"] == "9,248: 672 dense, 8,576 of experts; bfloat16"
+        assert lines["parameters"] == "12,416: 672 dense, 11,744 of experts; bfloat16"
         assert lines["optimizer"] == f"Adam in ZeRO, partitioned, {ranks} files"
         assert lines["states"].startswith("weights float32, step 3")
         assert lines["MoE"].endswith(f"moe.1: 4 experts, {local} on a rank")

@@ -310,15 +310,17 @@ torch.cuda.synchronize()
 def check_roll_call(rank: int, size: int) -> None:
     roll = RollCall(torch.distributed.group.WORLD, 20)
     for number in range(300):
-        mine = Answer(1000 * rank + number, number % 3 > rank % 2, OK)
+        mine = Answer(1000 * rank + number, number % 3 > rank % 2, OK, (number + rank) % 16)
         if rank == number % size and number % 50 == 0:
             time.sleep(0.02)
         answers = roll.call(mine)
         assert answers[rank] == mine
         assert [a.num_tokens for a in answers] == [1000 * r + number for r in range(size)]
         assert [a.can_fuse for a in answers] == [number % 3 > r % 2 for r in range(size)]
+        assert [a.needs for a in answers] == [(number + r) % 16 for r in range(size)]
     fault = (InputRules.DTYPE, -1) if rank == 1 else OK
-    assert roll.call(Answer(0, False, fault))[1].fault == (InputRules.DTYPE, -1)
+    answer = roll.call(Answer(0, False, fault, 15))[1]
+    assert (answer.fault, answer.needs) == ((InputRules.DTYPE, -1), 15)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -403,6 +405,27 @@ def test_killed_ranks_leave_no_shared_memory() -> None:
     with pytest.raises(AssertionError, match="its process has ended"):
         World(2, "gloo").run(check_killed_in_construction, timeout=60)
     assert of_ours() <= before, "left behind"
+
+
+def check_named_page(rank: int, size: int) -> list[int]:
+    make = RollCall._make_page
+
+    def make_unreachable(has_name: bool) -> tuple[int, str]:
+        page, path = make(has_name)
+        return page, path if has_name else "/nowhere/page"
+
+    RollCall._make_page = staticmethod(make_unreachable)
+    try:
+        roll = RollCall(torch.distributed.group.WORLD, 20)
+        return [answer.num_tokens for answer in roll.call(Answer(7 + rank, True, OK))]
+    finally:
+        RollCall._make_page = staticmethod(make)
+
+
+def test_a_file_where_memory_without_a_name_is_not_reached(world) -> None:
+    before = set(Path("/dev/shm").glob("comet_ds_*"))
+    assert world(2).run(check_named_page) == [[7, 8], [7, 8]]
+    assert set(Path("/dev/shm").glob("comet_ds_*")) <= before
 
 
 @pytest.mark.parametrize("is_sent", [False, True])

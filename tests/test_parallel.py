@@ -202,9 +202,9 @@ def check_overlap_order(rank: int, size: int) -> None:
     events = []
 
     class Recorded(pipelined.Transfer):
-        def start(self, rows, *, reverse=False):
+        def start(self, rows):
             events.append("start")
-            super().start(rows, reverse=reverse)
+            super().start(rows)
 
         def wait(self):
             events.append("wait")

@@ -19,12 +19,15 @@ from comet_ds import engine_hooks, zero_norm, zero_shortcuts
 @contextlib.contextmanager
 def shortcuts(is_on: bool) -> Iterator[None]:
     """Have engines built meanwhile take the shortcuts, or not."""
-    install = zero_shortcuts.install_shortcuts
-    engine_hooks.install_shortcuts = install if is_on else lambda *_: None
+    names = "install_shortcuts", "install_reduction"
+    installed = {name: getattr(engine_hooks, name) for name in names}
+    for name, install in installed.items():
+        setattr(engine_hooks, name, install if is_on else lambda *_: None)
     try:
         yield
     finally:
-        engine_hooks.install_shortcuts = install
+        for name, install in installed.items():
+            setattr(engine_hooks, name, install)
 
 
 def check_same_bits(
@@ -154,6 +157,34 @@ def check_interrupted(rank: int, size: int, what: str) -> None:
 @pytest.mark.parametrize("what", ["unused layer", "cleared", "unmanaged"])
 def test_interrupted_micro_batches(world, what: str) -> None:
     world(2).run(check_interrupted, what)
+
+
+def check_reduced(rank: int, size: int, ep_size: int, options: dict) -> None:
+    """Gradients that nobody else has are divided as DeepSpeed divides them."""
+    weights = []
+    for is_on in (False, True):
+        settings = {"gradient_accumulation_steps": 2, **options}
+        with shortcuts(is_on):
+            engine = build_engine("comet_ds", config(size, **settings), ep_size=ep_size, k=2)
+        assert ("allreduce_and_copy" in vars(engine)) == is_on
+        train(engine, rank, 3)
+        weights.append([p.detach().clone() for p in engine.module.parameters()])
+        engine.destroy()
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("ep_size", "options"),
+    [
+        (2, {}),
+        (1, {}),
+        (2, {"prescale_gradients": True}),
+        (2, {"gradient_predivide_factor": 2.0}),
+        (2, {"communication_data_type": "bf16"}),
+    ],
+)
+def test_reduced_without_zero(world, ep_size: int, options: dict) -> None:
+    world(2).run(check_reduced, ep_size, options)
 
 
 def check_unsharded(rank: int, size: int) -> None:

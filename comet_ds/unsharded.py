@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Overflow check and gradients' norm of half precision without ZeRO, for models with stacks.
+"""What DeepSpeed need not do for stacked experts without ZeRO.
 
-DeepSpeed looks at one gradient after the other, with some ten launches and a wait for the GPU each,
-while the GPU has nothing else to do. Here all gradients are looked at together.
+In half precision it looks for overflows in one gradient after the other, and takes their norms so,
+with some ten launches and a wait for the GPU each, while the GPU has nothing else to do: here all
+gradients are looked at together. And gradients of stacks that one rank has alone it copies into a
+bucket and back to divide them: here they are divided where they are.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16 import unfused_optimizer
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -30,6 +34,28 @@ def install_norm(optimizer: FP16_Optimizer | FP16_UnfusedOptimizer) -> None:
     checker.has_overflow_serial = functools.partial(_has_overflow, original)
     if isinstance(optimizer, FP16_UnfusedOptimizer):
         optimizer.step = functools.partial(_step, optimizer.step)
+
+
+def install_reduction(engine: DeepSpeedEngine) -> None:
+    """Replace how an engine reduces gradients over a group of one rank; to the same bits."""
+    engine.allreduce_and_copy = functools.partial(_reduce, engine, engine.allreduce_and_copy)
+
+
+def _reduce(
+    engine: DeepSpeedEngine,
+    original: Any,
+    grads: list[Tensor],
+    dp_group: Any,
+    dp_world_size: int | None = None,
+) -> None:
+    """``DeepSpeedEngine.allreduce_and_copy``."""
+    is_alone = dist.get_world_size(group=dp_group) == 1 and dp_world_size is not None
+    is_plain = engine.gradient_average and engine.gradient_predivide_factor() == 1.0
+    is_rounded = any(grad.dtype != engine.communication_data_type for grad in grads)
+    if not (is_alone and is_plain) or is_rounded:
+        original(grads, dp_group, dp_world_size)
+    elif dp_world_size != 1:
+        torch._foreach_mul_([grad.data for grad in grads], 1.0 / dp_world_size)
 
 
 def _has_overflow(original: Any, params: Iterable[nn.Parameter]) -> bool:

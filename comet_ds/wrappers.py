@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Refusing what treats the experts of all ranks as copies of the same parameters.
+
+DistributedDataParallel gives every rank the parameters of the first and averages their gradients,
+FSDP shards them over all ranks. With ``ep_size`` above 1 ranks hold different experts, so both
+train something else, in silence. DeepSpeed's engine knows experts by their tags.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch.distributed
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+# What FSDP, in both versions, notes on the modules it manages, for torch.compile.
+_FSDP_MARK = "_is_fsdp_managed_module"
+_REMEDY = (
+    "Build the model anew, without {wrapper}, and let comet_ds.initialize or deepspeed.initialize "
+    "train it; or leave the experts out of {wrapper} ({how}) and add up their gradients over the "
+    "expert data parallel group yourself"
+)
+
+
+class WrapperCheck:
+    """Looks whether experts of an expert parallel group have been wrapped; cheap in every forward.
+
+    Args:
+        experts: the layer's ``Experts``, whose parameters have DeepSpeed's tags.
+    """
+
+    def __init__(self, experts: nn.Module) -> None:
+        self.experts = experts
+        self._accepted: Any = None  # weak reference to the last DistributedDataParallel
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        """Look again in copies."""
+        return WrapperCheck, (self.experts,)
+
+    def check(self, group: Any) -> None:
+        """Refuse experts that are wrapped.
+
+        Args:
+            group: expert parallel group, of more than one rank.
+
+        Raises:
+            ValueError: naming the wrapper and what to do; on every rank, which is wrapped alike.
+        """
+        if _FSDP_MARK in self.experts.__dict__ and is_sharded(self.experts):
+            how = "ignored_states, for fully_shard ignored_params"
+            raise ValueError(_message("FSDP", how, "shards parameters over all of them"))
+        wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        if wrapper is None or (self._accepted is not None and self._accepted() is wrapper):
+            return
+        if self._is_replicated(wrapper, group):
+            how = "DistributedDataParallel._set_params_and_buffers_to_ignore_for_model"
+            does = "has given all of them those of its first rank and averages their gradients"
+            raise ValueError(_message("DistributedDataParallel", how, does))
+        self._accepted = weakref.ref(wrapper)
+
+    def check_stacks(self) -> None:
+        """Refuse stacked experts that are sharded, also where all experts are local.
+
+        Raises:
+            ValueError: with the remedy.
+        """
+        if _FSDP_MARK in self.experts.__dict__ and is_sharded(self.experts):
+            raise ValueError(
+                "FSDP cannot shard stacked experts, whose modules have views of them: give the "
+                'layer comet_ds={"stack_experts": False}, or leave the experts out of FSDP '
+                "(ignored_states, for fully_shard ignored_params)"
+            )
+
+    def _is_replicated(self, wrapper: DistributedDataParallel, group: Any) -> bool:
+        """Whether some expert is another rank's copy, of whom the group expects other experts."""
+        own = {id(param) for param in self.experts.parameters()}
+        ranks = torch.distributed.get_process_group_ranks
+        return len(set(ranks(wrapper.process_group)) & set(ranks(group))) > 1 and any(
+            id(param) in own and name not in wrapper.parameters_to_ignore
+            for name, param in wrapper.module.named_parameters()
+        )
+
+
+def is_sharded(experts: nn.Module) -> bool:
+    """Whether FSDP has replaced the parameters of experts: its own have no tags of DeepSpeed's."""
+    params = list(experts.parameters())
+    return not params or not all(hasattr(param, "group_name") for param in params)
+
+
+def _message(wrapper: str, how: str, does: str) -> str:
+    return (
+        f"experts differ between the ranks of an expert parallel group, but {wrapper} {does}. "
+        + _REMEDY.format(wrapper=wrapper, how=how)
+    )
