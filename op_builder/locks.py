@@ -45,7 +45,7 @@ def compiling(folder: Path, warn: Callable[[str], None]) -> Iterator[None]:
             os.ftruncate(file, 0)
             os.pwrite(file, f"process {os.getpid()} of {socket.gethostname()}".encode(), 0)
             if is_stale(folder / TORCH_LOCK):
-                warn(f"removed {folder / TORCH_LOCK}, which a process that was killed has left")
+                warn(f"removed {folder / TORCH_LOCK}, which nobody holds")
                 (folder / TORCH_LOCK).unlink(missing_ok=True)
         yield
     finally:
@@ -144,6 +144,7 @@ def find_stale_locks(name: str = "*") -> list[Path]:
 def describe_stale_lock(lock: Path) -> str:
     """Return what a stale lock does, and how to clear it."""
     return (
-        f"{lock.parent.name} was being compiled by a process that was killed; whoever needs it "
-        f"waits for ever: rm {lock} (if no other machine that has this folder compiles it now)"
+        f"{lock.parent.name} is locked by nobody: a process that was killed, or torch 2.14 or "
+        f"later, has left {lock}, and whoever needs it waits for ever: rm {lock} (unless another "
+        "machine that has this folder compiles it now)"
     )

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-from extensions import unlock
 from torch.distributed import TCPStore
 
 CALL_TIMEOUT_S = 240
@@ -29,8 +28,11 @@ class World:
     """
 
     def __init__(self, size: int, backend: str = "gloo") -> None:
+        from comet_ds.op_builder.locks import find_stale_locks  # ranks choose an accelerator first
+
         self.size = size
-        unlock(Path(os.environ["TORCH_EXTENSIONS_DIR"]))  # worlds before may have been killed
+        for lock in find_stale_locks():  # of worlds that were killed
+            lock.unlink()
         context = mp.get_context("spawn")
         # Here, not in a rank: a port found free may be another's when a rank comes to listen.
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -41,9 +41,3 @@ def keep(folder: Path) -> None:
             incomplete.rename(kept)
         except OSError:  # another run was faster
             shutil.rmtree(incomplete)
-
-
-def unlock(folder: Path) -> None:
-    """Remove the locks of processes that a test has killed; nobody must be compiling."""
-    for lock in folder.glob(f"*/{TORCH_LOCK}"):
-        lock.unlink()

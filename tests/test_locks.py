@@ -69,7 +69,7 @@ def test_own_lock_ends_with_its_process(folder: Path) -> None:
         assert not (folder / "lock").exists()
     assert not locks.is_held(folder)
     (line,) = lines
-    assert line == f"removed {folder / 'lock'}, which a process that was killed has left"
+    assert line == f"removed {folder / 'lock'}, which nobody holds"
 
 
 def test_waiting_says_for_whom(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +133,7 @@ def test_stale_locks_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert locks.find_stale_locks() == [adam / "lock", shm / "lock"]
     assert locks.find_stale_locks("deepspeed_shm_comm") == [shm / "lock"]
     text = locks.describe_stale_lock(shm / "lock")
-    assert "deepspeed_shm_comm was being compiled by a process that was killed" in text
+    assert "deepspeed_shm_comm is locked by nobody: a process that was killed" in text
     assert f"rm {shm / 'lock'}" in text
 
 
@@ -146,7 +146,7 @@ def test_report_says_how_to_clear_a_lock(
     monkeypatch.setattr(CometMoEBuilder, "why_not", lambda self: None)
     report.main()
     text = capsys.readouterr().out
-    assert "stale lock   deepspeed_shm_comm was being compiled by a process" in text
+    assert "stale lock   deepspeed_shm_comm is locked by nobody" in text
     assert f"process {process.pid} of " in text and " compiles them now" in text
     kill(process)
     report.main()

@@ -190,6 +190,12 @@ def test_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) 
     assert f"torch        {torch.__version__}" in text
     assert "kernels      no: no CUDA device" in text
     assert "path         pipelined, with PyTorch operations: no CUDA device" in text
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    report.main()
+    text = capsys.readouterr().out
+    reason = "the kernels need compute capability 9.0, this GPU has (8, 0)"
+    assert f"path         pipelined, with PyTorch operations: {reason}" in text
     monkeypatch.setattr(CometMoEBuilder, "why_not", lambda self: None)
     report.main()
     text = capsys.readouterr().out
