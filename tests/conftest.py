@@ -53,6 +53,8 @@ def world() -> Iterator[Callable[..., World]]:
 
     def get(size: int, backend: str = "gloo") -> World:
         key = size, backend
+        if key in worlds and worlds[key].has_many_threads:
+            worlds[key].close()
         if key not in worlds or not worlds[key].is_open:
             worlds[key] = World(size, backend)
         return worlds[key]

@@ -18,6 +18,7 @@ from torch.distributed import TCPStore
 
 CALL_TIMEOUT_S = 240
 GRACE_S = 10
+MANY_THREADS = 300  # of a rank; a gloo group has three, for as long as the process lives
 
 
 class World:
@@ -85,6 +86,14 @@ class World:
     def is_open(self) -> bool:
         """Whether the processes can still be used."""
         return bool(self._processes)
+
+    @property
+    def has_many_threads(self) -> bool:
+        """Whether so many groups were made that their threads, which poll, slow everything down."""
+        status = Path(f"/proc/{self._processes[0].pid}/status") if self.is_open else None
+        if status is None or not status.exists():
+            return False
+        return int(status.read_text().split("Threads:")[1].split()[0]) > MANY_THREADS
 
     def close(self) -> None:
         """Kill the processes, and remove the shared memory DeepSpeed's CPU backend leaves."""
