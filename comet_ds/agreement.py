@@ -296,27 +296,30 @@ class RollCall:
 
     def _share_page(self, group: Any, has_name: bool) -> list[str]:
         """Map a page that all ranks have; return why some could not, nothing if all could."""
-        path, page, fault = [None], None, None
+        path, page, error = [None], None, None
         if self.rank == 0:
             try:
                 page, path[0] = self._make_page(has_name)
-            except OSError as error:
-                fault = f"rank {dist.get_rank()} cannot share memory with the others: {error}"
+            except OSError as found:
+                error = found
         torch.distributed.broadcast_object_list(path, group=group, group_src=0)
         try:
             if path[0] is not None:
                 with open(path[0], "r+b") as file:
                     self._words = memoryview(mmap.mmap(file.fileno(), mmap.PAGESIZE)).cast("q")
-        except OSError as error:
+        except OSError as found:
+            error = found
+        fault = None
+        if error is not None:
             fault = f"rank {dist.get_rank()} cannot share memory with the others: {error}"
-        found: list[Any] = [None] * self.num_ranks
-        torch.distributed.all_gather_object(found, (os.getpid(), fault), group=group)
+        answers: list[Any] = [None] * self.num_ranks
+        torch.distributed.all_gather_object(answers, (os.getpid(), fault), group=group)
         if page is not None:  # all have it open, or have given up
             os.close(page)
             if has_name:
                 os.unlink(path[0])
-        self._processes = [process for process, _ in found]
-        return [fault for _, fault in found if fault is not None]
+        self._processes = [process for process, _ in answers]
+        return [fault for _, fault in answers if fault is not None]
 
     @staticmethod
     def _make_page(has_name: bool) -> tuple[int, str]:

@@ -41,7 +41,6 @@ from comet_ds.layer import MoE
 from comet_ds.optimizer_choice import choose_layout, stacked_experts
 from comet_ds.optimizer_groups import check_groups, name_groups
 from comet_ds.stacked import StackedExperts
-from comet_ds.unsharded import install_reduction
 from comet_ds.whole_state import gather_experts
 from comet_ds.zero_shortcuts import install_shortcuts
 
@@ -127,8 +126,7 @@ def _configure_optimizer(
         original(client_optimizer, parameters)
     if not (found := stacked_experts(engine.module)):
         return
-    install_reduction(engine)
-    install_shortcuts(engine.optimizer, [s for e in found for s in e.stacks().values()])
+    install_shortcuts(engine, [s for e in found for s in e.stacks().values()])
 
 
 def _use_native_layout(

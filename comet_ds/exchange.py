@@ -126,7 +126,7 @@ class ExposureMeter:
 
         0 while a CUDA graph is captured, which would add to the memory long after the meter's end.
         """
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if self._exposures.is_cuda and torch.cuda.is_current_stream_capturing():
             return 0
         self._num_calls[direction] += 1
         return self._exposures[direction].data_ptr()

@@ -19,9 +19,10 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16 import unfused_optimizer
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank
 from torch import Tensor, nn
+
+from comet_ds.zero_norm import is_counted, sum_of_squares
 
 
 def install_norm(optimizer: FP16_Optimizer | FP16_UnfusedOptimizer) -> None:
@@ -86,16 +87,10 @@ def _weight_norm(
     """``get_weight_norm``: the norm of all tensors, -1 where it is not finite; equal to 2e-7."""
     if norm_type != 2 or isinstance(parameters, Tensor):
         return original(parameters, norm_type, mpu)
-    is_first = bwc_tensor_model_parallel_rank(mpu=mpu) == 0
-    counted = [
-        p.detach()
-        for p in parameters
-        if not getattr(p, "ds_pipe_replicated", False)
-        and (is_first or is_model_parallel_parameter(p))
-    ]
+    is_first_rank = bwc_tensor_model_parallel_rank(mpu=mpu) == 0
+    counted = [p for p in parameters if is_counted(p, is_first_rank)]
     if not counted:
         return original(parameters, norm_type, mpu)
-    norms = torch._foreach_norm(counted, 2, dtype=torch.float64)
-    total = torch.stack(norms).square().sum().sqrt().float()
+    total = sum_of_squares(counted).sqrt().float()
     total.model_parallel = True  # counted on this rank, whichever it is
     return original([total], norm_type, mpu)

@@ -48,7 +48,7 @@ class WrapperCheck:
         Raises:
             ValueError: naming the wrapper and what to do; on every rank, which is wrapped alike.
         """
-        if _FSDP_MARK in self.experts.__dict__ and is_sharded(self.experts):
+        if self._is_sharded():
             how = "ignored_states, for fully_shard ignored_params"
             raise ValueError(_message("FSDP", how, "shards parameters over all of them"))
         wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
@@ -66,12 +66,15 @@ class WrapperCheck:
         Raises:
             ValueError: with the remedy.
         """
-        if _FSDP_MARK in self.experts.__dict__ and is_sharded(self.experts):
+        if self._is_sharded():
             raise ValueError(
                 "FSDP cannot shard stacked experts, whose modules have views of them: give the "
                 'layer comet_ds={"stack_experts": False}, or leave the experts out of FSDP '
                 "(ignored_states, for fully_shard ignored_params)"
             )
+
+    def _is_sharded(self) -> bool:
+        return _FSDP_MARK in self.experts.__dict__ and is_sharded(self.experts)
 
     def _is_replicated(self, wrapper: DistributedDataParallel, group: Any) -> bool:
         """Whether some expert is another rank's copy, of whom the group expects other experts."""

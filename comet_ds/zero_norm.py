@@ -27,6 +27,24 @@ def install_norm(optimizer: DeepSpeedZeroOptimizer) -> None:
     optimizer.unscale_and_clip_grads = _ClipByOneFactor(optimizer)
 
 
+def is_counted(tagged: Tensor, is_first_rank: bool) -> bool:
+    """Whether DeepSpeed counts a gradient on this rank of a model parallel group.
+
+    Args:
+        tagged: what has the tags of the parameter.
+        is_first_rank: of that group.
+    """
+    if getattr(tagged, "ds_pipe_replicated", False):
+        return False
+    return is_first_rank or is_model_parallel_parameter(tagged)
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Return it as 0-dim fp64, summed up in fp64 without a copy; at least one tensor."""
+    norms = torch._foreach_norm([t.detach() for t in tensors], 2, dtype=torch.float64)
+    return torch.stack(norms).square().sum()
+
+
 class _NormOfAllGroups:
     """``scaled_global_norm``, whose groups' norms are taken together."""
 
@@ -64,16 +82,12 @@ class _NormOfAllGroups:
         """Return it as fp32, of this rank's part of a group; DeepSpeed's choice of gradients."""
         optimizer = self._optimizer
         found = (g for g in gradients if not getattr(g, "_zero_padding", False))
-        counted = [
-            grad.detach()
-            for grad, param in zip(found, params)  # noqa: B905 - padding has no parameter
-            if not getattr(param, "ds_pipe_replicated", False)
-            and (is_model_parallel_parameter(param) or optimizer.model_parallel_rank == 0)
-        ]
+        is_first_rank = optimizer.model_parallel_rank == 0
+        pairs = zip(found, params)  # noqa: B905 - padding has no parameter
+        counted = [grad for grad, param in pairs if is_counted(param, is_first_rank)]
         if not counted:
             return torch.zeros((), device=optimizer.device)
-        norms = torch._foreach_norm(counted, 2, dtype=torch.float64)
-        return torch.stack(norms).square().sum().float()
+        return sum_of_squares(counted).float()
 
 
 class _AverageOfExpertNorms:

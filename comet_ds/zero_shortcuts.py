@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -24,15 +25,17 @@ from torch import Tensor, nn
 from comet_ds import unsharded, zero_norm
 
 
-def install_shortcuts(optimizer: Any, stacks: Iterable[nn.Parameter]) -> None:
-    """Spare an optimizer needless work; does nothing to one that there is no shortcut for.
+def install_shortcuts(engine: DeepSpeedEngine, stacks: Iterable[nn.Parameter]) -> None:
+    """Spare an engine and its optimizer needless work, where there is a shortcut.
 
     Checked with DeepSpeed 0.19.6 and 0.19.8.
 
     Args:
-        optimizer: the engine's.
+        engine: whose optimizer is configured.
         stacks: the model's.
     """
+    optimizer = engine.optimizer
+    unsharded.install_reduction(engine)
     if isinstance(optimizer, (FP16_Optimizer, FP16_UnfusedOptimizer)):
         unsharded.install_norm(optimizer)
     if not isinstance(optimizer, DeepSpeedZeroOptimizer):

@@ -100,7 +100,7 @@ class PendingUse {
     std::shared_ptr<Uses> uses_;
 };
 
-// Passes by the numbers of Pass in Python, whose trials ask for events by them.
+// Addresses of two events, as Python has them.
 using EventPair = std::pair<uintptr_t, uintptr_t>;
 
 // One forward of a layer and its backward.

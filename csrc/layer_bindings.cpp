@@ -157,12 +157,8 @@ void bind_layer_call(py::module_& m) {
         .def(
             "begin",
             [](const LayerCall& call, const Tensor& tokens, uintptr_t side_stream) {
-                const int64_t num_tokens = call.sizes().num_own_tokens();
-                const auto dtype = call.sizes().is_bfloat16 ? at::kBFloat16 : at::kHalf;
                 const Streams streams{current_stream(tokens), pointer<CUstream_st>(side_stream)};
-                call.begin(checked_pointer<void>("tokens", tokens, dtype,
-                                                 {num_tokens, call.sizes().hidden}),
-                           streams);
+                call.begin(token_pointer(call, tokens), streams);
             },
             py::kw_only(), arg("tokens"), arg("side_stream"))
         .def(

@@ -46,6 +46,10 @@ struct TensorReader {
 
 }  // namespace
 
+const void* token_pointer(const LayerCall& call, const at::Tensor& tokens) {
+    return TensorReader{call}.tokens("tokens", tokens);
+}
+
 ForwardTensors forward_tensors(const LayerCall& call, const at::Tensor& tokens,
                                const RoutingTensors& routing, const at::Tensor& workspace,
                                const at::Tensor& rows, const at::Tensor& hidden,

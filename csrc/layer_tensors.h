@@ -25,6 +25,9 @@ struct MatrixGrad {
     bool is_added = false;  // to what weight holds, instead of written
 };
 
+// tokens [T, H].
+const void* token_pointer(const LayerCall& call, const at::Tensor& tokens);
+
 // tokens, output [T, H]; workspace [workspace().num_bytes] uint8; rows, results [R, H]; hidden and
 // each of pre [R, F]; pre is empty where backward needs none.
 ForwardTensors forward_tensors(const LayerCall& call, const at::Tensor& tokens,

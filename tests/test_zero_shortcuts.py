@@ -19,15 +19,12 @@ from comet_ds import engine_hooks, zero_norm, zero_shortcuts
 @contextlib.contextmanager
 def shortcuts(is_on: bool) -> Iterator[None]:
     """Have engines built meanwhile take the shortcuts, or not."""
-    names = "install_shortcuts", "install_reduction"
-    installed = {name: getattr(engine_hooks, name) for name in names}
-    for name, install in installed.items():
-        setattr(engine_hooks, name, install if is_on else lambda *_: None)
+    install = engine_hooks.install_shortcuts
+    engine_hooks.install_shortcuts = install if is_on else lambda *_: None
     try:
         yield
     finally:
-        for name, install in installed.items():
-            setattr(engine_hooks, name, install)
+        engine_hooks.install_shortcuts = install
 
 
 def check_same_bits(
