@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: python -m comet_ds COMMAND ..."""
+"""The command line: ``python -m comet_ds COMMAND ...``, or ``comet_ds COMMAND ...``."""
 
 from __future__ import annotations
 
@@ -7,25 +7,29 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-# Each module has main(arguments), and its docstring's first line says what it does.
-COMMANDS = {"checkpoint": "comet_ds.checkpoints.command"}
+# Each module of comet_ds.cli has main(arguments); its docstring's first line describes the command.
+COMMANDS = ("report", "bench", "tune", "simulate", "timeline", "dashboard", "checkpoint")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; without one, list them."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in COMMANDS:
-        importlib.import_module(COMMANDS[command]).main(rest)
+        _module(command).main(rest)
         return
-    lines = [f"  {name:<12} {_summary(module)}" for name, module in COMMANDS.items()]
-    text = "\n".join(["usage: python -m comet_ds COMMAND ...", *lines])
+    lines = [f"  {name:<12} {_summary(name)}" for name in COMMANDS]
+    text = "\n".join(["usage: python -m comet_ds COMMAND ...", "", *lines])
     if command not in ("-h", "--help"):
         sys.exit(f"unknown command {command!r}\n{text}")
-    print(text)
+    print(f"{text}\n\npython -m comet_ds COMMAND --help shows a command's options and examples.")
 
 
-def _summary(module: str) -> str:
-    return importlib.import_module(module).__doc__.split("\n")[0]
+def _module(command: str):
+    return importlib.import_module(f"comet_ds.cli.{command}")
+
+
+def _summary(command: str) -> str:
+    return _module(command).__doc__.split("\n")[0]
 
 
 if __name__ == "__main__":

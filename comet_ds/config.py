@@ -30,9 +30,9 @@ class CometConfig(BaseModel):
         timeout_s: seconds to wait for another rank of the expert parallel group before the error
             that names it. What only the device waits for (NCCL's all-to-alls, path "pipelined")
             has the process group's timeout.
-        tuning_table: file of ``comet_ds.tune``; None takes the user's (path "fused"). That of a
+        tuning_table: file of ``comet_ds tune``; None takes the user's (path "fused"). That of a
             group's first layer serves all its layers.
-        refine: measure division points that the table has not, in a run's first forwards, and keep
+        refine: measure CTA splits that the table has not, in a run's first forwards, and keep
             the best, also in the table (path "fused"). For all layers of a group if for its first.
         metrics: write metrics to DeepSpeed's monitor when one is enabled.
         metrics_interval: steps between two writes; None takes DeepSpeed's steps_per_print.

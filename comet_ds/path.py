@@ -11,11 +11,12 @@ import torch
 from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 
-from comet_ds.agreement import Answer, InputRules
 from comet_ds.config import CometConfig
-from comet_ds.exchange import Exchange, connect
-from comet_ds.gate import TopKGate
-from comet_ds.gradients import BackwardNeeds
+from comet_ds.fused.peer.exchange import Exchange, connect
+from comet_ds.fused.peer.host_status import RankStatus
+from comet_ds.gate.topk_gate import TopKGate
+from comet_ds.ranks.gradients import BackwardNeeds
+from comet_ds.validation import InputRules
 
 # Where memory is reserved for all tokens on one rank, "auto" takes so many times the even share.
 MAX_SLACK = 2
@@ -122,12 +123,12 @@ class PathChoice:
         if self.config.path in ("reference", "pipelined"):
             return Decision(self.config.path)
         reason = exchange if isinstance(exchange, str) else why_not()
-        answers: list[Answer] = []
+        answers: list[RankStatus] = []
         agreed = None
         if isinstance(exchange, Exchange):
             own_needs = needs() if reason is None else 0
-            mine = Answer(num_tokens, reason is None, (rules.OK, 0), own_needs)
-            answers = exchange.roll_call.call(mine)
+            mine = RankStatus(num_tokens, reason is None, (rules.OK, 0), own_needs)
+            answers = exchange.host_status.exchange(mine)
             rules.raise_first([answer.fault for answer in answers])
             agreed = BackwardNeeds.agree([answer.needs for answer in answers])
             refusing = [rank for rank, answer in enumerate(answers) if not answer.can_fuse]

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from deepspeed import comm as dist
 from torch import Tensor, nn
 
-from comet_ds.agreement import CountExchange
-from comet_ds.expert_calls import run_container, run_expert
-from comet_ds.gradients import anchor
-from comet_ds.waiting import BACKWARD, FORWARD
+from comet_ds.experts.calls import run_container, run_expert
+from comet_ds.pipelined.counts import CountExchange
+from comet_ds.ranks.gradients import anchor
+from comet_ds.ranks.waiting import BACKWARD, FORWARD
 
 
 def reference_moe(

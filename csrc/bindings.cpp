@@ -7,10 +7,10 @@
 #include <vector>
 
 #include "bindings.h"
-#include "device/tensor_map.h"
-#include "moe/combine.h"
-#include "moe/layer_call.h"
-#include "moe/route_plan.h"
+#include "host/layer_call.h"
+#include "host/tensor_map.h"
+#include "rows/combine.h"
+#include "rows/route_plan.h"
 
 namespace py = pybind11;
 

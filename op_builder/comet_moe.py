@@ -51,8 +51,7 @@ class CometMoEBuilder(CUDAOpBuilder):
 
     def sources(self) -> list[str]:
         """Return absolute paths: DeepSpeed resolves others against its own package."""
-        host = [*CSRC.glob("*.cpp"), *CSRC.glob("moe/*.cpp")]
-        return [str(path) for path in sorted((*host, *CSRC.glob("moe/*.cu")))]
+        return [str(path) for path in sorted((*CSRC.rglob("*.cpp"), *CSRC.rglob("*.cu")))]
 
     def include_paths(self) -> list[str]:
         """Return the root of the include paths used in csrc."""
@@ -208,7 +207,7 @@ class CometMoEBuilder(CUDAOpBuilder):
 
 
 class TimelineBuilder(CometMoEBuilder):
-    """Builds kernels that can record what their CTAs do when (``comet_ds.timeline``)."""
+    """Builds kernels that can record what their CTAs do when (``comet_ds timeline``)."""
 
     NAME = "comet_ds_moe_timeline"
 

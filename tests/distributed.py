@@ -146,3 +146,11 @@ def _reset_deepspeed() -> None:
             table.clear()
     groups.mpu = None
     groups.expert_tensor_parallel_world_size = 1
+
+
+def error_of(function, *args: Any) -> str:
+    try:
+        function(*args)
+    except ValueError as error:
+        return str(error)
+    return "no error"

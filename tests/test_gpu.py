@@ -14,7 +14,8 @@ from parity import build, oracle, run
 from tolerance import CURVE_ENDS, CURVE_NOISE, ERROR_RATIO, assert_close, relative_error
 from training import build_engine, config, train
 
-from comet_ds import MoE, row_ops
+from comet_ds import MoE
+from comet_ds.pipelined import row_ops
 
 HIDDEN, FFN = 64, 96
 EXPERTS = {

@@ -12,7 +12,7 @@ import pytest
 from deepspeed.ops.op_builder.builder import CUDAOpBuilder
 from torch.utils import cpp_extension
 
-from comet_ds import report
+from comet_ds.cli import report
 from comet_ds.op_builder import comet_moe, locks
 from comet_ds.op_builder.comet_moe import CometMoEBuilder
 
@@ -144,12 +144,12 @@ def test_report_says_how_to_clear_a_lock(
     ours = CometMoEBuilder().build_folder()
     process = start(TORCHS + OURS, ours)
     monkeypatch.setattr(CometMoEBuilder, "why_not", lambda self: None)
-    report.main()
+    report.main([])
     text = capsys.readouterr().out
     assert "stale lock   deepspeed_shm_comm is locked by nobody" in text
     assert f"process {process.pid} of " in text and " compiles them now" in text
     kill(process)
-    report.main()
+    report.main([])
     text = capsys.readouterr().out
     assert "whoever compiled them was killed: the next run does it again" in text
     assert text.count("stale lock") == 1, text

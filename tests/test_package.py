@@ -16,7 +16,7 @@ import pytest
 import torch
 from deepspeed.ops.op_builder.builder import CUDAOpBuilder
 
-from comet_ds import report
+from comet_ds.cli import report
 from comet_ds.op_builder.comet_moe import CSRC, CometMoEBuilder, TimelineBuilder
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +31,9 @@ def test_wheel_carries_everything(tmp_path: Path) -> None:
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    expected = {f"comet_ds/{p.relative_to(ROOT / 'comet_ds')}" for p in ROOT.glob("comet_ds/*.py")}
+    expected = {
+        f"comet_ds/{p.relative_to(ROOT / 'comet_ds')}" for p in ROOT.glob("comet_ds/**/*.py")
+    }
     expected |= {str("comet_ds" / p.relative_to(ROOT)) for p in ROOT.glob("op_builder/*.py")}
     expected |= {str("comet_ds" / p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.*")}
     assert expected <= names, expected - names
@@ -164,7 +166,7 @@ def test_compiled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     ("builder", "source"),
     [
         *((CometMoEBuilder(), path) for path in sorted(CSRC.rglob("*.cu"))),
-        (TimelineBuilder(), CSRC / "moe" / "expert_gemm_bfloat16.cu"),
+        (TimelineBuilder(), CSRC / "gemm" / "expert_gemm_bfloat16.cu"),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
@@ -185,19 +187,19 @@ def test_kernels_compile_without_spills_or_losses(
 def test_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Says what is there, why there are no kernels, and which path a layer takes."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    report.main()
+    report.main([])
     text = capsys.readouterr().out
     assert f"torch        {torch.__version__}" in text
     assert "kernels      no: no CUDA device" in text
     assert "path         pipelined, with PyTorch operations: no CUDA device" in text
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    report.main()
+    report.main([])
     text = capsys.readouterr().out
     reason = "the kernels need compute capability 9.0, this GPU has (8, 0)"
     assert f"path         pipelined, with PyTorch operations: {reason}" in text
     monkeypatch.setattr(CometMoEBuilder, "why_not", lambda self: None)
-    report.main()
+    report.main([])
     text = capsys.readouterr().out
     assert "compiled at first use in" in text or "compiled in" in text
     assert "path         fused with bf16 or fp16" in text

@@ -15,7 +15,7 @@ from tolerance import ERROR_RATIO, assert_close, relative_error
 from torch import nn
 
 from comet_ds import MoE
-from comet_ds.monitor import TokenCounter
+from comet_ds.observe.metrics import TokenCounter
 
 # ---- parity ------------------------------------------------------------------------------------
 
@@ -197,7 +197,7 @@ def test_only_kept_routes_travel(world) -> None:
 
 def check_overlap_order(rank: int, size: int) -> None:
     """Record starts, waits and expert runs: forward and backward interleave them."""
-    import comet_ds.pipelined as pipelined
+    import comet_ds.pipelined.forward as pipelined
 
     events = []
 

@@ -13,24 +13,28 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.pipe import PipelineModule
-from experts_zoo import randomize, sequential
+from experts_zoo import sequential
 from tolerance import CURVE_NOISE, assert_close, assert_few_steps
 from torch import nn
-from training import CLASSES, FFN, HIDDEN, NUM_EXPERTS, batches, build_engine, config, train
+from training import (
+    BF16,
+    CLASSES,
+    FFN,
+    HIDDEN,
+    NUM_EXPERTS,
+    OFFLOAD,
+    PipeMoE,
+    batches,
+    build_engine,
+    config,
+    train,
+    zero,
+)
 
 import comet_ds
 
 STEPS = 50
 CLIP = {"gradient_clipping": 0.1}
-BF16 = {"bf16": {"enabled": True}}
-OFFLOAD = {
-    "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
-    "zero_force_ds_cpu_optimizer": False,
-}
-
-
-def zero(stage: int, **more: Any) -> dict[str, Any]:
-    return {"zero_optimization": {"stage": stage, **more}}
 
 
 Curve = list[float]
@@ -214,28 +218,6 @@ def check_resharding(rank: int, size: int, folder: str) -> None:
 
 def test_checkpoint_loads_with_another_ep_size(world, tmp_path: Path) -> None:
     world(2).run(check_resharding, str(tmp_path))
-
-
-# ---- pipeline ----------------------------------------------------------------------------------
-
-
-class PipeMoE(nn.Module):
-    """A pipeline layer: one tensor in, one out.
-
-    The experts start different: as copies, and without l_aux in the loss, the gate's gradient would
-    be rounding noise, which Adam makes as large as any other.
-    """
-
-    def __init__(self, kind: str, rank: int) -> None:
-        super().__init__()
-        self.moe = CLASSES[kind](
-            HIDDEN, sequential(HIDDEN, FFN), num_experts=NUM_EXPERTS, ep_size=2, k=2
-        )
-        for i, expert in enumerate(self.moe.deepspeed_moe.experts.deepspeed_experts):
-            randomize(expert, seed=rank % 2 * self.moe.num_local_experts + i)
-
-    def forward(self, x):
-        return x + self.moe(x)[0]
 
 
 def check_pipeline(rank: int, size: int) -> float:

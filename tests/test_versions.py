@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from comet_ds import versions
-from comet_ds.versions import check_version
+from comet_ds import _compat as versions
+from comet_ds._compat import check_version
 
 SETUP = Path(__file__).parent.parent / "setup.py"
 

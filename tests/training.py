@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
-from experts_zoo import sequential
+from experts_zoo import randomize, sequential
 from torch import Tensor, nn
 
 import comet_ds
@@ -108,3 +108,36 @@ def train(
         engine.step()
         losses.append(loss.item())
     return losses
+
+
+BF16 = {"bf16": {"enabled": True}}
+OFFLOAD = {
+    "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "zero_force_ds_cpu_optimizer": False,
+}
+
+
+def zero(stage: int, **more: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage, **more}}
+
+
+# ---- pipeline ----------------------------------------------------------------------------------
+
+
+class PipeMoE(nn.Module):
+    """A pipeline layer: one tensor in, one out.
+
+    The experts start different: as copies, and without l_aux in the loss, the gate's gradient would
+    be rounding noise, which Adam makes as large as any other.
+    """
+
+    def __init__(self, kind: str, rank: int) -> None:
+        super().__init__()
+        self.moe = CLASSES[kind](
+            HIDDEN, sequential(HIDDEN, FFN), num_experts=NUM_EXPERTS, ep_size=2, k=2
+        )
+        for i, expert in enumerate(self.moe.deepspeed_moe.experts.deepspeed_experts):
+            randomize(expert, seed=rank % 2 * self.moe.num_local_experts + i)
+
+    def forward(self, x):
+        return x + self.moe(x)[0]

@@ -14,20 +14,20 @@ from parity import build, named_grads
 from torch import Tensor
 
 from comet_ds import MoE
-from comet_ds.exchange import Exchange
+from comet_ds.fused.peer.exchange import Exchange
 from comet_ds.kernels import load_kernels
-from comet_ds.overlap import Division, DivisionPoint
+from comet_ds.tuning.cost_model import CtaSplit, GemmSplit
 
-SENT = DivisionPoint(0, 0, 0.0)
+SENT = GemmSplit(0, 0, 0.0)
 BLOCK_BYTES = 2**26
 TIMEOUT_S = 20
 NUM_SMS = 132
 NUM_QUEUES = 8  # of a GPU: CUDA_DEVICE_MAX_CONNECTIONS
 
 
-def both_ways(division: Division) -> list[Division]:
+def both_ways(cta_split: CtaSplit) -> list[CtaSplit]:
     """Return the same with tokens sent, and with tokens pulled, as they always are in backward."""
-    return [division._replace(pull=pull) for pull in (SENT, division.pull_grad)]
+    return [cta_split._replace(pull=pull) for pull in (SENT, cta_split.pull_grad)]
 
 
 class VirtualMemory:
@@ -79,10 +79,10 @@ class VirtualGroup:
         for x, grad in zip(inputs, grads, strict=True):
             if alone is None or x.shape[0] in self._loaded:
                 continue
-            alone.exchanges[0].division = None
+            alone.exchanges[0].cta_split = None
             alone.run([x], [grad])
-            for division in both_ways(alone.layers[0].deepspeed_moe.fused.division):
-                alone.exchanges[0].division = division
+            for cta_split in both_ways(alone.layers[0].deepspeed_moe.fused.cta_split):
+                alone.exchanges[0].cta_split = cta_split
                 alone.run([x], [grad])
             self._loaded.add(x.shape[0])
 

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import set_default_mmap_options, skip_data
 
-from comet_ds.checkpoint_states import MASTERS
 from comet_ds.checkpoints.entries import UNKNOWN
 from comet_ds.checkpoints.files import BF16, FP16_FLAT, FP16_UNFUSED, ZERO, Checkpoint
 from comet_ds.checkpoints.groups import Elements, read_entries, read_groups
 from comet_ds.checkpoints.names import parse
+from comet_ds.checkpoints.states import MASTERS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

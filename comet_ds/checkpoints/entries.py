@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comet_ds.checkpoint_layout import NativeParameter
 from comet_ds.checkpoints.files import PLAIN, Checkpoint
+from comet_ds.checkpoints.layout import NativeParameter
 from comet_ds.checkpoints.names import parse
 
 Groups = list[list[NativeParameter]]

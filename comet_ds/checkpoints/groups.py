@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from comet_ds.checkpoint_flat import PARAM_ALIGNMENT_PADDINGS
-from comet_ds.checkpoint_layout import NativeParameter, have_same_settings, split_experts
-from comet_ds.checkpoint_states import MASTERS
 from comet_ds.checkpoints.entries import Groups, name_entries, native
 from comet_ds.checkpoints.files import ZERO, Checkpoint, offsets, to_global
+from comet_ds.checkpoints.flat_groups import FlatGroup, Piece, flatten
+from comet_ds.checkpoints.flat_states import PARAM_ALIGNMENT_PADDINGS
+from comet_ds.checkpoints.layout import NativeParameter, have_same_settings, split_experts
 from comet_ds.checkpoints.names import Topology, parse
-from comet_ds.flat_groups import FlatGroup, Piece, flatten
+from comet_ds.checkpoints.states import MASTERS
 
 
 def ep_size_of(group: Sequence[NativeParameter]) -> int | None:

@@ -17,16 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comet_ds.checkpoint_flat import partition_facts
-from comet_ds.checkpoint_layout import NativeParameter, split_experts
-from comet_ds.checkpoint_states import (
-    MASTERS,
-    copy_common,
-    put_step,
-    regroup_scheduler,
-    settings_of,
-    take_step,
-)
 from comet_ds.checkpoints.entries import Groups, native
 from comet_ds.checkpoints.files import (
     BF16,
@@ -38,6 +28,8 @@ from comet_ds.checkpoints.files import (
     offsets,
     to_global,
 )
+from comet_ds.checkpoints.flat_groups import FlatGroup, Piece, plan_moves
+from comet_ds.checkpoints.flat_states import partition_facts
 from comet_ds.checkpoints.groups import (
     Elements,
     ep_size_of,
@@ -47,8 +39,16 @@ from comet_ds.checkpoints.groups import (
     read_entries,
     read_groups,
 )
+from comet_ds.checkpoints.layout import NativeParameter, split_experts
 from comet_ds.checkpoints.names import Topology, parse, resize
-from comet_ds.flat_groups import FlatGroup, Piece, plan_moves
+from comet_ds.checkpoints.states import (
+    MASTERS,
+    copy_common,
+    put_step,
+    regroup_scheduler,
+    settings_of,
+    take_step,
+)
 
 
 def reshard(

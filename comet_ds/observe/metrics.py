@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Throughput and per-layer metrics, written through DeepSpeed's own monitor.
+
+Labels are ``comet_ds/<name>`` for ``RUN_METRICS`` and ``comet_ds_layer_<i>/<name>`` for
+``LAYER_METRICS``, at the x-axis value DeepSpeed uses (``engine.global_samples``). <i> counts the
+MoE layers of rank 0's pipeline stage.
+
+Throughput is the mean since the last write; tokens are counted at the first MoE layer, of either
+class, and are not written where there is none. Layer values are those of comet_ds layers in the
+last forward before the write, over rank 0's expert parallel group. Times are rank 0's, of layers of
+either class, means over the forwards of the step before the write.
+
+A W&B run is also told which MoE layer it has (``comet_ds`` in its config), to group and compare by.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.moe.layer import MoE as DeepSpeedMoE
+from deepspeed.monitor.monitor import Monitor
+from deepspeed.utils import groups, logger
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
+from torch import Tensor, nn
+
+from comet_ds.fused.peer.exchange import ExposureMeter
+from comet_ds.layer import MOELayer
+from comet_ds.observe.cta_timeline import LayerRecorder, Timeline, describe, write
+from comet_ds.observe.layer_timer import LayerTimer
+from comet_ds.ranks.setup import agree_on_setup
+from comet_ds.tuning.cost_model import Traffic
+
+RUN_METRICS = {
+    "tokens_per_s": "tokens of all data parallel ranks per second",
+    "tflops_per_gpu": "TFLOP/s of a GPU: 6 FLOP a token and active parameter, no attention scores",
+    "model_flop_utilisation": "tflops_per_gpu over the GPU's dense bf16 peak, where that is known",
+    "step_time_ms": "wall time of a step, ms",
+}
+LAYER_METRICS = {
+    "forward_ms": "time of the layer's forward, gate included, ms",
+    "backward_ms": "time of its backward, ms",
+    "exposed_forward_ms": "fused between ranks: of forward, communication not hidden, ms",
+    "exposed_backward_ms": "of backward, ms",
+    "hidden_share_forward": "1 - exposed over the link's time alone; below 0 if a rank is late",
+    "hidden_share_backward": "the same of backward",
+    "path": "0 reference, 1 pipelined, 2 fused, 3 DeepSpeed's own",
+    "l_aux": "auxiliary loss, mean over the ranks",
+    "load_imbalance": "rows of the fullest expert over the mean",
+    "dropped_share": "routes dropped over routes wanted",
+    "rows_received": "rows that reached this rank's experts",
+    "pull_ctas": "fused between ranks: CTAs that begin with pulling tokens, forward; 0: sent",
+    "push_ctas": "fused between ranks: CTAs set apart to push outputs",
+    "pull_grad_ctas": "fused between ranks: as pull_ctas, backward",
+    "push_grad_ctas": "fused between ranks: CTAs that begin with pushing gradients",
+}
+
+# Dense bf16 peak by what a device's name has in it, the first that fits, FLOP/s. Source: NVIDIA's
+# data sheets.
+DEVICE_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,  # and GH200
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+}
+
+TIMELINE_FOLDER = Path("comet_ds_timeline")
+PATH_CODES = {"reference": 0, "pipelined": 1, "fused": 2, "deepspeed": 3}
+DEFAULT_INTERVAL = 10
+
+
+def attach_metrics(
+    engine: Any, *, interval: int | None = None, timeline_step: int | None = None
+) -> MetricsWriter:
+    """Write metrics of an engine's MoE layers to its monitor from now on.
+
+    Call it on all ranks. ``comet_ds.initialize`` does where a monitor is enabled.
+
+    Args:
+        engine: a DeepSpeed engine whose configuration enables a monitor.
+        interval: optimizer steps between two writes; None takes ``steps_per_print``, or 10 where
+            that is not set either.
+        timeline_step: optimizer step of which rank 0 records its first MoE layer's timeline, into
+            ``TIMELINE_FOLDER`` and the W&B run; needs ``kernels.use_timeline_kernels`` before the
+            first forward.
+
+    Raises:
+        ValueError: no monitor is enabled, the engine has metrics already, or the ranks disagree
+            about the interval.
+    """
+    if not engine.monitor.enabled:
+        raise ValueError("no monitor is enabled: set wandb, tensorboard or csv_monitor in the JSON")
+    if isinstance(getattr(engine._take_model_step, "__self__", None), MetricsWriter):
+        raise ValueError("the engine has metrics already")
+    interval = interval or engine.steps_per_print() or DEFAULT_INTERVAL
+    agree_on_setup({"metrics_interval": interval}, range(dist.get_world_size()))
+    return MetricsWriter(engine, interval, timeline_step)
+
+
+class TokenCounter:
+    """Counts the tokens that enter a layer in training, on this rank.
+
+    Attributes:
+        num_tokens: tokens so far. A forward that activation checkpointing runs again, in backward,
+            is not counted again.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.num_tokens = 0
+        layer.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        if layer.training and torch._C._current_graph_task_id() == -1:
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            self.num_tokens += hidden_states.shape[:-1].numel()
+
+
+def flop_per_token(module: nn.Module) -> float:
+    """Return the FLOP of forward and backward a token takes in a rank's part of a model.
+
+    2 a parameter forward, 2 for its gradient, 2 for the input's; of experts as many as a token is
+    routed to. Embeddings that no linear layer shares, biases and norms count nothing, nor do
+    attention scores and what activation checkpointing runs again.
+    """
+    share: dict[int, float] = {}
+    # The ranks of a tensor parallel group share a token's routes where they have whole experts.
+    is_whole = groups._get_expert_model_parallel_world_size() == 1
+    num_sharing = bwc_tensor_model_parallel_world_size(groups.mpu) if is_whole else 1
+    linears = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)}
+    for child in module.modules():
+        if isinstance(child, nn.Embedding) and id(child.weight) not in linears:
+            share[id(child.weight)] = 0.0
+        if isinstance(child, DeepSpeedMoE):
+            per_expert = child.deepspeed_moe.gate.k / child.num_local_experts / num_sharing
+            share |= {id(p): per_expert for p in child.deepspeed_moe.experts.parameters()}
+    matrices = [p for p in module.parameters() if p.dim() >= 2]
+    return sum((4 + 2 * p.requires_grad) * p.numel() * share.get(id(p), 1.0) for p in matrices)
+
+
+def device_flops(device: torch.device) -> float | None:
+    """Return a device's dense bf16 peak in FLOP/s, None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for key, flops in DEVICE_FLOPS.items() if key in name), None)
+
+
+def layer_label(index: int) -> str:
+    """Return what a layer's labels begin with: W&B gives each such prefix a section, by name."""
+    return f"comet_ds_layer_{index:02d}"
+
+
+class MetricsWriter:
+    """Writes every metric every ``interval`` optimizer steps.
+
+    Steps in between cost some integer arithmetic on the host and never wait for the device; a step
+    that writes does, and issues a small all-reduce a layer and one more.
+    """
+
+    def __init__(self, engine: Any, interval: int, timeline_step: int | None = None) -> None:
+        self.engine, self.interval, self.timeline_step = engine, interval, timeline_step
+        modules = [m for m in engine.module.modules() if isinstance(m, DeepSpeedMoE)]
+        self.layers = [m.deepspeed_moe for m in modules]
+        self._counter = TokenCounter(modules[0]) if modules else None
+        self._timers = [LayerTimer(m) for m in modules]
+        self._flop_per_token = flop_per_token(engine.module)
+        self._device_flops = device_flops(torch.device(engine.device))
+        self._recorder = None
+        if modules and dist.get_rank() == 0:
+            self._describe_run(modules[0])
+            if timeline_step is not None:
+                self._recorder = LayerRecorder(modules[0], self._is_timeline_step)
+        self._num_steps = 0
+        self._arm()
+        self._since = time.perf_counter()
+        # Both DeepSpeed's engine and its pipeline engine take their optimizer step here.
+        self._take_model_step = engine._take_model_step
+        engine._take_model_step = self._step
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        result = self._take_model_step(*args, **kwargs)
+        self._num_steps += 1
+        if self._recorder is not None and self.engine.global_steps >= self.timeline_step:
+            self._write_timeline(self._recorder.read_timeline())
+            self._recorder = None
+        if self._num_steps == self.interval:
+            self.write()
+        self._arm()
+        return result
+
+    def _arm(self) -> None:
+        """Have the layers timed in the step before a write."""
+        is_armed = self._num_steps == self.interval - 1
+        for layer, timer in zip(self.layers, self._timers, strict=True):
+            timer.is_armed = is_armed
+            if isinstance(layer, MOELayer):
+                is_metered = is_armed and layer.path == "fused" and layer.fused.shape is not None
+                layer.fused.meter = ExposureMeter(self.engine.device) if is_metered else None
+
+    def _is_timeline_step(self) -> bool:
+        return self.engine.global_steps + 1 == self.timeline_step
+
+    def write(self) -> None:
+        """Collect and write now. Collective over all ranks; waits for the device."""
+        metrics: dict[str, float] = {}
+        for index, (layer, timer) in enumerate(zip(self.layers, self._timers, strict=True)):
+            values = timer.read()
+            if isinstance(layer, MOELayer) and layer.routing is not None:
+                values |= _layer_metrics(layer)
+            metrics |= {f"{layer_label(index)}/{name}": v for name, v in values.items()}
+        counted = self._counter.num_tokens if self._counter else 0
+        num_tokens = torch.tensor([counted], device=self.engine.device)
+        dist.all_reduce(num_tokens, group=groups._get_data_parallel_group())
+        total = int(num_tokens)  # waits for the device, so the time is read behind it
+        now = time.perf_counter()
+        seconds = now - self._since
+        values = {"step_time_ms": 1e3 * seconds / max(self._num_steps, 1)}
+        if total:
+            num_replicas = dist.get_world_size(group=groups._get_data_parallel_group())
+            flops = self._flop_per_token * total / num_replicas / seconds
+            values |= {"tokens_per_s": total / seconds, "tflops_per_gpu": flops / 1e12}
+            if self._device_flops:
+                values["model_flop_utilisation"] = flops / self._device_flops
+        metrics |= {f"comet_ds/{name}": value for name, value in values.items()}
+        self._since, self._num_steps = now, 0
+        if self._counter:
+            self._counter.num_tokens = 0
+        self._log(metrics)
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        """Hand the metrics to every monitor.
+
+        W&B gets all in one record; ``write_events`` would send it each by itself.
+        """
+        monitor, step = self.engine.monitor, self.engine.global_samples
+        events = [(name, value, step) for name, value in metrics.items()]
+        if self._wandb() is None:
+            monitor.write_events(events)
+            return
+        monitor.wandb_monitor.log(metrics, step=step)
+        for other in vars(monitor).values():
+            if isinstance(other, Monitor) and other is not monitor.wandb_monitor:
+                other.write_events(events)
+
+    def _wandb(self) -> ModuleType | None:
+        """Return wandb where a run is under way."""
+        monitor = self.engine.monitor.wandb_monitor
+        if monitor is None or not monitor.enabled:
+            return None
+        import wandb
+
+        return wandb
+
+    def _write_timeline(self, timeline: Timeline | None) -> None:
+        """Write what the first layer's CTAs did in a step."""
+        step = self.timeline_step
+        if timeline is None or not timeline.spans:
+            path = getattr(self.layers[0], "path", "DeepSpeed's own")
+            why = f"this is step {self.engine.global_steps}, the layer's path is {path}"
+            logger.warning(f"comet_ds: no timeline of step {step}: {why}")
+            return
+        title = f"first MoE layer, step {step}, rank 0"
+        try:
+            written = write(timeline, TIMELINE_FOLDER / f"step_{step}", title)
+        except OSError as error:
+            logger.warning(f"comet_ds: no timeline of step {step}: {error}")
+            return
+        files = ", ".join(map(str, written))
+        logger.warning(f"comet_ds: timeline of step {step} in {files}\n{describe(timeline)}")
+        if (wandb := self._wandb()) is None:
+            return
+        rows = [
+            [s.gemm, s.end_us - s.start_us, s.computing, s.communicating, s.hidden]
+            for s in timeline.summaries()
+        ]
+        columns = ["pass", "us", "computing", "communicating", "hidden share"]
+        logged = {"comet_ds/timeline_launches": wandb.Table(columns=columns, data=rows)}
+        if pictures := [path for path in written if path.suffix == ".png"]:
+            logged["comet_ds/timeline"] = wandb.Image(str(pictures[0]), caption=title)
+        if (hidden := timeline.hidden_share()) is not None:
+            logged["comet_ds/timeline_hidden_share"] = hidden
+        wandb.log(logged, step=self.engine.global_samples)
+
+    def _describe_run(self, moe: DeepSpeedMoE) -> None:
+        """Tell a W&B run what it runs."""
+        if (wandb := self._wandb()) is None:
+            return
+        facts = {
+            "moe": "comet_ds" if isinstance(moe.deepspeed_moe, MOELayer) else "deepspeed",
+            "num_moe_layers": len(self.layers),
+            "num_experts": moe.num_experts,
+            "top_k": moe.deepspeed_moe.gate.k,
+            "ep_size": moe.ep_size,
+            "world_size": dist.get_world_size(),
+        }
+        wandb.run.config.update({"comet_ds": facts}, allow_val_change=True)
+
+
+def _layer_metrics(layer: MOELayer) -> dict[str, float]:
+    """Return a layer's metrics over its EP group; one all-reduce, one wait."""
+    routing = layer.routing
+    num_experts = routing.exp_counts.numel()
+    ids = routing.topk_ids.flatten() + 1  # bin 0 takes the dropped routes
+    bins = torch.zeros(num_experts + 1, dtype=torch.float64, device=ids.device)
+    bins.scatter_add_(0, ids, torch.ones_like(ids, dtype=bins.dtype))
+    wanted = routing.exp_counts.sum(dtype=bins.dtype).view(1)
+    message = torch.cat([bins[1:], wanted, routing.l_aux.to(bins.dtype).view(1)])
+    if layer.ep_size > 1:
+        dist.all_reduce(message, group=layer._group())
+    *rows, wanted, l_aux = message.tolist()
+    total = sum(rows)
+    local = layer.num_local_experts
+    first = local * dist.get_rank(group=layer._group()) if layer.ep_size > 1 else 0
+    received = sum(rows[first : first + local])
+    if groups._get_expert_model_parallel_world_size() == 1:
+        # The ranks of a tensor parallel group hold the same routes and share them.
+        received /= bwc_tensor_model_parallel_world_size(groups.mpu)
+    return {
+        "path": PATH_CODES[layer.path],
+        "l_aux": l_aux / layer.ep_size,
+        "load_imbalance": max(rows) * num_experts / total if total else 0.0,
+        "dropped_share": 1 - total / wanted if wanted else 0.0,
+        "rows_received": received,
+        **_cta_split(layer),
+        **_exposure(layer),
+    }
+
+
+def _exposure(layer: MOELayer) -> dict[str, float]:
+    """Return what communication took from computation, where that was measured; waits."""
+    fused = layer.fused
+    if fused.meter is None or fused.shape is None:
+        return {}
+    wire_ms = 2e3 * Traffic.expected(fused.shape).wire_seconds()
+    result = {}
+    for direction, ms in fused.meter.read(fused.shape.num_sms).items():
+        result[f"exposed_{direction}_ms"] = ms
+        if wire_ms:
+            result[f"hidden_share_{direction}"] = 1 - ms / wire_ms
+    return result
+
+
+def _cta_split(layer: MOELayer) -> dict[str, float]:
+    """Return the CTAs that communicate, where the last forward had any."""
+    cta_split = layer.fused.cta_split
+    if layer.path != "fused" or cta_split is None:
+        return {}
+    return {f"{what}_ctas": choice.num_comm_ctas for what, choice in cta_split._asdict().items()}

@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+// The grouped GEMMs of float16.
+#include "gemm/expert_gemm_launch.cuh"
+
+namespace comet_ds {
+
+template void launch_expert_gemm<__half>(const ExpertGemmVariant&, const GemmLauncher&);
+
+}  // namespace comet_ds

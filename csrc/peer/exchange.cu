@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launchers of exchange.cuh.
+#include "peer/exchange.cuh"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "host/launch.h"
+
+namespace comet_ds {
+namespace {
+
+// Calls `run` with a value of the element type and whether sums are weighted.
+template <typename F>
+void specialise(DType dtype, bool is_weighted, const F& run) {
+    const auto with_type = [&](auto element) {
+        is_weighted ? run(element, std::true_type{}) : run(element, std::false_type{});
+    };
+    dtype == DType::kBFloat16 ? with_type(__nv_bfloat16{}) : with_type(__half{});
+}
+
+}  // namespace
+
+void publish(const CopyParams& p, cudaStream_t stream) {
+    constexpr int kThreads = 256, kMaxBlocks = 1056;
+    int64_t num_vectors = 1;
+    for (int i = 0; i < p.num_copies; ++i) num_vectors += p.num_bytes[i] / sizeof(uint4);
+    const unsigned num_blocks =
+        std::min<int64_t>((num_vectors + kThreads - 1) / kThreads, kMaxBlocks);
+    launch("publish", publish_kernel, {num_blocks, kThreads}, stream, p);
+}
+
+void send(const void* from, void* to, int64_t num_bytes, cudaStream_t stream) {
+    check(cudaMemcpyAsync(to, from, num_bytes, cudaMemcpyDefault, stream), "send");
+}
+
+void meet(const MeetParams& params, cudaStream_t stream) {
+    launch("meet", meet_kernel, {1, kMaxRanks}, stream, params);
+}
+
+void push_sums(const Communication& c, bool is_weighted, int num_sms, cudaStream_t stream) {
+    specialise(c.exchange.dtype, is_weighted, [&](auto element, auto weighted) {
+        using T = decltype(element);
+        constexpr size_t kSmemBytes = kPushWarps * sizeof(PushRing<T>);
+        launch("push_sums", push_sums_kernel<T, weighted.value>,
+               {unsigned(num_sms), kPushWarps * 32, kSmemBytes}, stream, c);
+    });
+}
+
+void sum_partials(const ExchangeParams& p, const void* rows, bool is_weighted, void* output,
+                  cudaStream_t stream) {
+    const unsigned num_tokens = p.sources.source[p.sources.rank].num_tokens;
+    if (num_tokens == 0) return;
+    specialise(p.dtype, is_weighted, [&](auto element, auto weighted) {
+        using T = decltype(element);
+        launch("sum_partials", sum_partials_kernel<T, weighted.value>, {num_tokens, kSumThreads},
+               stream, p, static_cast<const T*>(rows), static_cast<T*>(output));
+    });
+}
+
+}  // namespace comet_ds
