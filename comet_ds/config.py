@@ -34,6 +34,10 @@ class CometConfig(BaseModel):
             group's first layer serves all its layers.
         refine: measure CTA splits that the table has not, in a run's first forwards, and keep
             the best, also in the table (path "fused"). For all layers of a group if for its first.
+        max_rows_factor: most rows a rank computes without dropping, as a multiple of the even share
+            of all ranks' routes (path "fused", ep_size above 1). Memory is reserved for them, a
+            routing that exceeds them is an error, and CUDA graphs can capture the layer. None
+            reads the number of rows on the host in every forward and allocates what they need.
         metrics: write metrics to DeepSpeed's monitor when one is enabled.
         metrics_interval: steps between two writes; None takes DeepSpeed's steps_per_print.
         timeline_step: step of which the first layer's timeline is recorded (path "fused"); the
@@ -50,6 +54,7 @@ class CometConfig(BaseModel):
     timeout_s: float = Field(default=600, gt=0, le=10**6)
     tuning_table: str | None = None
     refine: bool = False
+    max_rows_factor: float | None = Field(default=None, ge=1)
     metrics: bool = True
     metrics_interval: int | None = Field(default=None, ge=1)
     timeline_step: int | None = Field(default=None, ge=1)

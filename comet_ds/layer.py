@@ -222,6 +222,7 @@ class MoE(deepspeed_layer.MoE):
             "exact_gate": config.exact_gate,
             "timeout_s": config.timeout_s,
             "refine": config.refine,
+            "max_rows_factor": config.max_rows_factor,
         }
 
     def _tag_experts(self) -> None:

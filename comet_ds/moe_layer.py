@@ -28,6 +28,8 @@ from comet_ds.experts.stacked import StackedExperts
 from comet_ds.fused.experts import FusedExperts
 from comet_ds.fused.peer.exchange import Exchange
 from comet_ds.fused.peer.host_status import RankStatus
+from comet_ds.fused.refusal import Refusal
+from comet_ds.fused.weights import ExpertWeights
 from comet_ds.gate.routing import Routing
 from comet_ds.gate.topk_gate import TopKGate
 from comet_ds.interop.kept import Kept
@@ -96,7 +98,7 @@ class MOELayer(sharded_moe.MOELayer):
         sizes = (self.ep_size, self.num_local_experts)
         self.choice = PathChoice(config, *sizes, self.gate)
         self.chunks = ChunkChoice(config, *sizes, self.gate, self.experts)
-        self.fused = FusedExperts(self.expert_modules())
+        self.fused = FusedExperts(config.max_rows_factor)
         self.runner = ExpertRunner(self.expert_modules(), grouped_gemm=config.grouped_gemm)
         self.overrides = Overrides()
         self.wrapper_check = WrapperCheck(self.experts)
@@ -167,28 +169,30 @@ class MOELayer(sharded_moe.MOELayer):
             if self.experts.is_stacked:
                 self.wrapper_check.check_stacks()
             self.experts.check_frozen()
-        rules = self._input_rules()
-        exchange = self.choice.connect(group, rules)
+        fits = hidden_states.shape[-1:] == (self.hidden_size,)
+        x = hidden_states.reshape(-1, self.hidden_size) if fits else None
+        exchange = self.choice.connect(group, self._weight().device)
+        weights = self._recognise(x, exchange)
+        rules = self._input_rules(weights)
         if rules.check(hidden_states, used_token)[0] != rules.OK:
             rules = self._input_rules(is_fresh=True)  # modules may have been put in
             fault = rules.check(hidden_states, used_token)
             if fault[0] != rules.OK:
                 self._raise_everywhere(fault, rules, group, exchange)
         with self._timed(sharded_moe.MOE_TIMER), _current(hidden_states.device):
-            x = hidden_states.reshape(-1, hidden_states.shape[-1])
-            why_not = functools.partial(self._why_not_fused, x)
             needs = functools.partial(self._fused_needs, x)
-            decision = self.choice.choose(why_not, needs, x.shape[0], exchange, rules)
+            decision = self.choice.choose(weights, needs, x.shape[0], exchange, rules)
             # Module.__setattr__ looks every one of these up in three tables.
-            state, gate, fused = self.__dict__, self.gate, self.fused
+            state, gate, call = self.__dict__, self.gate, None
             state["path"], state["_reason"] = decision.path, decision.why_not_fused
-            is_fused = decision.path == "fused"
-            if is_fused:
-                if self._announced is not fused.weights:
-                    self._announce(fused.describe())
-                    state["_announced"] = fused.weights
-                num_tokens = decision.num_tokens or (x.shape[0],)
-                x, call = fused.begin(x, exchange, num_tokens, gate, decision.needs)
+            if decision.path == "fused":
+                if self._announced is not decision.weights:
+                    self._announce(f"{decision.weights.describe()} experts")
+                    state["_announced"] = decision.weights
+                peers = exchange if isinstance(exchange, Exchange) else None
+                sizes = decision.num_tokens, gate
+                call = self.fused.prepare(decision.weights, *sizes, peers, decision.needs)
+                x = call.begin(x)
             if found.gate is None:
                 routing = gate.route(x, used_token)
                 l_aux = routing.l_aux
@@ -198,8 +202,8 @@ class MOELayer(sharded_moe.MOELayer):
                 routing, l_aux = call_gate(gate, found, x, used_token, *options)
             state["_kept"] = kept = Kept(l_aux, routing.exp_counts)
             state["routing"] = routing.detach()
-            if is_fused:
-                output = fused.run(routing, call)
+            if call is not None:
+                output = call.run(routing)
             else:
                 output = self._run_tensor_parallel(x, routing, group, rules)
         if self.wall_clock_breakdown:
@@ -208,14 +212,20 @@ class MOELayer(sharded_moe.MOELayer):
         kept.leave_graph_to(output)
         return output
 
-    def _why_not_fused(self, x: Tensor) -> str | None:
+    def _recognise(
+        self, x: Tensor | None, exchange: Exchange | Refusal | None
+    ) -> ExpertWeights | Refusal:
+        """Return the experts' weights for the fused path, or why it cannot be taken."""
+        if isinstance(exchange, Refusal):
+            return exchange
+        if not self.choice.may_fuse or x is None:
+            return Refusal("the configuration pins another path")
         if (reason := self.overrides.why_not_fused()) is not None:
-            return reason
-        self.fused.experts = self.experts.deepspeed_experts  # whatever stands there now
-        return self.fused.why_not(x)
+            return Refusal(reason)
+        return self.fused.recognise(self.experts.deepspeed_experts, x)
 
-    def _fused_needs(self, x: Tensor) -> int:
-        return find_needs(x, (x, self.gate.wg.weight), self.fused.weights.parameters)
+    def _fused_needs(self, x: Tensor, weights: ExpertWeights) -> int:
+        return find_needs(x, (x, self.gate.wg.weight), weights.parameters)
 
     def _note_overrides(self, found: Overrides) -> None:
         """Let the parts of the layer know what is there now."""
@@ -334,34 +344,33 @@ class MOELayer(sharded_moe.MOELayer):
             )
         return dist.get_world_group()
 
-    def _input_rules(self, *, is_fresh: bool = False) -> InputRules:
+    def _input_rules(
+        self, weights: ExpertWeights | Refusal | None = None, *, is_fresh: bool = False
+    ) -> InputRules:
         """Return what the input must be.
 
-        Kept from the last forward where the dtype of the experts is known for sure, because the
-        fused path has looked at them, and device and dtype are still the same.
-
         Args:
+            weights: of the experts; where the fused path knows them, their dtype is the input's and
+                the rules of the last forward hold as long as nothing differs.
             is_fresh: look at the experts again; those that are no recognised MLPs decide themselves
                 what they take, as in DeepSpeed.
         """
-        gate, weights, rules = self.gate, self.fused.weights, self._rules
-        wg = self._weight()
-        is_autocast = torch.is_autocast_enabled(wg.device.type)
-        takes_used_token = self.overrides.gate is None and gate.k == 1
-        is_known = rules is not None and weights is not None and not (is_fresh or is_autocast)
-        if is_known and weights.is_current():
-            found = weights.dtype, wg.device, self.hidden_size, takes_used_token
-            if (rules.dtype, rules.device, rules.hidden, rules.takes_used_token) == found:
+        wg, rules = self._weight(), self._rules
+        takes_used_token = self.overrides.gate is None and self.gate.k == 1
+        if isinstance(weights, ExpertWeights):
+            facts = self.hidden_size, weights.dtype, wg.device, takes_used_token
+            if rules is not None and rules.facts == facts:
                 return rules
-        dtypes = parameter_dtypes(next(iter(self.expert_modules()), self.experts))
-        is_open = len(dtypes) != 1 or is_autocast or (is_fresh and not self.runner.are_mlps())
-        rules = InputRules(
-            hidden=self.hidden_size,
-            dtype=None if is_open else dtypes.pop(),
-            device=wg.device,
-            takes_used_token=takes_used_token,
-        )
-        self.__dict__["_rules"] = rules
+        else:
+            dtypes = parameter_dtypes(next(iter(self.expert_modules()), self.experts))
+            is_open = (
+                len(dtypes) != 1
+                or torch.is_autocast_enabled(wg.device.type)
+                or (is_fresh and not self.runner.are_mlps())
+            )
+            dtype = None if is_open else dtypes.pop()
+            facts = self.hidden_size, dtype, wg.device, takes_used_token
+        self.__dict__["_rules"] = rules = InputRules(*facts)
         return rules
 
     def _weight(self) -> Tensor:
@@ -376,7 +385,7 @@ class MOELayer(sharded_moe.MOELayer):
         fault: tuple[int, int],
         rules: InputRules,
         group: Any,
-        exchange: Exchange | str | None,
+        exchange: Exchange | Refusal | None,
     ) -> None:
         """Raise, after telling the peers, which wait for this rank's answer or counts."""
         if isinstance(exchange, Exchange):

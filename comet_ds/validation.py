@@ -35,6 +35,11 @@ class InputRules:
 
     OK, HIDDEN, DTYPE, DEVICE, USED_TOKEN = range(5)
 
+    @property
+    def facts(self) -> tuple[int, torch.dtype | None, torch.device, bool]:
+        """The attributes, in their order."""
+        return self.hidden, self.dtype, self.device, self.takes_used_token
+
     def check(self, x: Tensor, used_token: Tensor | None) -> tuple[int, int]:
         """Return code and value of the first rule broken, ``(OK, 0)`` if none is."""
         if x.shape[-1:] != (self.hidden,):

@@ -6,14 +6,18 @@ Everything between ranks on the fused path runs as on real ones, but for NVLink.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest import mock
 
 import torch
 from parity import build, named_grads
 from torch import Tensor
 
 from comet_ds import MoE
+from comet_ds.fused.call import CallSizes
 from comet_ds.fused.peer.exchange import Exchange
 from comet_ds.kernels import load_kernels
 from comet_ds.tuning.cost_model import CtaSplit, GemmSplit
@@ -67,6 +71,7 @@ class VirtualGroup:
                 exchange.streams.set_side(stream.cuda_stream)
         self._alone = VirtualGroup(1, **options) if num_ranks > 1 else None
         self._loaded: set[int] = set()
+        self._gates = threading.Lock()  # they draw from one generator
         torch.cuda.synchronize()
 
     def load(self, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
@@ -75,38 +80,46 @@ class VirtualGroup:
         CUDA loads a kernel at its first launch and waits for what runs, which would wait for a rank
         that comes after.
         """
-        alone = self._alone
+        alone, counts = self._alone, not self.layers[0].deepspeed_moe.gate.drop_tokens
         for x, grad in zip(inputs, grads, strict=True):
             if alone is None or x.shape[0] in self._loaded:
                 continue
-            alone.exchanges[0].cta_split = None
-            alone.run([x], [grad])
-            for cta_split in both_ways(alone.layers[0].deepspeed_moe.fused.cta_split):
-                alone.exchanges[0].cta_split = cta_split
+            with mock.patch.object(CallSizes, "counts_rows", counts):
+                alone.exchanges[0].cta_split = None
                 alone.run([x], [grad])
+                for cta_split in both_ways(alone.layers[0].deepspeed_moe.fused.cta_split):
+                    alone.exchanges[0].cta_split = cta_split
+                    alone.run([x], [grad])
             self._loaded.add(x.shape[0])
 
     def forward(self, inputs: Sequence[Tensor], ranks: Sequence[int] | None = None) -> list[Tensor]:
         """Enqueue the forward of the ranks (of all, unless some are absent)."""
         num_tokens = tuple(x.shape[0] for x in inputs)
+        weights = []
         for layer, x in zip(self.layers, inputs, strict=True):  # tables are made with a host wait
-            fused = layer.deepspeed_moe.fused
-            fused.experts = layer.deepspeed_moe.experts.deepspeed_experts
-            assert fused.why_not(x) is None
+            moe = layer.deepspeed_moe
+            weights.append(moe.fused.recognise(moe.experts.deepspeed_experts, x))
             # All ranks' kernels fit on the GPU together, as on GPUs of their own.
-            fused.weights.num_sms = NUM_SMS // len(self.layers) // 2 * 2
+            weights[-1].num_sms = NUM_SMS // len(self.layers) // 2 * 2
         torch.cuda.synchronize()
-        outputs = []
-        for rank in range(len(self.layers)) if ranks is None else ranks:
+
+        def run(rank: int) -> tuple[Tensor, Tensor]:
             moe = self.layers[rank].deepspeed_moe
             with torch.cuda.stream(self.streams[rank]):
-                torch.manual_seed(7)
-                exchange, gate = self.exchanges[rank], moe.gate
-                x, call = moe.fused.begin(inputs[rank], exchange, num_tokens, gate)
-                routing = gate.route(x)
+                with self._gates:
+                    torch.manual_seed(7)
+                    sizes = (num_tokens, moe.gate, self.exchanges[rank])
+                    call = moe.fused.prepare(weights[rank], *sizes)
+                    routing = moe.gate.route(call.begin(inputs[rank]))
                 moe.routing = routing.detach()
-                outputs.append((moe.fused.run(routing, call), routing.l_aux))
-        return outputs
+                return call.run(routing), routing.l_aux
+
+        ranks = range(len(self.layers)) if ranks is None else ranks
+        if self.layers[0].deepspeed_moe.gate.drop_tokens:
+            return [run(rank) for rank in ranks]
+        # The host of each rank waits for the others' tables, to count its rows.
+        with ThreadPoolExecutor(len(ranks)) as pool:
+            return list(pool.map(run, ranks))
 
     def run(self, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """Run forward and backward; return what ``parity.run`` does, by rank."""

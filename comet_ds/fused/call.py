@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fused path prepares once for a layer and sizes, and then calls every step.
+"""One forward of the fused path, and the launches it shares with others of the same sizes.
+
+A ``FusedCall`` begins before the gate, so that tokens travel while the gate runs, and runs after
+it. Its autograd node is in csrc/autograd/experts_autograd.cpp, which launches the kernels through
+csrc/host/layer_call.cpp. The launches are prepared once for a layer and sizes (``prepare_call``).
 
 T tokens of this rank, T_all of all ranks of the expert parallel group, K routes per token, R rows,
 E experts of this rank. Rows are sorted by expert, within one by rank of the token, this one first,
@@ -13,6 +17,7 @@ Worked example, 2 experts, tokens routed to experts 1, 0, 1, row block 128: rows
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comet_ds.fused.peer.exchange import CallShape, Exchange
-from comet_ds.fused.weights import ACTIVATION_CODES, ExpertWeights
+from comet_ds.fused.peer.exchange import CallShape, Exchange, ExposureMeter
+from comet_ds.fused.weights import ACTIVATION_CODES, ALIGNMENT_BYTES, ExpertWeights
+from comet_ds.gate.routing import Routing
+from comet_ds.ranks.gradients import BackwardNeeds
 from comet_ds.tuning.cost_model import CtaSplit, LayerShape
+from comet_ds.tuning.online import Trial
 
 
 @dataclass(frozen=True)
@@ -33,12 +41,24 @@ class CallSizes:
         num_tokens: of every rank.
         capacities: most routes of a rank's tokens one expert keeps, by rank; None for no limit.
         top_k, num_experts: routes per token, experts of all ranks.
+        max_rows_factor: bound of a rank's rows where nothing is dropped, see ``CometConfig``.
     """
 
     num_tokens: tuple[int, ...]
     capacities: tuple[int, ...] | None
     top_k: int
     num_experts: int
+    max_rows_factor: float | None = None
+
+    @property
+    def counts_rows(self) -> bool:
+        """Whether memory is allocated for the rows a rank has, which the host has to read.
+
+        Otherwise it is allocated for the most rows that sizes allow. On a single rank without
+        dropping that is hardly more, because all routes stay on it.
+        """
+        no_bound = self.capacities is None and self.max_rows_factor is None
+        return no_bound and len(self.num_tokens) > 1
 
 
 @dataclass(frozen=True)
@@ -50,9 +70,10 @@ class PreparedCall:
             direction; they differ in where tokens lie, if copy engines send them in forward.
         weights: of the layer; the launches hold addresses of its tables.
         sizes: of the call.
-        max_rows: R.
+        max_rows: most rows, R, of a forward.
         exchange: of the expert parallel group; None where all experts are local.
-        shape, cta_split: what the CTA splits were chosen for, and they; None on one rank.
+        shape: what the CTA split was chosen for; None on a single rank.
+        cta_split: the choice; None on a single rank.
     """
 
     launches: Any
@@ -79,8 +100,7 @@ def prepare_call(
     """Prepare the launches of a layer. Collective where the group's memory has to grow."""
     rank = exchange.memory.rank if exchange is not None else 0
     num_local, block = weights.num_experts, weights.kernels.row_block
-    capacities = sizes.capacities
-    rows = max_rows(sizes.num_tokens, capacities, sizes.top_k, num_local, block)
+    rows = max_rows(sizes, num_local, block)
     fixed = {
         "hidden": weights.hidden,
         "ffn": weights.ffn,
@@ -88,6 +108,7 @@ def prepare_call(
         "num_all_experts": sizes.num_experts,
         "top_k": sizes.top_k,
         "max_rows": rows,
+        "counts_rows": sizes.counts_rows,
         "num_tokens": list(sizes.num_tokens),
         "rank": rank,
         "num_sms": weights.num_sms,
@@ -144,26 +165,100 @@ def layer_shape(weights: ExpertWeights, sizes: CallSizes, rank: int) -> LayerSha
     )
 
 
-def max_rows(
-    num_tokens: Sequence[int],
-    capacities: Sequence[int] | None,
-    top_k: int,
-    num_experts: int,
-    row_block: int,
-) -> int:
-    """Return R for the tokens of some ranks: what sizes alone allow.
+def max_rows(sizes: CallSizes, num_local_experts: int, row_block: int) -> int:
+    """Return the most rows that one rank's experts can have, a multiple of ``row_block``.
+
+    Worked example, two ranks of 100 tokens, top-1, one expert a rank, row block 128: 200 rows
+    without dropping, so 256; 50 with a capacity of 25 on each rank, so 128.
+    """
+    total = sum(sizes.num_tokens)
+    padding = num_local_experts * (row_block - 1)
+    # A token goes to an expert once at most.
+    rows = total * min(sizes.top_k, num_local_experts)
+    if sizes.max_rows_factor is not None:
+        even_share = total * sizes.top_k / len(sizes.num_tokens)
+        rows = min(rows, math.ceil(sizes.max_rows_factor * even_share))
+    rows += padding
+    if sizes.capacities is not None:
+        per_expert = sum(map(min, sizes.capacities, sizes.num_tokens))
+        rows = min(rows, num_local_experts * -(-per_expert // row_block) * row_block)
+    return max(rows // row_block, 1) * row_block
+
+
+class FusedCall:
+    """One forward of a layer and its backward: ``begin``, then the gate, then ``run``.
 
     Args:
-        num_tokens: of every rank.
-        capacities: most routes of a rank's tokens one expert keeps, by rank; None for no limit.
+        prepared: the launches.
+        trial: CTA splits to measure, if any.
+        needs: gradients that any rank needs; None on a single rank.
+        meter: measures exposed communication, if anyone asks.
     """
-    total = sum(num_tokens)
-    # A token goes to an expert once at most.
-    rows = total * min(top_k, num_experts) + num_experts * (row_block - 1)
-    if capacities is not None:
-        per_expert = sum(map(min, capacities, num_tokens))
-        rows = min(rows, num_experts * -(-per_expert // row_block) * row_block)
-    return max(rows // row_block, 1) * row_block
+
+    __slots__ = ("_meter", "_needs", "_prepared", "_side_stream", "_trial")
+
+    def __init__(
+        self,
+        prepared: PreparedCall,
+        trial: Trial | None = None,
+        needs: BackwardNeeds | None = None,
+        meter: ExposureMeter | None = None,
+    ) -> None:
+        self._prepared, self._trial, self._needs, self._meter = prepared, trial, needs, meter
+        self._side_stream = 0
+
+    def begin(self, x: Tensor) -> Tensor:
+        """Start bringing the tokens to the other ranks; return the input as the gate is to see it.
+
+        Args:
+            x: [T, H], the dtype of the weights.
+        """
+        x = _aligned(x)
+        exchange = self._prepared.exchange
+        if exchange is not None:
+            self._side_stream = exchange.streams.enter()
+            self._prepared.launches.forward.begin(tokens=x, side_stream=self._side_stream)
+        return x
+
+    def run(self, routing: Routing) -> Tensor:
+        """Compute the layer's output for this rank's tokens.
+
+        Waits on the host for the number of rows where ``CallSizes.counts_rows``.
+
+        Args:
+            routing: from the CUDA gate, for what ``begin`` has returned.
+
+        Returns:
+            [T, H] in the tokens' dtype. Gradients for them, the routing weights and every expert
+            parameter; the same input gives the same bits.
+        """
+        prepared, needs, weights = self._prepared, self._needs, routing.topk_weights
+        if needs is not None and needs.has_any and not self._has_backward(routing):
+            # Another rank's backward needs this one's, whatever is needed here.
+            weights = weights.detach().requires_grad_(torch.is_grad_enabled())
+        return prepared.weights.kernels.run_experts(
+            x=routing.tokens,
+            topk_weights=weights,
+            topk_ids=routing.topk_ids,
+            slot_in_expert=routing.slot_in_expert,
+            kept_counts=routing.kept_counts,
+            launches=prepared.launches,
+            prepared=prepared,
+            trial=self._trial,
+            meter=self._meter,
+            needs=needs if needs is not None and needs.absent is not None else None,
+            side_stream=self._side_stream,
+        )
+
+    def _has_backward(self, routing: Routing) -> bool:
+        needed = (routing.tokens, routing.topk_weights, *self._prepared.weights.parameters)
+        return torch.is_grad_enabled() and any(t.requires_grad for t in needed)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Return a contiguous tensor whose rows can be read 16 bytes at a time."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT_BYTES else tensor
 
 
 _ITEM_DTYPES = {

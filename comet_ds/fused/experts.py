@@ -1,25 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused path: a rank's experts on the kernels of csrc, forward and backward.
+"""The local experts of a layer on the fused path.
 
-Here it is decided whether the experts can take it, and what a call needs is prepared. What runs is
-the node of autograd's graph in csrc/autograd/experts_autograd.cpp, on the launches of
-csrc/host/layer_call.cpp.
+``recognise`` looks at the experts and the input: it returns the experts' weights as the kernels
+read them, or a ``Refusal``. ``prepare`` returns a ``FusedCall``, which runs one forward. The
+launches of a call depend on sizes alone and are remembered.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from comet_ds.experts.mlp import ExpertMLP, RecognisedExperts
-from comet_ds.fused.call import CallSizes, PreparedCall, layer_shape, prepare_call
+from comet_ds.fused.call import CallSizes, FusedCall, PreparedCall, layer_shape, prepare_call
 from comet_ds.fused.peer.exchange import Exchange, ExposureMeter
-from comet_ds.fused.weights import ALIGNMENT_BYTES, ExpertWeights, why_not_addressable
-from comet_ds.gate.routing import Routing
+from comet_ds.fused.refusal import Refusal
+from comet_ds.fused.weights import ExpertWeights, why_not_addressable
 from comet_ds.gate.topk_gate import TopKGate
 from comet_ds.kernels import load_kernels, why_no_kernels
 from comet_ds.ranks.gradients import BackwardNeeds
@@ -27,38 +26,24 @@ from comet_ds.tuning.cost_model import CtaSplit, LayerShape
 from comet_ds.tuning.online import Trial
 
 DTYPES = (torch.bfloat16, torch.float16)
-MAX_PREPARED = 64  # sizes of a layer whose launches are kept
-
-
-@dataclass(frozen=True)
-class FusedCall:
-    """One forward of a layer and its backward.
-
-    Attributes:
-        prepared: the launches.
-        trial: the CTA splits to measure, if any are.
-        side_stream: address of the stream of copies that run meanwhile, 0 on one rank.
-        needs: gradients that any rank needs; None on one rank.
-    """
-
-    prepared: PreparedCall
-    trial: Trial | None = None
-    side_stream: int = 0
-    needs: BackwardNeeds | None = None
+MAX_PREPARED = 64  # sizes of a layer whose launches are remembered
 
 
 class FusedExperts:
-    """The local experts of one layer on the fused path.
+    """What a layer remembers between its calls on the fused path.
+
+    Args:
+        max_rows_factor: see ``CometConfig``.
 
     Attributes:
-        experts: the layer's modules; looked at again on every call.
-        weights: their matrices; another object when they have changed, None before the first call.
+        weights: the experts' weights; another object when they have changed, None before the first
+            call and after a refusal.
         shape, cta_split: layer shape and CTA split of the last forward; None on a single rank.
-        meter: of what communication takes from computation, while anyone asks.
+        meter: measures exposed communication while metrics ask for it.
     """
 
-    def __init__(self, experts: Sequence[nn.Module]) -> None:
-        self.experts = experts
+    def __init__(self, max_rows_factor: float | None = None) -> None:
+        self.max_rows_factor = max_rows_factor
         self._recognised = RecognisedExperts()
         self.weights: ExpertWeights | None = None
         self._prepared: dict[Any, PreparedCall] = {}
@@ -68,146 +53,112 @@ class FusedExperts:
 
     def __reduce__(self) -> tuple[type, tuple]:
         """Make tables anew in copies."""
-        return FusedExperts, (self.experts,)
+        return FusedExperts, (self.max_rows_factor,)
 
-    def why_not(self, x: Tensor) -> str | None:
-        """Return why the experts cannot take the fused path with this input, None where they can.
+    def recognise(self, experts: Sequence[nn.Module], x: Tensor) -> ExpertWeights | Refusal:
+        """Return the weights of the experts, or why they cannot take the fused path with an input.
 
-        Looks at the experts: cheap as long as they have not changed.
-        """
-        if x.device.type != "cuda":
-            return f"it needs a CUDA device, not {x.device.type}"
-        if x.dtype not in DTYPES:
-            return f"it needs bfloat16 or float16, not {x.dtype}"
-        if torch.is_autocast_enabled(x.device.type):
-            return "it does not know autocast"
-        kernels = load_kernels(x.device)
-        if kernels is None:
-            return f"it has no kernels: {why_no_kernels()}"
-        mlps = self._recognised.find(self.experts, kernels.ModuleWatch)
-        if isinstance(mlps, str):
-            return mlps
-        if not kernels.can_plan(len(mlps), 1):
-            return f"a plan has no room for {len(mlps)} experts"
-        if not self._fits(mlps, x):
-            self.weights = None
-            self._prepared.clear()
-            if reason := why_not_addressable(mlps, x):
-                return reason
-            self.weights = ExpertWeights(mlps, kernels)
-        return None
-
-    def _fits(self, mlps: Sequence[ExpertMLP], x: Tensor) -> bool:
-        """Whether the tables made last are right for these experts and this input."""
-        weights = self.weights
-        return (
-            weights is not None
-            and weights.mlps == mlps  # train and eval mode have lists of their own, often equal
-            and (weights.dtype, weights.device) == (x.dtype, x.device)
-            and weights.is_current()
-        )
-
-    def describe(self) -> str:
-        """Return a phrase for the log line."""
-        stacked = "stacked " if self.weights.weights["up"].is_stacked else ""
-        return f"{stacked}{self.weights.mlps[0].describe()} experts"
-
-    def begin(
-        self,
-        x: Tensor,
-        exchange: Exchange | None,
-        num_tokens: tuple[int, ...],
-        gate: TopKGate,
-        needs: BackwardNeeds | None = None,
-    ) -> tuple[Tensor, FusedCall]:
-        """Send the input on its way to the other ranks while the gate runs.
+        Cheap as long as the experts have not changed.
 
         Args:
-            x: [T, H], what ``why_not`` has accepted.
-            exchange: of the expert parallel group, whose ranks all make this call; None where all
-                experts are local.
+            experts: the layer's local experts.
+            x: [..., H].
+        """
+        if x.device.type != "cuda":
+            return Refusal(f"it needs a CUDA device, not {x.device.type}")
+        if x.dtype not in DTYPES:
+            return Refusal(f"it needs bfloat16 or float16, not {x.dtype}")
+        if torch.is_autocast_enabled(x.device.type):
+            return Refusal("it does not know autocast")
+        kernels = load_kernels(x.device)
+        if kernels is None:
+            return Refusal(f"it has no kernels: {why_no_kernels()}")
+        mlps = self._recognised.find(experts, kernels.ModuleWatch)
+        if isinstance(mlps, str):
+            return Refusal(mlps)
+        weights = self.weights
+        if weights is not None and _are_weights_of(weights, mlps, x):
+            return weights
+        self.weights = None
+        self._prepared.clear()
+        if not kernels.can_plan(len(mlps), 1):
+            return Refusal(f"a plan has no room for {len(mlps)} experts")
+        if reason := why_not_addressable(mlps, x):
+            return Refusal(reason)
+        self.weights = ExpertWeights(mlps, kernels)
+        return self.weights
+
+    def prepare(
+        self,
+        weights: ExpertWeights,
+        num_tokens: tuple[int, ...],
+        gate: TopKGate,
+        exchange: Exchange | None = None,
+        needs: BackwardNeeds | None = None,
+    ) -> FusedCall:
+        """Return a forward, ready to begin. Collective where the group's memory has to grow.
+
+        Args:
+            weights: what ``recognise`` has returned.
             num_tokens: T of every rank of the group.
             gate: the layer's.
+            exchange: of the expert parallel group, whose ranks all make this call; None where all
+                experts are local.
             needs: gradients that any of the ranks needs; None where all experts are local.
-
-        Returns:
-            The input as ``run`` reads it, and what ``run`` is to be given.
         """
-        x = _aligned(x)
         capacities = None
         if gate.drop_tokens:
             by_count = {count: gate.capacity(count) for count in set(num_tokens)}
             capacities = tuple(by_count[count] for count in num_tokens)
-        sizes = CallSizes(num_tokens, capacities, gate.k, gate.wg.weight.shape[0])
+        num_experts = gate.wg.weight.shape[0]
+        factor = None if gate.drop_tokens else self.max_rows_factor
+        sizes = CallSizes(num_tokens, capacities, gate.k, num_experts, factor)
         if exchange is None:
-            return x, FusedCall(self._prepare(sizes))
+            return FusedCall(self._launches(weights, sizes), meter=self.meter)
         trial = None
         if exchange.tuner is not None:
-            shape = layer_shape(self.weights, sizes, exchange.memory.rank)
-            trial = exchange.trial(shape, needs.has_any and needs.absent is None)
-        prepared = self._prepare(sizes, exchange, trial)
+            shape = layer_shape(weights, sizes, exchange.memory.rank)
+            has_backward = needs is not None and needs.has_any and needs.absent is None
+            trial = exchange.trial(shape, has_backward)
+        prepared = self._launches(weights, sizes, exchange, trial)
         self.shape, self.cta_split = prepared.shape, prepared.cta_split
-        side_stream = exchange.streams.enter()
-        prepared.launches.forward.begin(tokens=x, side_stream=side_stream)
         is_measured = trial is not None and trial.samples
-        return x, FusedCall(prepared, trial if is_measured else None, side_stream, needs)
+        return FusedCall(prepared, trial if is_measured else None, needs, self.meter)
 
-    def _prepare(
-        self, sizes: CallSizes, exchange: Exchange | None = None, trial: Trial | None = None
+    def _launches(
+        self,
+        weights: ExpertWeights,
+        sizes: CallSizes,
+        exchange: Exchange | None = None,
+        trial: Trial | None = None,
     ) -> PreparedCall:
-        """Return the launches of some sizes, remembered as long as nothing moves."""
+        """Return the launches of some sizes, remembered as long as no memory moves."""
         if exchange is None:
-            key, cta_split = sizes, None
-        else:
-            cta_split = trial.cta_split if trial is not None else exchange.cta_split
-            key = exchange, sizes, cta_split, exchange.generation
+            if (found := self._prepared.get(sizes)) is None:
+                found = self._remember(sizes, prepare_call(weights, sizes))
+            return found
+        cta_split = trial.cta_split if trial is not None else exchange.cta_split
+        key = exchange, sizes, cta_split, exchange.generation
         if (found := self._prepared.get(key)) is None:
-            if exchange is not None and cta_split is None:
-                shape = layer_shape(self.weights, sizes, exchange.memory.rank)
+            if cta_split is None:
+                shape = layer_shape(weights, sizes, exchange.memory.rank)
                 cta_split = exchange.trial(shape, has_backward=True).cta_split
-            if len(self._prepared) >= MAX_PREPARED:
-                self._prepared.clear()
-            found = prepare_call(self.weights, sizes, exchange, cta_split)
-            if exchange is not None:  # the memory may have grown for it
-                key = (*key[:3], exchange.generation)
-            self._prepared[key] = found
+            found = prepare_call(weights, sizes, exchange, cta_split)
+            self._remember((*key[:3], exchange.generation), found)  # the memory may have grown
         return found
 
-    def _has_backward(self, *inputs: Tensor) -> bool:
-        needed = (*inputs, *self.weights.parameters)
-        return torch.is_grad_enabled() and any(t.requires_grad for t in needed)
-
-    def run(self, routing: Routing, call: FusedCall) -> Tensor:
-        """Compute the layer's output for this rank's tokens.
-
-        Args:
-            routing: from the CUDA gate, of what ``begin`` has returned.
-            call: what ``begin`` has returned.
-
-        Returns:
-            [T, H] in the tokens' dtype. Gradients for them, the routing weights and every expert
-            parameter; the same input gives the same bits.
-        """
-        prepared, needs, weights = call.prepared, call.needs, routing.topk_weights
-        if needs is not None and needs.has_any and not self._has_backward(routing.tokens, weights):
-            # Another rank's backward needs this one's: it is attached, whatever is needed here.
-            weights = weights.detach().requires_grad_(torch.is_grad_enabled())
-        return prepared.weights.kernels.run_experts(
-            x=routing.tokens,
-            topk_weights=weights,
-            topk_ids=routing.topk_ids,
-            slot_in_expert=routing.slot_in_expert,
-            kept_counts=routing.kept_counts,
-            launches=prepared.launches,
-            prepared=prepared,
-            trial=call.trial,
-            meter=self.meter,
-            needs=needs if needs is not None and needs.absent is not None else None,
-            side_stream=call.side_stream,
-        )
+    def _remember(self, key: Any, prepared: PreparedCall) -> PreparedCall:
+        if len(self._prepared) >= MAX_PREPARED:
+            self._prepared.clear()
+        self._prepared[key] = prepared
+        return prepared
 
 
-def _aligned(tensor: Tensor) -> Tensor:
-    """Return a contiguous tensor whose rows can be read 16 bytes at a time."""
-    tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % ALIGNMENT_BYTES else tensor
+def _are_weights_of(weights: ExpertWeights, mlps: Sequence[ExpertMLP], x: Tensor) -> bool:
+    """Whether the kernels' tables are right for these experts and this input."""
+    return (
+        weights.mlps == mlps  # train and eval mode have lists of their own, often equal
+        and weights.dtype == x.dtype
+        and weights.device == x.device
+        and weights.is_current()
+    )

@@ -117,6 +117,11 @@ class ExpertWeights:
             for name, group in self.biases.items()
         }
 
+    def describe(self) -> str:
+        """Return a phrase for the log line."""
+        stacked = "stacked " if self.weights["up"].is_stacked else ""
+        return f"{stacked}{self.mlps[0].describe()}"
+
     def _handles_of(self, groups: dict[str, ParameterGroup]) -> list[Any]:
         matrices, make = self.kernels.MatrixOf.__members__, self.kernels.ParameterGroup
         return [make(matrices[name], g.params, g.is_stacked) for name, g in groups.items()]

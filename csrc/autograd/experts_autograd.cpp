@@ -83,6 +83,13 @@ class PythonHandle {
     py::object object_;
 };
 
+// Lets other Python threads run while this one may wait for the GPU.
+template <typename Function>
+auto without_gil(const Function& function) {
+    const py::gil_scoped_release released;
+    return function();
+}
+
 // A forward whose backward is to come; ends with it, or when its graph is freed.
 class PendingUse {
   public:
@@ -115,10 +122,10 @@ struct Call : torch::CustomClassHolder {
           side(side) {}
 
     std::shared_ptr<PreparedLaunches> launches;
-    PythonHandle prepared;  // PreparedCall of comet_ds/fused_call.py
-    PythonHandle trial;     // Trial of comet_ds/refine.py, or None
-    PythonHandle meter;     // ExposureMeter of comet_ds/exchange.py, or None
-    PythonHandle needs;     // BackwardNeeds of comet_ds/gradients.py, where a rank will not come
+    PythonHandle prepared;  // PreparedCall of comet_ds/fused/call.py
+    PythonHandle trial;     // Trial of comet_ds/tuning/online.py, or None
+    PythonHandle meter;     // ExposureMeter of comet_ds/fused/peer/exchange.py, or None
+    PythonHandle needs;     // BackwardNeeds of comet_ds/ranks/gradients.py, where a rank runs no backward
     cudaStream_t side;
     std::optional<PendingUse> pending;
     std::vector<int64_t> versions;  // of the parameters
@@ -246,7 +253,7 @@ class Backward {
             for (Tensor& tensor : grad_pre) tensor = at::empty_like(tensor);
         }
         const Tensor weighted_hidden = at::empty_like(pre_[0]);
-        const Tensor row_dots = at::empty({launches.num_row_dots(), launches.sizes().max_rows},
+        const Tensor row_dots = at::empty({launches.num_row_dots(), rows_.size(0)},
                                           grad_weights.options());
         if (needs_params_) new_grad(MatrixOf::kDown);
         launches.backward_down(
@@ -309,21 +316,24 @@ class FusedExperts : public torch::autograd::Function<FusedExperts> {
         const LayerSizes& s = launches.sizes();
         const Tensor workspace =
             at::empty({launches.workspace().num_bytes}, x.options().dtype(at::kByte));
-        const Tensor rows = at::empty({s.max_rows, s.hidden}, x.options());
-        const Tensor hidden = at::empty({s.max_rows, s.ffn}, x.options());
+        RoutingTensors tables = routing;
+        tables.topk_weights = topk_weights.contiguous();
+        const PlanTensors plan = plan_tensors(launches, x, tables, workspace);
+        const Streams streams{current_stream(x), call->side};
+        Exposure* exposure = call->exposure(0);
+        const int64_t num_rows = without_gil([&] { return launches.plan(plan, exposure, streams); });
+        const Tensor rows = at::empty({num_rows, s.hidden}, x.options());
+        const Tensor hidden = at::empty({num_rows, s.ffn}, x.options());
         PerMatrix pre;
         for (int i = 0; has_backward && i < 1 + s.is_gated; ++i) {
             pre.push_back(at::empty_like(hidden));
         }
         const Tensor results = at::empty_like(rows), output = at::empty_like(x);
-        RoutingTensors tables = routing;
-        tables.topk_weights = topk_weights.contiguous();
         const bool is_pulling = launches.has_peers() && !launches.is_pushed();
         const LaunchEvents events[2] = {is_pulling ? call->events(Pass::kUp) : LaunchEvents{},
                                         call->events(Pass::kDown)};
-        launches.forward(forward_tensors(launches, x, tables, workspace, rows, hidden, pre, results,
-                                         output),
-                         events, call->exposure(0), {current_stream(x), call->side});
+        launches.forward(forward_tensors(launches, plan, rows, hidden, pre, results, output), events,
+                         exposure, streams);
         if (has_backward) {
             call->note_parameters();
             call->pending.emplace(call->launches->parameters->uses);
@@ -354,8 +364,8 @@ Tensor run_experts(const Tensor& x, const Tensor& topk_weights, const Tensor& to
     auto call = c10::make_intrusive<Call>(launches, std::move(prepared), std::move(trial),
                                           std::move(meter), std::move(needs),
                                           reinterpret_cast<cudaStream_t>(side_stream));
-    return FusedExperts::apply(x, topk_weights, RoutingTensors{topk_ids, {}, slot_in_expert, kept_counts},
-                               call, at::TensorList(parameters),
+    const RoutingTensors routing{topk_ids, {}, slot_in_expert, kept_counts};
+    return FusedExperts::apply(x, topk_weights, routing, call, at::TensorList(parameters),
                                has_backward && at::GradMode::is_enabled());
 }
 
@@ -488,8 +498,8 @@ void bind_experts(py::module_& m) {
         .def_readonly("backward", &PreparedLaunches::backward)
         .def_readonly("generation", &PreparedLaunches::generation);
     m.def("run_experts", &run_experts, py::kw_only(), arg("x"), arg("topk_weights"),
-          arg("topk_ids"), arg("slot_in_expert"), arg("kept_counts"), arg("launches"), arg("prepared"),
-          arg("trial"), arg("meter"), arg("needs"), arg("side_stream"));
+          arg("topk_ids"), arg("slot_in_expert"), arg("kept_counts"), arg("launches"),
+          arg("prepared"), arg("trial"), arg("meter"), arg("needs"), arg("side_stream"));
 }
 
 }  // namespace comet_ds

@@ -57,8 +57,8 @@ Sources make_sources(const std::vector<std::array<uintptr_t, 7>>& ranks, const L
 
 std::shared_ptr<LayerCall> make_layer_call(
     int64_t hidden, int64_t ffn, int64_t num_experts, int64_t num_all_experts, int64_t top_k,
-    int64_t max_rows, std::vector<int64_t> num_tokens, int rank, int num_sms, bool is_bfloat16,
-    bool is_gated, int activation, const std::array<uintptr_t, 3>& maps,
+    int64_t max_rows, bool counts_rows, std::vector<int64_t> num_tokens, int rank, int num_sms,
+    bool is_bfloat16, bool is_gated, int activation, const std::array<uintptr_t, 3>& maps,
     const std::array<uintptr_t, 3>& biases, Split pull, Split push, Split pull_grad,
     Split push_grad, const std::vector<std::array<uintptr_t, 7>>& sources, uintptr_t published,
     const std::vector<uintptr_t>& flags, const std::vector<uintptr_t>& topk_ids,
@@ -71,6 +71,7 @@ std::shared_ptr<LayerCall> make_layer_call(
                      .num_all_experts = num_all_experts,
                      .top_k = top_k,
                      .max_rows = max_rows,
+                     .counts_rows = counts_rows,
                      .num_tokens = std::move(num_tokens),
                      .rank = rank,
                      .num_sms = num_sms,
@@ -115,7 +116,7 @@ void forward(const LayerCall& call, const std::string& part, const ForwardTensor
     const LaunchEvents found[2] = {launch_events(events[0]), launch_events(events[1])};
     auto* to = pointer<Exposure>(exposure);
     if (part == "all") return call.forward(t, found, to, streams);
-    if (part == "plan") return call.plan_rows(t, streams.main);
+    if (part == "plan") return call.plan_and_dispatch(t, streams.main);
     if (part == "dispatch") return call.dispatch(t, to, streams);
     if (part == "up") return call.up(t, found[0], to, streams.main);
     if (part == "down") return call.down(t, found[1], to, streams.main);
@@ -140,7 +141,7 @@ void bind_layer_call(py::module_& m) {
     const std::array<EventPair, 2> no_event_pairs{};
     py::class_<LayerCall, std::shared_ptr<LayerCall>>(m, "LayerCall")
         .def(py::init(&make_layer_call), py::kw_only(), arg("hidden"), arg("ffn"),
-             arg("num_experts"), arg("num_all_experts"), arg("top_k"), arg("max_rows"),
+             arg("num_experts"), arg("num_all_experts"), arg("top_k"), arg("max_rows"), arg("counts_rows"),
              arg("num_tokens"), arg("rank"), arg("num_sms"), arg("is_bfloat16"), arg("is_gated"),
              arg("activation"), arg("maps"), arg("biases"), arg("pull") = Split{},
              arg("push") = Split{}, arg("pull_grad") = Split{}, arg("push_grad") = Split{},
@@ -169,14 +170,16 @@ void bind_layer_call(py::module_& m) {
                const PerMatrix& pre, const Tensor& results, const Tensor& output,
                const std::array<EventPair, 2>& events, uintptr_t exposure, uintptr_t side_stream,
                const std::string& part) {
-                const auto t = forward_tensors(call, tokens,
-                                               {topk_ids, topk_weights, slot_in_expert, kept_counts},
-                                               workspace, rows, hidden, pre, results, output);
+                const RoutingTensors routing{topk_ids, topk_weights, slot_in_expert, kept_counts};
+                const auto t =
+                    forward_tensors(call, plan_tensors(call, tokens, routing, workspace), rows,
+                                    hidden, pre, results, output);
                 const Streams streams{current_stream(tokens), pointer<CUstream_st>(side_stream)};
                 forward(call, part, t, events, exposure, streams);
             },
-            py::kw_only(), arg("tokens"), arg("topk_ids"), arg("topk_weights"), arg("slot_in_expert"),
-            arg("kept_counts"), arg("workspace"), arg("rows"), arg("hidden"), arg("pre"),
+            py::kw_only(), arg("tokens"), arg("topk_ids"), arg("topk_weights"),
+            arg("slot_in_expert"), arg("kept_counts"), arg("workspace"), arg("rows"),
+            arg("hidden"), arg("pre"),
             arg("results"), arg("output"), arg("events") = no_event_pairs, arg("exposure") = 0,
             arg("side_stream") = 0, arg("part") = "all")
         .def(

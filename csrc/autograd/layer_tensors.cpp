@@ -8,9 +8,10 @@
 namespace comet_ds {
 namespace {
 
-// Checks the tensors of one call.
+// Checks the tensors of one call; num_rows is R where it takes rows.
 struct TensorReader {
     const LayerCall& call;
+    const int64_t num_rows = 0;
     const LayerSizes& s = call.sizes();
     const at::ScalarType element = s.is_bfloat16 ? at::kBFloat16 : at::kHalf;
 
@@ -18,7 +19,7 @@ struct TensorReader {
         return checked_pointer<void>(name, tensor, element, {s.num_own_tokens(), s.hidden});
     }
     void* rows(const char* name, const at::Tensor& tensor, int64_t cols) const {
-        return checked_pointer<void>(name, tensor, element, {s.max_rows, cols});
+        return checked_pointer<void>(name, tensor, element, {num_rows, cols});
     }
     void* workspace(const at::Tensor& tensor) const {
         return checked_pointer<void>("workspace", tensor, at::kByte, {call.workspace().num_bytes});
@@ -44,28 +45,48 @@ struct TensorReader {
     }
 };
 
+// Returns R of a buffer of rows.
+int64_t num_rows_of(const char* name, const LayerCall& call, const at::Tensor& rows) {
+    const int64_t found = rows.defined() && rows.dim() == 2 ? rows.size(0) : 0;
+    const int64_t most = call.sizes().max_rows;
+    if (found <= 0 || found % kRowBlock != 0 || found > most) {
+        throw std::invalid_argument(std::string(name) + " must have a multiple of " +
+                                    std::to_string(kRowBlock) + " rows, at most " +
+                                    std::to_string(most) + ", got " + std::to_string(found));
+    }
+    return found;
+}
+
 }  // namespace
 
 const void* token_pointer(const LayerCall& call, const at::Tensor& tokens) {
     return TensorReader{call}.tokens("tokens", tokens);
 }
 
-ForwardTensors forward_tensors(const LayerCall& call, const at::Tensor& tokens,
-                               const RoutingTensors& routing, const at::Tensor& workspace,
-                               const at::Tensor& rows, const at::Tensor& hidden,
-                               const PerMatrix& pre, const at::Tensor& results,
-                               const at::Tensor& output) {
+PlanTensors plan_tensors(const LayerCall& call, const at::Tensor& tokens,
+                         const RoutingTensors& routing, const at::Tensor& workspace) {
     const TensorReader read{call};
-    const auto& s = read.s;
-    ForwardTensors t{
+    return {
         .tokens = read.tokens("tokens", tokens),
         .routing = {.topk_ids = read.routes<int64_t>("topk_ids", routing.topk_ids, at::kLong),
                     .topk_weights =
                         read.routes<float>("topk_weights", routing.topk_weights, at::kFloat),
-                    .slot_in_expert = read.routes<int32_t>("slot_in_expert", routing.slot_in_expert, at::kInt),
+                    .slot_in_expert =
+                        read.routes<int32_t>("slot_in_expert", routing.slot_in_expert, at::kInt),
                     .kept_counts = checked_pointer<int32_t>("kept_counts", routing.kept_counts,
-                                                            at::kInt, {s.num_all_experts})},
-        .workspace = read.workspace(workspace),
+                                                            at::kInt, {read.s.num_all_experts})},
+        .workspace = read.workspace(workspace)};
+}
+
+ForwardTensors forward_tensors(const LayerCall& call, const PlanTensors& plan,
+                               const at::Tensor& rows, const at::Tensor& hidden,
+                               const PerMatrix& pre, const at::Tensor& results,
+                               const at::Tensor& output) {
+    const TensorReader read{call, num_rows_of("rows", call, rows)};
+    const auto& s = read.s;
+    ForwardTensors t{
+        .plan = plan,
+        .num_rows = read.num_rows,
         .rows = read.rows("rows", rows, s.hidden),
         .hidden = read.rows("hidden", hidden, s.ffn),
         .pre = {nullptr, nullptr},
@@ -80,17 +101,18 @@ DownGradTensors down_grad_tensors(const LayerCall& call, const at::Tensor& grad,
                                   const PerMatrix& pre, const PerMatrix& grad_pre,
                                   const at::Tensor& weighted_hidden, const at::Tensor& row_dots,
                                   const at::Tensor& grad_weights, const MatrixGrad& down) {
-    const TensorReader read{call};
+    const TensorReader read{call, num_rows_of("grad_rows", call, grad_rows)};
     const auto& s = read.s;
     DownGradTensors t{
         .grad = read.tokens("grad", grad),
         .workspace = read.workspace(workspace),
+        .num_rows = read.num_rows,
         .grad_rows = read.rows("grad_rows", grad_rows, s.hidden),
         .pre = {nullptr, nullptr},
         .grad_pre = {nullptr, nullptr},
         .weighted_hidden = read.rows("weighted_hidden", weighted_hidden, s.ffn),
         .row_dots = checked_pointer<float>("row_dots", row_dots, at::kFloat,
-                                           {call.num_row_dots(), s.max_rows}),
+                                           {call.num_row_dots(), read.num_rows}),
         .grad_weights = read.routes<float>("grad_weights", grad_weights, at::kFloat),
         .grad_down = read.expert_matrices("grad_down", down.weight, s.hidden, s.ffn),
         .grad_down_bias = read.expert_vectors("grad_down_bias", down.bias, s.hidden),
@@ -103,13 +125,14 @@ DownGradTensors down_grad_tensors(const LayerCall& call, const at::Tensor& grad,
 UpGradTensors up_grad_tensors(const LayerCall& call, const at::Tensor& workspace,
                               const PerMatrix& grad_pre, const at::Tensor& rows,
                               const at::Tensor& grad_rows, const MatrixGrad& first) {
-    const TensorReader read{call};
+    const TensorReader read{call, num_rows_of("rows", call, rows)};
     const auto& s = read.s;
     if (call.has_peers() && !grad_rows.defined()) {
         throw std::invalid_argument("grad_rows must not be None where other ranks wait for it");
     }
     UpGradTensors t{
         .workspace = read.workspace(workspace),
+        .num_rows = read.num_rows,
         .grad_pre = {nullptr, nullptr},
         .rows = read.rows("rows", rows, s.hidden),
         .grad_rows = grad_rows.defined() ? read.rows("grad_rows", grad_rows, s.hidden) : nullptr,
@@ -123,7 +146,7 @@ UpGradTensors up_grad_tensors(const LayerCall& call, const at::Tensor& workspace
 TokenGradTensors token_grad_tensors(const LayerCall& call, const at::Tensor& workspace,
                                     const at::Tensor& grad_rows, const at::Tensor& grad_tokens,
                                     const at::Tensor& grad_weights) {
-    const TensorReader read{call};
+    const TensorReader read{call, num_rows_of("grad_rows", call, grad_rows)};
     return {.workspace = read.workspace(workspace),
             .grad_rows = read.rows("grad_rows", grad_rows, read.s.hidden),
             .grad_tokens = read.tokens("grad_tokens", grad_tokens),
@@ -133,10 +156,11 @@ TokenGradTensors token_grad_tensors(const LayerCall& call, const at::Tensor& wor
 WeightGradTensors weight_grad_tensors(const LayerCall& call, const at::Tensor& workspace,
                                       const at::Tensor& a, const at::Tensor& b,
                                       const MatrixGrad& grad, bool is_down) {
-    const TensorReader read{call};
+    const TensorReader read{call, num_rows_of("a", call, a)};
     const int64_t a_cols = is_down ? read.s.hidden : read.s.ffn;
     const int64_t b_cols = is_down ? read.s.ffn : read.s.hidden;
     return {.workspace = read.workspace(workspace),
+            .num_rows = read.num_rows,
             .a = read.rows("a", a, a_cols),
             .b = read.rows("b", b, b_cols),
             .a_cols = a_cols,

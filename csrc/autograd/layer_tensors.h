@@ -12,8 +12,8 @@ namespace comet_ds {
 // At most one tensor for gate and one for up, in this order.
 using PerMatrix = std::vector<at::Tensor>;
 
-// A rank's routing tables: topk_ids [T, K] int64, topk_weights [T, K] fp32, slot_in_expert [T, K] int32,
-// kept_counts [E] int32.
+// A rank's routing tables: topk_ids [T, K] int64, topk_weights [T, K] fp32, slot_in_expert [T, K]
+// int32, kept_counts [E] int32.
 struct RoutingTensors {
     at::Tensor topk_ids, topk_weights, slot_in_expert, kept_counts;
 };
@@ -28,10 +28,14 @@ struct MatrixGrad {
 // tokens [T, H].
 const void* token_pointer(const LayerCall& call, const at::Tensor& tokens);
 
-// tokens, output [T, H]; workspace [workspace().num_bytes] uint8; rows, results [R, H]; hidden and
-// each of pre [R, F]; pre is empty where backward needs none.
-ForwardTensors forward_tensors(const LayerCall& call, const at::Tensor& tokens,
-                               const RoutingTensors& routing, const at::Tensor& workspace,
+// tokens [T, H]; workspace [workspace().num_bytes] uint8.
+PlanTensors plan_tensors(const LayerCall& call, const at::Tensor& tokens,
+                         const RoutingTensors& routing, const at::Tensor& workspace);
+
+// R, the first dimension of rows, is a multiple of kRowBlock and at most the call's max_rows. rows,
+// results [R, H]; hidden and each of pre [R, F]; pre is empty where backward needs none; output
+// [T, H].
+ForwardTensors forward_tensors(const LayerCall& call, const PlanTensors& plan,
                                const at::Tensor& rows, const at::Tensor& hidden,
                                const PerMatrix& pre, const at::Tensor& results,
                                const at::Tensor& output);

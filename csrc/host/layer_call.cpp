@@ -3,6 +3,7 @@
 #include "host/layer_call.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <numeric>
 #include <stdexcept>
@@ -75,6 +76,14 @@ Workspace lay_out(const LayerSizes& s, bool has_peers) {
     return w;
 }
 
+// Returns how many rows to allocate for so many: a few sizes in all, so that memory which a step
+// frees fits the next one, whatever its routing; at most a sixteenth more than needed.
+int64_t room_for(int64_t num_rows, int64_t max_rows) {
+    const uint64_t blocks = std::max<int64_t>(num_rows / kRowBlock, 1);
+    const uint64_t step = std::max<uint64_t>(std::bit_floor(blocks) / 16, 1);
+    return std::min<int64_t>((blocks + step - 1) / step * step * kRowBlock, max_rows);
+}
+
 }  // namespace
 
 size_t set_timeline_room(uintptr_t records, size_t num_bytes) {
@@ -111,12 +120,18 @@ LayerCall::LayerCall(LayerSizes sizes, LayerWeights weights, CtaSplits splits, P
     }
     check(cudaEventCreateWithFlags(&forked_, cudaEventDisableTiming), "LayerCall");
     check(cudaEventCreateWithFlags(&joined_, cudaEventDisableTiming), "LayerCall");
+    if (!sizes_.counts_rows) return;
+    void* count;
+    check(cudaHostAlloc(&count, 2 * sizeof(int64_t), cudaHostAllocMapped), "LayerCall");
+    row_count_ = static_cast<int64_t*>(count);
+    row_count_[1] = 0;
 }
 
 LayerCall::~LayerCall() {
     for (cudaEvent_t event : {forked_, joined_}) {
         if (event != nullptr) cudaEventDestroy(event);
     }
+    if (row_count_ != nullptr) cudaFreeHost(const_cast<int64_t*>(row_count_));
 }
 
 int64_t LayerCall::num_row_dots() const {
@@ -141,33 +156,71 @@ void LayerCall::forward(const ForwardTensors& t, const LaunchEvents (&events)[2]
     dispatch(t, exposure, streams);
     up(t, events[0], exposure, streams.main);
     down(t, events[1], exposure, streams.main);
-    const Sources sources = this->sources(t.tokens, t.routing, nullptr);
-    combine(t.results, t.workspace, t.routing.topk_weights, sources, t.output, exposure,
+    const Sources sources = this->sources(t.plan.tokens, t.plan.routing, nullptr);
+    combine(t.results, t.plan.workspace, t.plan.routing.topk_weights, sources, t.output, exposure,
             streams.main);
 }
 
-void LayerCall::plan_rows(const ForwardTensors& t, cudaStream_t stream) const {
-    const int64_t num_counters = 2 * workspace_.parts.back().shape[1];
-    plan_and_dispatch(sources(t.tokens, t.routing, nullptr), plan(t.workspace), t.rows,
-                      sizes_.hidden * 2, counters(t.workspace, 0), num_counters, stream);
+int64_t LayerCall::plan(const PlanTensors& t, Exposure* exposure, Streams streams) const {
+    if (row_count_ == nullptr) return sizes_.max_rows;
+    cudaStreamCaptureStatus status;
+    check(cudaStreamIsCapturing(streams.main, &status), "plan");
+    if (status != cudaStreamCaptureStatusNone) {
+        throw std::invalid_argument(
+            "a CUDA graph cannot capture a layer that drops no tokens and counts its rows on the "
+            "host: give a bound, \"max_rows_factor\" of its \"comet_ds\" block");
+    }
+    exchange_tables(t, exposure, streams);
+    const Sources sources = this->sources(t.tokens, t.routing, nullptr);
+    count_rows(sources, sizes_.num_experts, const_cast<int64_t*>(row_count_), ++num_counted_,
+               streams.main);
+    comet_ds::plan_rows(sources, row_plan(t.workspace, sizes_.max_rows), streams.main);
+    return room_for(wait_for_count(streams.main), sizes_.max_rows);
 }
 
-void LayerCall::dispatch(const ForwardTensors& t, Exposure* exposure, Streams streams) const {
-    const cudaStream_t stream = streams.main;
-    if (!has_peers()) return plan_rows(t, stream);
-    send_tables(t.routing, stream);
+int64_t LayerCall::wait_for_count(cudaStream_t stream) const {
+    constexpr int kPollsPerQuery = 4096;  // looking at memory is cheap, asking the driver is not
+    for (int polls = 1; row_count_[1] != num_counted_; ++polls) {
+        if (polls % kPollsPerQuery != 0) continue;
+        const cudaError_t error = cudaStreamQuery(stream);
+        if (error != cudaErrorNotReady) check(error, "counting rows");
+    }
+    return row_count_[0];
+}
+
+void LayerCall::exchange_tables(const PlanTensors& t, Exposure* exposure, Streams streams) const {
+    send_tables(t.routing, streams.main);
     if (!is_pushed()) join(streams);  // the tokens, too, are published
-    meet(Meeting::kTokens, exposure, stream);
+    meet(Meeting::kTokens, exposure, streams.main);
     if (is_pushed()) {  // the first half has left the link to the tables
         fork(streams);
         send_half(1, t.tokens, streams);
     }
-    plan_rows(t, stream);
+}
+
+void LayerCall::plan_and_dispatch(const ForwardTensors& t, cudaStream_t stream) const {
+    const int64_t num_counters = 2 * workspace_.parts.back().shape[1];
+    comet_ds::plan_and_dispatch(sources(t.plan.tokens, t.plan.routing, nullptr),
+                                row_plan(t.plan.workspace, t.num_rows), t.rows, sizes_.hidden * 2,
+                                counters(t.plan.workspace, 0), num_counters, stream);
+}
+
+void LayerCall::dispatch(const ForwardTensors& t, Exposure* exposure, Streams streams) const {
+    const cudaStream_t stream = streams.main;
+    if (!has_peers()) return plan_and_dispatch(t, stream);
+    const Sources sources = this->sources(t.plan.tokens, t.plan.routing, nullptr);
+    const RowPlan rows = row_plan(t.plan.workspace, t.num_rows);
+    if (row_count_ != nullptr) {  // `plan` has written the plan
+        dispatch_rows(sources, rows, nullptr, t.rows, sizes_.hidden * 2,
+                      counters(t.plan.workspace, 0), 2 * workspace_.parts.back().shape[1], stream);
+    } else {
+        exchange_tables(t.plan, exposure, streams);
+        plan_and_dispatch(t, stream);
+    }
     if (is_pushed()) {
         join(streams);
         meet(Meeting::kSentTokens, exposure, stream);
-        dispatch_other_rows(sources(t.tokens, t.routing, nullptr), plan(t.workspace), t.rows,
-                            sizes_.hidden * 2, stream);
+        dispatch_other_rows(sources, rows, t.rows, sizes_.hidden * 2, stream);
     }
 }
 
@@ -175,14 +228,15 @@ void LayerCall::up(const ForwardTensors& t, const LaunchEvents& events, Exposure
                    cudaStream_t stream) const {
     const auto& s = sizes_;
     const bool is_pulling = has_peers() && !is_pushed();
-    ExpertGemmParams params = gemm_params(t.workspace, is_pulling ? kUpOrder : kPlainOrder);
-    params.a[0] = encode_tensor_map({uintptr_t(t.rows), 1, s.max_rows, s.hidden}, s.is_bfloat16,
+    ExpertGemmParams params = gemm_params(t.plan.workspace, is_pulling ? kUpOrder : kPlainOrder,
+                                          t.num_rows);
+    params.a[0] = encode_tensor_map({uintptr_t(t.rows), 1, t.num_rows, s.hidden}, s.is_bfloat16,
                                     kOperandRows);
     params.save_pre = t.pre[0] != nullptr;
     void* results[] = {t.hidden, t.pre[0], t.pre[1]};
     for (int i = 0; i < 2 + s.is_gated; ++i) {
         void* result = i > 0 && !params.save_pre ? t.hidden : results[i];
-        params.out[i] = encode_tensor_map({uintptr_t(result), 1, s.max_rows, s.ffn}, s.is_bfloat16,
+        params.out[i] = encode_tensor_map({uintptr_t(result), 1, t.num_rows, s.ffn}, s.is_bfloat16,
                                           kResultRows);
     }
     const int first = s.is_gated ? 0 : 1;
@@ -194,9 +248,9 @@ void LayerCall::up(const ForwardTensors& t, const LaunchEvents& events, Exposure
     params.k = s.hidden;
     Communication communication{};
     if (is_pulling) {
-        communication = this->communication(sources(t.tokens, t.routing, nullptr), t.workspace,
+        communication = this->communication(sources(t.plan.tokens, t.plan.routing, nullptr), t.plan.workspace,
                                             t.rows, kPullCounters, splits_.pull.num_comm_ctas,
-                                            exposure);
+                                            t.num_rows, exposure);
     }
     launch(Pass::kUp, params, communication, events, stream);
 }
@@ -204,10 +258,11 @@ void LayerCall::up(const ForwardTensors& t, const LaunchEvents& events, Exposure
 void LayerCall::down(const ForwardTensors& t, const LaunchEvents& events, Exposure* exposure,
                      cudaStream_t stream) const {
     const auto& s = sizes_;
-    ExpertGemmParams params = gemm_params(t.workspace, has_peers() ? kDownOrder : kPlainOrder);
-    params.a[0] = encode_tensor_map({uintptr_t(t.hidden), 1, s.max_rows, s.ffn}, s.is_bfloat16,
+    ExpertGemmParams params = gemm_params(t.plan.workspace, has_peers() ? kDownOrder : kPlainOrder,
+                                          t.num_rows);
+    params.a[0] = encode_tensor_map({uintptr_t(t.hidden), 1, t.num_rows, s.ffn}, s.is_bfloat16,
                                     kOperandRows);
-    params.out[0] = encode_tensor_map({uintptr_t(t.results), 1, s.max_rows, s.hidden},
+    params.out[0] = encode_tensor_map({uintptr_t(t.results), 1, t.num_rows, s.hidden},
                                       s.is_bfloat16, kResultRows);
     params.weights[0] = weights_.maps[int(MatrixOf::kDown)];
     params.bias[0] = weights_.biases[int(MatrixOf::kDown)];
@@ -215,9 +270,9 @@ void LayerCall::down(const ForwardTensors& t, const LaunchEvents& events, Exposu
     params.k = s.ffn;
     Communication communication{};
     if (has_peers()) {
-        communication = this->communication(sources(t.tokens, t.routing, nullptr), t.workspace,
+        communication = this->communication(sources(t.plan.tokens, t.plan.routing, nullptr), t.plan.workspace,
                                             t.results, kPushCounters, splits_.push.num_comm_ctas,
-                                            exposure);
+                                            t.num_rows, exposure);
         communication.remote_begin =
             communication.exchange.plan.remote_begin + kDownOrder * s.num_ranks();
     }
@@ -230,7 +285,7 @@ void LayerCall::backward_down(const DownGradTensors& t, const LaunchEvents& even
                               Exposure* exposure, cudaStream_t stream) const {
     const auto& s = sizes_;
     const Sources sources = this->sources(t.grad, {}, t.grad_weights);
-    const RowPlan plan = this->plan(t.workspace);
+    const RowPlan plan = row_plan(t.workspace, t.num_rows);
     void* published = has_peers() ? places_.published : nullptr;
     dispatch_rows(sources, plan, published, t.grad_rows, s.hidden * 2, counters(t.workspace, 0),
                   2 * workspace_.parts.back().shape[1], stream);
@@ -240,6 +295,7 @@ void LayerCall::backward_down(const DownGradTensors& t, const LaunchEvents& even
                  weights_.biases[int(MatrixOf::kDown)], s.hidden, s.is_bfloat16, stream);
     if (t.grad_down == nullptr) return;
     weight_grad({.workspace = t.workspace,
+                 .num_rows = t.num_rows,
                  .a = t.grad_rows,
                  .b = t.weighted_hidden,
                  .a_cols = s.hidden,
@@ -254,8 +310,9 @@ void LayerCall::backward_down(const DownGradTensors& t, const LaunchEvents& even
 void LayerCall::down_grad(const DownGradTensors& t, const LaunchEvents& events,
                           Exposure* exposure, cudaStream_t stream) const {
     const auto& s = sizes_;
-    ExpertGemmParams params = gemm_params(t.workspace, has_peers() ? kDownGradOrder : kPlainOrder);
-    params.a[0] = encode_tensor_map({uintptr_t(t.grad_rows), 1, s.max_rows, s.hidden},
+    ExpertGemmParams params = gemm_params(t.workspace, has_peers() ? kDownGradOrder : kPlainOrder,
+                                          t.num_rows);
+    params.a[0] = encode_tensor_map({uintptr_t(t.grad_rows), 1, t.num_rows, s.hidden},
                                     s.is_bfloat16, kOperandRows);
     params.results[0] = t.weighted_hidden;
     for (int i = 0; i < 1 + s.is_gated; ++i) {
@@ -263,7 +320,7 @@ void LayerCall::down_grad(const DownGradTensors& t, const LaunchEvents& events,
         params.results[1 + i] = t.grad_pre[i];
     }
     params.weights[0] = weights_.maps[int(MatrixOf::kDown)];
-    params.row_weights = plan(t.workspace).row_weights;
+    params.row_weights = row_plan(t.workspace, t.num_rows).row_weights;
     params.row_dots = t.row_dots;
     params.n = s.ffn;
     params.k = s.hidden;
@@ -271,7 +328,7 @@ void LayerCall::down_grad(const DownGradTensors& t, const LaunchEvents& events,
     if (has_peers()) {
         communication = this->communication(sources(t.grad, {}, nullptr), t.workspace, t.grad_rows,
                                             kPullCounters, splits_.pull_grad.num_comm_ctas,
-                                            exposure);
+                                            t.num_rows, exposure);
     }
     launch(Pass::kDownGrad, params, communication, events, stream);
 }
@@ -285,11 +342,13 @@ void LayerCall::backward_up(const UpGradTensors& t, const LaunchEvents& events, 
     if (has_peers()) {
         const int num_ctas = has_weight_grad ? splits_.push_grad.num_comm_ctas : s.num_sms;
         communication = this->communication(sources(nullptr, {}, nullptr), t.workspace,
-                                            t.grad_rows, kPushCounters, num_ctas, exposure);
+                                            t.grad_rows, kPushCounters, num_ctas, t.num_rows,
+                                            exposure);
         if (!has_weight_grad) push_sums(communication, false, s.num_sms, stream);
     }
     if (has_weight_grad) {
         weight_grad({.workspace = t.workspace,
+                     .num_rows = t.num_rows,
                      .a = t.grad_pre[0],
                      .b = t.rows,
                      .a_cols = s.ffn,
@@ -316,14 +375,14 @@ void LayerCall::sum_grads(const TokenGradTensors& t, Exposure* exposure,
 
 void LayerCall::up_grad(const UpGradTensors& t, cudaStream_t stream) const {
     const auto& s = sizes_;
-    ExpertGemmParams params = gemm_params(t.workspace, kPlainOrder);
+    ExpertGemmParams params = gemm_params(t.workspace, kPlainOrder, t.num_rows);
     const int first = s.is_gated ? 0 : 1;
     for (int i = 0; i < 1 + s.is_gated; ++i) {
-        params.a[i] = encode_tensor_map({uintptr_t(t.grad_pre[i]), 1, s.max_rows, s.ffn},
+        params.a[i] = encode_tensor_map({uintptr_t(t.grad_pre[i]), 1, t.num_rows, s.ffn},
                                         s.is_bfloat16, kOperandRows);
         params.weights[i] = weights_.maps[first + i];
     }
-    params.out[0] = encode_tensor_map({uintptr_t(t.grad_rows), 1, s.max_rows, s.hidden},
+    params.out[0] = encode_tensor_map({uintptr_t(t.grad_rows), 1, t.num_rows, s.hidden},
                                       s.is_bfloat16, kResultRows);
     params.n = s.hidden;
     params.k = s.ffn;
@@ -337,10 +396,10 @@ void LayerCall::weight_grad(const WeightGradTensors& t, cudaStream_t stream) con
 void LayerCall::weight_grad(const WeightGradTensors& t, const Communication& communication,
                             const LaunchEvents& events, cudaStream_t stream) const {
     const auto& s = sizes_;
-    ExpertGemmParams params = gemm_params(t.workspace, kPlainOrder);
-    params.a[0] = encode_tensor_map({uintptr_t(t.a), 1, s.max_rows, t.a_cols}, s.is_bfloat16,
+    ExpertGemmParams params = gemm_params(t.workspace, kPlainOrder, t.num_rows);
+    params.a[0] = encode_tensor_map({uintptr_t(t.a), 1, t.num_rows, t.a_cols}, s.is_bfloat16,
                                     kOperandRows);
-    params.b = encode_tensor_map({uintptr_t(t.b), 1, s.max_rows, t.b_cols}, s.is_bfloat16,
+    params.b = encode_tensor_map({uintptr_t(t.b), 1, t.num_rows, t.b_cols}, s.is_bfloat16,
                                  kOperandRows);
     params.out[0] = encode_tensor_map({uintptr_t(t.grad), s.num_experts, t.a_cols, t.b_cols},
                                       s.is_bfloat16, kResultRows);
@@ -349,14 +408,14 @@ void LayerCall::weight_grad(const WeightGradTensors& t, const Communication& com
     params.n = t.b_cols;
     launch(Pass::kWeightGrad, params, communication, events, stream);
     if (t.grad_bias != nullptr) {
-        sum_expert_rows(plan(t.workspace), t.a, t.is_weighted, t.a_cols, s.is_bfloat16,
+        sum_expert_rows(row_plan(t.workspace, t.num_rows), t.a, t.is_weighted, t.a_cols, s.is_bfloat16,
                         t.grad_bias, stream);
     }
 }
 
 // ---- parts of both -----------------------------------------------------------------------------
 
-RowPlan LayerCall::plan(void* workspace) const {
+RowPlan LayerCall::row_plan(void* workspace, int64_t num_rows) const {
     const auto offset = [&](int part) { return workspace_.parts[part].offset; };
     RowPlan plan{.row_of_route = at<int64_t>(workspace, offset(0)),
                  .token_of_row = at<int32_t>(workspace, offset(3)),
@@ -373,6 +432,7 @@ RowPlan LayerCall::plan(void* workspace) const {
                  .top_k = sizes_.top_k,
                  .num_experts = sizes_.num_experts,
                  .max_rows = sizes_.max_rows,
+                 .num_rows = num_rows,
                  .num_split = {0},
                  .num_orders = has_peers() ? kNumPeerOrders : 1};
     plan.num_split[kUpOrder] = splits_.pull.num_split_experts;
@@ -400,9 +460,10 @@ Sources LayerCall::sources(const void* tokens, const RoutingTables& routing,
 }
 
 Communication LayerCall::communication(const Sources& sources, void* workspace, void* rows,
-                                       int counters, int num_ctas, Exposure* exposure) const {
+                                       int counters, int num_ctas, int64_t num_rows,
+                                       Exposure* exposure) const {
     return {.exchange = {.sources = sources,
-                         .plan = plan(workspace),
+                         .plan = row_plan(workspace, num_rows),
                          .hidden = sizes_.hidden,
                          .dtype = sizes_.is_bfloat16 ? DType::kBFloat16 : DType::kFloat16},
             .rows = rows,
@@ -414,15 +475,15 @@ Communication LayerCall::communication(const Sources& sources, void* workspace, 
             .exposure = exposure};
 }
 
-ExpertGemmParams LayerCall::gemm_params(void* workspace, int order) const {
-    const RowPlan plan = this->plan(workspace);
+ExpertGemmParams LayerCall::gemm_params(void* workspace, int order, int64_t num_rows) const {
+    const RowPlan plan = row_plan(workspace, num_rows);
     const int64_t blocks = sizes_.max_rows / kRowBlock;
     ExpertGemmParams params{};
     params.expert_offsets = plan.expert_offsets;
     params.block_order = plan.block_order + order * blocks;
     params.expert_order = plan.expert_order + order * blocks;
     params.num_experts = sizes_.num_experts;
-    params.max_rows = sizes_.max_rows;
+    params.max_rows = num_rows;
     return params;
 }
 
@@ -439,7 +500,7 @@ void LayerCall::launch(Pass pass, ExpertGemmParams& params, const Communication&
 void LayerCall::combine(const void* rows, void* workspace, const float* weights,
                         const Sources& sources, void* output, Exposure* exposure,
                         cudaStream_t stream) const {
-    const RowPlan plan = this->plan(workspace);
+    const RowPlan plan = row_plan(workspace, sizes_.max_rows);
     const DType dtype = sizes_.is_bfloat16 ? DType::kBFloat16 : DType::kFloat16;
     if (has_peers()) {
         meet(Meeting::kResults, exposure, stream);

@@ -31,7 +31,10 @@ struct LayerSizes {
     int64_t num_experts;      // of this rank
     int64_t num_all_experts;  // of all ranks
     int64_t top_k;
-    int64_t max_rows;                 // of this rank's experts, a multiple of kRowBlock
+    int64_t max_rows;  // most rows this rank's experts can have, a multiple of kRowBlock
+    // Whether each forward counts its rows on the host before it allocates memory for them, instead
+    // of allocating max_rows.
+    bool counts_rows;
     std::vector<int64_t> num_tokens;  // of every rank
     int rank;
     int num_sms;
@@ -114,25 +117,32 @@ struct RoutingTables {
     const int32_t* kept_counts;  // [num_all_experts]
 };
 
-struct ForwardTensors {
+// What is there before the number of rows is known.
+struct PlanTensors {
     const void* tokens;  // [num_own_tokens, hidden]
     RoutingTables routing;
     void* workspace;
-    void* rows;    // [max_rows, hidden]
-    void* hidden;  // [max_rows, ffn]
-    void* pre[2];  // [max_rows, ffn] each: gate and up, or up; null where backward needs none
-    void* results;  // [max_rows, hidden]
+};
+
+struct ForwardTensors {
+    PlanTensors plan;
+    int64_t num_rows;  // of the buffers, a multiple of kRowBlock
+    void* rows;        // [num_rows, hidden]
+    void* hidden;      // [num_rows, ffn]
+    void* pre[2];  // [num_rows, ffn] each: gate and up, or up; null where backward needs none
+    void* results;  // [num_rows, hidden]
     void* output;   // [num_own_tokens, hidden]
 };
 
 struct DownGradTensors {
     const void* grad;  // [num_own_tokens, hidden]
     void* workspace;
-    void* grad_rows;        // [max_rows, hidden]
+    int64_t num_rows;
+    void* grad_rows;  // [num_rows, hidden]
     const void* pre[2];
     void* grad_pre[2];      // may be pre
-    void* weighted_hidden;  // [max_rows, ffn]
-    float* row_dots;        // [num_row_dots(), max_rows]
+    void* weighted_hidden;  // [num_rows, ffn]
+    float* row_dots;        // [num_row_dots(), num_rows]
     float* grad_weights;    // [num_own_tokens, top_k]: one rank alone; else in its memory
     void* grad_down;        // [num_experts, hidden, ffn], or null where it is not needed
     void* grad_down_bias;   // [num_experts, hidden], or null
@@ -141,9 +151,10 @@ struct DownGradTensors {
 
 struct UpGradTensors {
     void* workspace;
+    int64_t num_rows;
     const void* grad_pre[2];
     const void* rows;
-    void* grad_rows;        // [max_rows, hidden], or null where nobody needs the tokens' gradient
+    void* grad_rows;        // [num_rows, hidden], or null where nobody needs the tokens' gradient
     void* grad_first;       // [num_experts, ffn, hidden]: of gate or up, or null
     void* grad_first_bias;  // [num_experts, ffn], or null
     bool adds_to_first;     // to what grad_first holds
@@ -151,7 +162,7 @@ struct UpGradTensors {
 
 struct TokenGradTensors {
     void* workspace;
-    const void* grad_rows;  // [max_rows, hidden]
+    const void* grad_rows;  // [num_rows, hidden]
     void* grad_tokens;      // [num_own_tokens, hidden]
     float* grad_weights;    // [num_own_tokens, top_k]: of several ranks, what they have summed
 };
@@ -160,8 +171,9 @@ struct TokenGradTensors {
 // not.
 struct WeightGradTensors {
     void* workspace;
-    const void* a;  // [max_rows, a_cols]
-    const void* b;  // [max_rows, b_cols]
+    int64_t num_rows;
+    const void* a;  // [num_rows, a_cols]
+    const void* b;  // [num_rows, b_cols]
     int64_t a_cols;
     int64_t b_cols;
     void* grad;
@@ -186,6 +198,12 @@ class LayerCall {
     // Begins to bring the tokens to the other ranks on the side stream, before the gate runs.
     void begin(const void* tokens, Streams streams) const;
 
+    // Returns how many rows to allocate for a forward. Where the sizes say that rows are counted,
+    // brings the ranks' tables together, plans the rows, and waits on the host for their number,
+    // while the GPU plans. Throws std::invalid_argument while a CUDA graph is captured,
+    // std::runtime_error if a kernel fails meanwhile.
+    int64_t plan(const PlanTensors& t, Exposure* exposure, Streams streams) const;
+
     void forward(const ForwardTensors& t, const LaunchEvents (&events)[2], Exposure* exposure,
                  Streams streams) const;
     void backward_down(const DownGradTensors& t, const LaunchEvents& events, Exposure* exposure,
@@ -196,7 +214,7 @@ class LayerCall {
     void weight_grad(const WeightGradTensors& t, cudaStream_t stream) const;
 
     // The parts of a direction, for those who test or time them alone.
-    void plan_rows(const ForwardTensors& t, cudaStream_t stream) const;
+    void plan_and_dispatch(const ForwardTensors& t, cudaStream_t stream) const;
     void dispatch(const ForwardTensors& t, Exposure* exposure, Streams streams) const;
     void up(const ForwardTensors& t, const LaunchEvents& events, Exposure* exposure,
             cudaStream_t stream) const;
@@ -207,12 +225,14 @@ class LayerCall {
     void up_grad(const UpGradTensors& t, cudaStream_t stream) const;
 
   private:
-    RowPlan plan(void* workspace) const;
+    RowPlan row_plan(void* workspace, int64_t num_rows) const;
+    void exchange_tables(const PlanTensors& t, Exposure* exposure, Streams streams) const;
+    int64_t wait_for_count(cudaStream_t stream) const;
     Sources sources(const void* tokens, const RoutingTables& routing, float* grad_weights) const;
     Communication communication(const Sources& sources, void* workspace, void* rows, int counters,
-                                int num_ctas, Exposure* exposure) const;
+                                int num_ctas, int64_t num_rows, Exposure* exposure) const;
     uint32_t* counters(void* workspace, int which) const;
-    ExpertGemmParams gemm_params(void* workspace, int order) const;
+    ExpertGemmParams gemm_params(void* workspace, int order, int64_t num_rows) const;
     void launch(Pass pass, ExpertGemmParams& params, const Communication& communication,
                 const LaunchEvents& events, cudaStream_t stream) const;
     void weight_grad(const WeightGradTensors& t, const Communication& communication,
@@ -232,6 +252,8 @@ class LayerCall {
     Workspace workspace_;
     cudaEvent_t forked_ = nullptr;
     cudaEvent_t joined_ = nullptr;
+    volatile int64_t* row_count_ = nullptr;  // the host's: number of rows, tag of the forward
+    mutable int64_t num_counted_ = 0;        // forwards so far, the tag of the last one
 };
 
 // Where launches of GEMMs to come write what their CTAs do (timeline.h), one after the other, as

@@ -25,6 +25,20 @@ int token_blocks(const OperandRows& to, int64_t num_tokens) {
     return ceil_div(num_tokens * to.parts(), kRowWarps);
 }
 
+// Blocks for tokens and for the experts' padding follow the plan's own.
+void launch_plan(const char* op, const Sources& sources, const RowPlan& plan,
+                 const OperandRows& to, int num_token_blocks, int64_t num_expert_blocks,
+                 const Words& counters, cudaStream_t stream) {
+    const int64_t num_items = std::max(plan.num_tokens * plan.top_k, plan.num_experts * kRowBlock);
+    const int blocks_per_order = ceil_div(plan.num_experts * kRowBlock, kPlanThreads);
+    const int num_plan_blocks =
+        plan.num_orders * blocks_per_order + ceil_div(num_items, kPlanThreads);
+    const unsigned num_blocks = num_plan_blocks + num_token_blocks + num_expert_blocks;
+    const size_t smem_bytes = plan_smem_bytes(plan.num_experts, sources.num_ranks);
+    launch(op, plan_and_dispatch_kernel, {num_blocks, kPlanThreads, smem_bytes}, stream, sources,
+           plan, blocks_per_order, num_plan_blocks, num_token_blocks, to, counters);
+}
+
 template <typename T>
 void launch_row_dots(const Sources& sources, const RowPlan& plan, const float* row_dots,
                      int64_t num_tiles, const void* grad_rows, const void* const* bias,
@@ -51,19 +65,23 @@ bool can_plan(int64_t num_experts, int num_ranks) {
     return plan_smem_bytes(num_experts, num_ranks) <= kMaxSmemBytes;
 }
 
+void count_rows(const Sources& sources, int64_t num_experts, int64_t* count, int64_t tag,
+                cudaStream_t stream) {
+    const size_t smem_bytes = plan_smem_bytes(num_experts, sources.num_ranks);
+    launch("count_rows", count_rows_kernel, {1, kPlanThreads, smem_bytes}, stream, sources,
+           int(num_experts), count, tag);
+}
+
+void plan_rows(const Sources& sources, const RowPlan& plan, cudaStream_t stream) {
+    launch_plan("plan_rows", sources, plan, {}, 0, 0, {}, stream);
+}
+
 void plan_and_dispatch(const Sources& sources, const RowPlan& plan, void* rows, int64_t row_bytes,
                        uint32_t* counters, int64_t num_counters, cudaStream_t stream) {
-    const int64_t num_items = std::max(plan.num_tokens * plan.top_k, plan.num_experts * kRowBlock);
-    const int blocks_per_order = ceil_div(plan.num_experts * kRowBlock, kPlanThreads);
-    const int num_plan_blocks =
-        plan.num_orders * blocks_per_order + ceil_div(num_items, kPlanThreads);
     const OperandRows to = operand_rows(rows, row_bytes);
     const int num_token_blocks = token_blocks(to, source_at(sources, 0).num_tokens);
-    const unsigned num_blocks = num_plan_blocks + num_token_blocks + plan.num_experts;
-    const size_t smem_bytes = plan_smem_bytes(plan.num_experts, sources.num_ranks);
-    launch("plan_and_dispatch", plan_and_dispatch_kernel, {num_blocks, kPlanThreads, smem_bytes},
-           stream, sources, plan, blocks_per_order, num_plan_blocks, num_token_blocks, to,
-           Words{counters, num_counters});
+    launch_plan("plan_and_dispatch", sources, plan, to, num_token_blocks, plan.num_experts,
+                {counters, num_counters}, stream);
 }
 
 void dispatch_rows(const Sources& sources, const RowPlan& plan, void* published, void* rows,

@@ -12,6 +12,8 @@
 // 4. Shared memory: plan 4 (E (2 W + 2) + 1) bytes for E experts and W ranks, expert sums 2 KB.
 #pragma once
 
+#include <cstdio>
+
 #include "ptx/kernel_order.cuh"
 #include "ptx/vector.cuh"
 #include "rows/dispatch.h"
@@ -263,6 +265,33 @@ __device__ inline void clear(const OperandRows& to, int64_t end, const IsPadding
     }
 }
 
+// One block.
+__global__ void __launch_bounds__(kPlanThreads)
+    count_rows_kernel(const __grid_constant__ Sources sources, int num_experts,
+                      volatile int64_t* count, int64_t tag) {
+    begin_kernel();
+    extern __shared__ int smem[];
+    const ExpertRows rows(sources, num_experts, smem);
+    if (threadIdx.x > 0) return;
+    count[0] = rows.offsets[num_experts];
+    __threadfence_system();  // the host reads the tag first
+    count[1] = tag;
+}
+
+// Whether the buffers have room for the routing's rows; else one thread of the launch traps.
+__device__ inline bool has_room(const Sources& sources, const RowPlan& plan,
+                                const ExpertRows& rows) {
+    const int num_rows = rows.offsets[rows.num_experts];
+    if (num_rows <= plan.num_rows) return true;
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        printf("comet_ds: rank %d of the expert parallel group has %d rows, \"max_rows_factor\" "
+               "leaves room for %lld: raise it, or leave it out\n",
+               sources.rank, num_rows, static_cast<long long>(plan.num_rows));
+        __trap();
+    }
+    return false;
+}
+
 __global__ void __launch_bounds__(kPlanThreads)
     plan_and_dispatch_kernel(const __grid_constant__ Sources sources,
                              const __grid_constant__ RowPlan plan, int blocks_per_order,
@@ -278,10 +307,12 @@ __global__ void __launch_bounds__(kPlanThreads)
     const Source& own = sources.source[sources.rank];
     if (order < plan.num_orders) {
         const ExpertRows rows(sources, num_experts, smem);
+        if (!has_room(sources, plan, rows)) return;
         const int thread = blockIdx.x % blocks_per_order * kPlanThreads + threadIdx.x;
         plan_order(plan, rows, sources.num_ranks, order, thread);
     } else if (token_block < 0) {
         const ExpertRows rows(sources, num_experts, smem);
+        if (!has_room(sources, plan, rows)) return;
         const int64_t block = blockIdx.x - plan.num_orders * blocks_per_order;
         plan_rows(sources, plan, rows, block * kPlanThreads + threadIdx.x);
         for (int i = threadIdx.x; block == 0 && i <= num_experts; i += kPlanThreads) {
@@ -293,7 +324,7 @@ __global__ void __launch_bounds__(kPlanThreads)
         // On its way while rows are counted.
         const TokenPart part(to, own.tokens, min(token, last), item % to.parts());
         const ExpertRows rows(sources, num_experts, smem);
-        if (token > last) return;
+        if (token > last || !has_room(sources, plan, rows)) return;
         part.store_all(plan.top_k, [&](int64_t k) {
             const int64_t route = token * plan.top_k + k;
             const int64_t first_expert = int64_t{sources.rank} * num_experts;
@@ -301,6 +332,7 @@ __global__ void __launch_bounds__(kPlanThreads)
         });
     } else {
         const ExpertRows rows(sources, num_experts, smem);
+        if (!has_room(sources, plan, rows)) return;
         const int first = rows.offsets[expert] + rows.totals[expert];
         const auto is_padding = [&](int64_t row) { return row >= first; };
         clear(to, rows.offsets[expert + 1], is_padding, counters, expert, num_experts);
@@ -354,7 +386,7 @@ __global__ void __launch_bounds__(kRowWarps * 32)
     float sum = 0.0f;
     if (row >= 0) {
         for (int64_t tile = lane; tile < num_tiles; tile += kLanes) {
-            sum += row_dots[tile * plan.max_rows + row];
+            sum += row_dots[tile * plan.num_rows + row];
         }
         if (bias != nullptr) {
             const int64_t expert = id - int64_t{sources.rank} * plan.num_experts;

@@ -57,7 +57,8 @@ struct RowPlan {
     int64_t num_tokens;
     int64_t top_k;
     int64_t num_experts;
-    int64_t max_rows;
+    int64_t max_rows;  // room of the plan
+    int64_t num_rows;  // room of the buffers that have a row for each of the plan's; at most max_rows
     int num_split[kMaxOrders];  // of each order
     int num_orders;
 };
@@ -67,8 +68,17 @@ struct RowPlan {
 // Whether a plan has room for so many experts of a rank.
 bool can_plan(int64_t num_experts, int num_ranks);
 
-// Writes the plan; topk_ids only where they are not the source's own. Meanwhile does what
-// dispatch_rows does, but for publishing.
+// Writes how many rows this rank's experts have, padding included, and behind it `tag`, to memory of
+// the host: two words, the second of which it writes last.
+void count_rows(const Sources& sources, int64_t num_experts, int64_t* count, int64_t tag,
+                cudaStream_t stream);
+
+// Writes the plan; topk_ids only where they are not the source's own.
+void plan_rows(const Sources& sources, const RowPlan& plan, cudaStream_t stream);
+
+// Writes the plan and at the same time does what dispatch_rows does, except for publishing. Where
+// the routing has more rows than the buffers have room for, nothing is written to them: the kernel
+// prints rank, rows and room, and traps.
 void plan_and_dispatch(const Sources& sources, const RowPlan& plan, void* rows, int64_t row_bytes,
                        uint32_t* counters, int64_t num_counters, cudaStream_t stream);
 
@@ -85,13 +95,13 @@ void dispatch_other_rows(const Sources& sources, const RowPlan& plan, void* rows
 
 // grad_weights[t, k] in the token's rank = sum over tiles of row_dots[tile, r], plus <grad_rows[r],
 // bias of r's expert> where there are biases. Routes to this rank's experts are written, and 0 for
-// its own tokens' dropped ones. row_dots: [num_tiles, max_rows], grad_rows: [max_rows, hidden].
+// its own tokens' dropped ones. row_dots: [num_tiles, num_rows], grad_rows: [num_rows, hidden].
 void sum_row_dots(const Sources& sources, const RowPlan& plan, const float* row_dots,
                   int64_t num_tiles, const void* grad_rows, const void* const* bias,
                   int64_t hidden, bool is_bfloat16, cudaStream_t stream);
 
 // grad_bias[e] = sum over the expert's rows of rows[r], or of row_weights[r] rows[r]. rows:
-// [max_rows, cols], grad_bias: [num_experts, cols].
+// [num_rows, cols], grad_bias: [num_experts, cols].
 void sum_expert_rows(const RowPlan& plan, const void* rows, bool is_weighted, int64_t cols,
                      bool is_bfloat16, void* grad_bias, cudaStream_t stream);
 

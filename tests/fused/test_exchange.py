@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import itertools
 import os
@@ -31,10 +30,9 @@ from tolerance import ERROR_RATIO, assert_close, relative_error
 from torch.utils.checkpoint import checkpoint
 from virtual_ranks import NUM_SMS, VirtualGroup, both_ways
 
-from comet_ds import MoE, path
-from comet_ds.config import CometConfig
+from comet_ds import MoE
 from comet_ds.fused import call as fused_call
-from comet_ds.fused.call import PreparedCall, max_rows, plan_of
+from comet_ds.fused.call import CallSizes, PreparedCall, max_rows, plan_of
 from comet_ds.fused.peer.exchange import (
     TABLES,
     CallShape,
@@ -45,7 +43,6 @@ from comet_ds.fused.peer.exchange import (
 )
 from comet_ds.fused.peer.host_status import HostStatusExchange, RankStatus
 from comet_ds.kernels import load_kernels
-from comet_ds.path import PathChoice
 from comet_ds.tuning.cost_model import choose_split
 from comet_ds.tuning.online import FINAL_SAMPLES, SAMPLES, WARM_UP
 from comet_ds.tuning.table import candidates, read
@@ -569,9 +566,10 @@ def test_max_rows(num_experts: int, capacity: int | None) -> None:
     """No routing needs more rows, and the bound is a number of blocks."""
     generator = torch.Generator().manual_seed(3)
     for top_k in (1, 2, 3):
-        num_tokens = [37, 0, 260]
-        capacities = None if capacity is None else [capacity] * 3
-        bound = max_rows(num_tokens, capacities, top_k, num_experts, 128)
+        num_tokens = (37, 0, 260)
+        capacities = None if capacity is None else (capacity,) * 3
+        sizes = CallSizes(num_tokens, capacities, top_k, 3 * num_experts)
+        bound = max_rows(sizes, num_experts, 128)
         assert bound % 128 == 0 and bound > 0
         for skew in (0.0, 5.0):
             rows = torch.zeros(num_experts, dtype=torch.int64)
@@ -884,7 +882,7 @@ def test_plan(num_ranks: int, num_split: int, num_local: int, top_k: int) -> Non
         tables.append((ids, torch.rand(ids.shape, device="cuda"), ranks, counts[-1]))
     tokens = torch.randn(tables[0][0].shape[0], 72, dtype=torch.bfloat16, device="cuda")
     num_tokens = [table[0].shape[0] for table in tables]
-    size = max_rows(num_tokens, None, top_k, num_local, block)
+    size = max_rows(CallSizes(tuple(num_tokens), None, top_k, num_experts), num_local, block)
     # Of rank 0's, the tables are the call's own.
     sources = [
         (*(t.data_ptr() * (rank > 0) for t in tb), 0, 0, 0) for rank, tb in enumerate(tables)
@@ -896,6 +894,7 @@ def test_plan(num_ranks: int, num_split: int, num_local: int, top_k: int) -> Non
         num_all_experts=num_experts,
         top_k=top_k,
         max_rows=size,
+        counts_rows=False,
         num_tokens=num_tokens,
         rank=0,
         num_sms=132,
@@ -963,23 +962,3 @@ def test_plan(num_ranks: int, num_split: int, num_local: int, top_k: int) -> Non
         assert begin % 2 == 0 and all(d < distance for d in distances[:begin])
         first = distance if num_split == num_local else 1
         assert begin == sum(phase < first for phase in phases) // 2 * 2
-
-
-def test_auto_reserves_no_memory_for_the_worst_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without dropping, "auto" leaves more than two ranks to the pipelined path, and says why."""
-    monkeypatch.setattr(path, "connect", lambda *_: "connected")
-    rules = SimpleNamespace(device=torch.device("cuda", 0))
-    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
-    for pin, ep_size, drops, expected in (
-        ("auto", 4, False, "without dropping it reserves 4 times the memory"),
-        ("auto", 2, False, "connected"),
-        ("auto", 4, True, "connected"),
-        ("pipelined", 4, True, None),
-        ("auto", 1, False, None),
-    ):
-        gate = SimpleNamespace(k=2, drop_tokens=drops)
-        found = PathChoice(CometConfig(path=pin), ep_size, 2, gate).connect(None, rules)
-        assert found == expected if expected is None else found.startswith(expected)
-    pinned_choice = PathChoice(CometConfig(path="fused"), 4, 2, gate)
-    with pytest.raises(RuntimeError, match='"fused" is pinned and cannot run: connected'):
-        pinned_choice.connect(None, rules)

@@ -20,6 +20,7 @@ from tolerance import assert_close
 from torch import Tensor, nn
 
 from comet_ds import MoE
+from comet_ds.fused.refusal import Refusal
 from comet_ds.gate.topk_gate import TopKGate
 
 NUM_EXPERTS = 8
@@ -336,7 +337,8 @@ def test_pinned_path_without_what_is_patched_is_refused(name: str, path: str) ->
 def test_pinned_fused_names_the_object(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = build(MoE, 0, comet_ds={"path": "fused"})
     monkeypatch.setattr(layer.deepspeed_moe.choice, "connect", lambda *_: None)  # as with a GPU
-    monkeypatch.setattr(layer.deepspeed_moe.fused, "why_not", lambda x: "it has hooks")
+    refusal = Refusal("it has hooks")
+    monkeypatch.setattr(layer.deepspeed_moe.fused, "recognise", lambda experts, x: refusal)
     OBJECTS[name][0](layer)
     expected = OBJECTS[name][1] or "it has hooks"
     with pytest.raises(RuntimeError, match=f'"fused" is pinned and cannot run: {expected}'):

@@ -23,6 +23,7 @@ from deepspeed import comm as dist
 from comet_ds.config import CometConfig
 from comet_ds.fused.peer.host_status import HostStatusExchange
 from comet_ds.fused.peer.memory import GROWTH_BYTES, PeerMemory, SymmetricMemory, describe_link
+from comet_ds.fused.refusal import Refusal
 from comet_ds.kernels import load_kernels, why_no_kernels
 from comet_ds.tuning.cost_model import CtaSplit, LayerShape, choose_split
 from comet_ds.tuning.online import RunTuner, Trial
@@ -285,10 +286,10 @@ class Exchange:
 
 
 # One a process group, as long as it lives: all layers of a group share its memory.
-_exchanges: WeakKeyDictionary[Any, Exchange | str] = WeakKeyDictionary()
+_exchanges: WeakKeyDictionary[Any, Exchange | Refusal] = WeakKeyDictionary()
 
 
-def connect(group: Any, device: torch.device, config: CometConfig) -> Exchange | str:
+def connect(group: Any, device: torch.device, config: CometConfig) -> Exchange | Refusal:
     """Return the exchange of a group, or why it has none: the same on all ranks.
 
     Collective over the group in the first call.
@@ -315,19 +316,19 @@ def exchange_of(group: Any) -> Exchange:
     return _exchanges[group]
 
 
-def _connect(group: Any, device: torch.device, config: CometConfig) -> Exchange | str:
+def _connect(group: Any, device: torch.device, config: CometConfig) -> Exchange | Refusal:
     kernels = load_kernels(device)
     facts: list[Any] = [None] * dist.get_world_size(group=group)
     own = _own_facts(device, config, kernels, dist.get_rank(group=group) == 0)
     torch.distributed.all_gather_object(facts, own, group=group)
     if reason := _why_not_connected(facts, kernels.max_ranks if kernels else 0):
-        return reason
+        return Refusal(reason)
     try:
         memory = SymmetricMemory(group, device)
         memory.reserve(GROWTH_BYTES)
         host_status = HostStatusExchange(group, config.timeout_s)
     except RuntimeError as error:  # the same on all ranks
-        return str(error)
+        return Refusal(str(error))
     tuner, first = None, facts[0]  # all ranks find the same points
     if config.refine:
         tuner = RunTuner(group, first["origin"], _table_path(config))

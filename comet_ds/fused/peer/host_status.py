@@ -54,6 +54,8 @@ class HostStatusExchange:
     def __init__(self, group: Any, timeout_s: float) -> None:
         self.rank, self.num_ranks = dist.get_rank(group=group), dist.get_world_size(group=group)
         self.timeout_s, self._number = timeout_s, 0
+        self._found: list[tuple[int, int]] = []  # what the ranks said last, and what it means
+        self._statuses: list[RankStatus] = []
         # Memory without a name, of which killed ranks leave nothing; a file where processes may not
         # open each other's.
         for has_name in (False, True):
@@ -102,7 +104,9 @@ class HostStatusExchange:
         return page, path
 
     def exchange(self, mine: RankStatus) -> list[RankStatus]:
-        """Return the answers of all ranks to the same call, by rank.
+        """Return what all ranks say of the same forward, by rank.
+
+        The list is the same object as long as no rank says anything else.
 
         Raises:
             RuntimeError: a rank did not come in time, or its process has ended.
@@ -114,12 +118,18 @@ class HostStatusExchange:
         first = self._first_word(self.rank)
         for i, payload in enumerate(payloads):
             self._words[first + i] = self._tag() << self.PAYLOAD_BITS | payload
-        return [self._read(rank) for rank in range(self.num_ranks)]
+        found = [self._read(rank) for rank in range(self.num_ranks)]
+        if found != self._found:
+            self._found, self._statuses = found, [self._parse(*payloads) for payloads in found]
+        return self._statuses
 
-    def _read(self, rank: int) -> RankStatus:
+    def _read(self, rank: int) -> tuple[int, int]:
         first, tag, mask = self._first_word(rank), self._tag(), (1 << self.PAYLOAD_BITS) - 1
         start, waited_s, polls = time.monotonic(), 0.0, 0
-        while any(self._words[first + i] >> self.PAYLOAD_BITS != tag for i in range(self.WORDS)):
+        while True:
+            one, two = self._words[first], self._words[first + 1]
+            if one >> self.PAYLOAD_BITS == tag == two >> self.PAYLOAD_BITS:
+                return one & mask, two & mask
             polls += 1
             if waited_s > POLLING_S:  # the core may have better things to do
                 time.sleep(POLL_INTERVAL_S)
@@ -129,7 +139,9 @@ class HostStatusExchange:
                 os.sched_yield()  # the other may be waiting for this core
             waited_s = time.monotonic() - start
             self._check(rank, waited_s)
-        payload, value = (self._words[first + i] & mask for i in range(self.WORDS))
+
+    @staticmethod
+    def _parse(payload: int, value: int) -> RankStatus:
         flags, needs_mask = payload >> 32, (1 << NUM_NEED_BITS) - 1
         fault = (flags >> 1 + NUM_NEED_BITS, value - 1)
         return RankStatus(payload & 0xFFFFFFFF, bool(flags & 1), fault, flags >> 1 & needs_mask)
