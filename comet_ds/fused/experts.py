@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from comet_ds.config import CONFIG_KEY
 from comet_ds.experts.mlp import ExpertMLP, RecognisedExperts
 from comet_ds.fused.call import CallSizes, FusedCall, PreparedCall, layer_shape, prepare_call
 from comet_ds.fused.peer.exchange import Exchange, ExposureMeter
@@ -105,6 +106,10 @@ class FusedExperts:
             exchange: of the expert parallel group, whose ranks all make this call; None where all
                 experts are local.
             needs: gradients that any of the ranks needs; None where all experts are local.
+
+        Raises:
+            ValueError: a CUDA graph is being captured, and the call would read the number of rows on
+                the host.
         """
         capacities = None
         if gate.drop_tokens:
@@ -115,6 +120,11 @@ class FusedExperts:
         sizes = CallSizes(num_tokens, capacities, gate.k, num_experts, factor)
         if exchange is None:
             return FusedCall(self._launches(weights, sizes), meter=self.meter)
+        if sizes.counts_rows and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "a CUDA graph cannot capture a layer that drops no tokens and reads the number of "
+                f'its rows on the host: give a bound, "max_rows_factor" of "{CONFIG_KEY}"'
+            )
         trial = None
         if exchange.tuner is not None:
             shape = layer_shape(weights, sizes, exchange.memory.rank)

@@ -200,8 +200,8 @@ class LayerCall {
 
     // Returns how many rows to allocate for a forward. Where the sizes say that rows are counted,
     // brings the ranks' tables together, plans the rows, and waits on the host for their number,
-    // while the GPU plans. Throws std::invalid_argument while a CUDA graph is captured,
-    // std::runtime_error if a kernel fails meanwhile.
+    // while the GPU plans: never while a CUDA graph is captured. Throws std::runtime_error if a
+    // kernel fails meanwhile.
     int64_t plan(const PlanTensors& t, Exposure* exposure, Streams streams) const;
 
     void forward(const ForwardTensors& t, const LaunchEvents (&events)[2], Exposure* exposure,
