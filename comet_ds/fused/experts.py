@@ -108,8 +108,8 @@ class FusedExperts:
             needs: gradients that any of the ranks needs; None where all experts are local.
 
         Raises:
-            ValueError: a CUDA graph is being captured, and the call would read the number of rows on
-                the host.
+            ValueError: a CUDA graph is being captured, and the call would read the number of rows
+                on the host.
         """
         capacities = None
         if gate.drop_tokens:
