@@ -12,14 +12,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from deepspeed import comm as dist
 from deepspeed.moe import sharded_moe
-from deepspeed.moe.mappings import drop_tokens, gather_tokens
 from deepspeed.utils import groups, logger
-from deepspeed.utils.bwc import (
-    bwc_tensor_model_parallel_world_size,
-)
 from torch import Tensor, nn
 
 from comet_ds.config import CometConfig
@@ -46,6 +41,7 @@ from comet_ds.pipelined.plan import plan_routes
 from comet_ds.ranks.gradients import find_needs
 from comet_ds.ranks.waiting import Attendance
 from comet_ds.reference import reference_forward
+from comet_ds.tensor_parallel import gather_shares, num_shares, take_share, take_share_of_routing
 from comet_ds.validation import InputRules
 
 _NO_CONTEXT = nullcontext()
@@ -160,6 +156,59 @@ class MOELayer(sharded_moe.MOELayer):
             output, self.__dict__["_kept"] = run_traced(self, hidden_states, used_token)
             return output
         group = self._group()
+        self._check_experts(group)
+        fits = hidden_states.shape[-1:] == (self.hidden_size,)
+        x = hidden_states.reshape(-1, self.hidden_size) if fits else None
+        shares = num_shares()
+        own = take_share(x) if shares > 1 and fits else x  # what this rank takes through its group
+        exchange = self.choice.connect(group, self._weight().device)
+        weights = self._recognise(own, exchange)
+        rules = self._input_rules(weights)
+        if rules.check(hidden_states, used_token)[0] != rules.OK:
+            rules = self._input_rules(is_fresh=True)  # modules may have been put in
+            fault = rules.check(hidden_states, used_token)
+            if fault[0] != rules.OK:
+                self._raise_everywhere(fault, rules, group, exchange)
+        with self._timed(sharded_moe.MOE_TIMER), _current(hidden_states.device):
+            needs = functools.partial(self._fused_needs, x)
+            decision = self.choice.choose(weights, needs, own.shape[0], exchange, rules)
+            # Module.__setattr__ looks every one of these up in three tables.
+            state, gate, call = self.__dict__, self.gate, None
+            state["path"], state["_reason"] = decision.path, decision.why_not_fused
+            if decision.path == "fused":
+                if self._announced is not decision.weights:
+                    self._announce(f"{decision.weights.describe()} experts")
+                    state["_announced"] = decision.weights
+                peers = exchange if isinstance(exchange, Exchange) else None
+                arguments = decision.weights, decision.num_tokens, gate, peers, decision.needs
+                call = self.fused.prepare(*arguments, num_shares=shares)
+                own = call.begin(own)
+                if shares == 1:
+                    x = own
+            if found.gate is None:
+                routing = gate.route(x, used_token)
+                l_aux = routing.l_aux
+            else:
+                options = self.use_tutel, self.num_local_experts * self.ep_size
+                routing, l_aux = call_gate(gate, found, x, used_token, *options)
+            state["_kept"] = kept = Kept(l_aux, routing.exp_counts)
+            state["routing"] = routing.detach()
+            if shares > 1:
+                routing = take_share_of_routing(routing, own)
+            if call is not None:
+                output = call.run(routing)
+            else:
+                output = self._run(own, routing.topk_ids, routing.topk_weights, group, rules)
+            if shares > 1:
+                output = gather_shares(output, x.shape[0])
+        if self.wall_clock_breakdown:
+            self._read_timers()
+        output = output.reshape(hidden_states.shape)
+        kept.leave_graph_to(output)
+        return output
+
+    def _check_experts(self, group: Any) -> None:
+        """Refuse experts that are wrapped or frozen in part, see ``forward``."""
         if self.ep_size > 1:
             self.wrapper_check.experts = self.experts
             self.wrapper_check.check(group)
@@ -169,48 +218,6 @@ class MOELayer(sharded_moe.MOELayer):
             if self.experts.is_stacked:
                 self.wrapper_check.check_stacks()
             self.experts.check_frozen()
-        fits = hidden_states.shape[-1:] == (self.hidden_size,)
-        x = hidden_states.reshape(-1, self.hidden_size) if fits else None
-        exchange = self.choice.connect(group, self._weight().device)
-        weights = self._recognise(x, exchange)
-        rules = self._input_rules(weights)
-        if rules.check(hidden_states, used_token)[0] != rules.OK:
-            rules = self._input_rules(is_fresh=True)  # modules may have been put in
-            fault = rules.check(hidden_states, used_token)
-            if fault[0] != rules.OK:
-                self._raise_everywhere(fault, rules, group, exchange)
-        with self._timed(sharded_moe.MOE_TIMER), _current(hidden_states.device):
-            needs = functools.partial(self._fused_needs, x)
-            decision = self.choice.choose(weights, needs, x.shape[0], exchange, rules)
-            # Module.__setattr__ looks every one of these up in three tables.
-            state, gate, call = self.__dict__, self.gate, None
-            state["path"], state["_reason"] = decision.path, decision.why_not_fused
-            if decision.path == "fused":
-                if self._announced is not decision.weights:
-                    self._announce(f"{decision.weights.describe()} experts")
-                    state["_announced"] = decision.weights
-                peers = exchange if isinstance(exchange, Exchange) else None
-                sizes = decision.num_tokens, gate
-                call = self.fused.prepare(decision.weights, *sizes, peers, decision.needs)
-                x = call.begin(x)
-            if found.gate is None:
-                routing = gate.route(x, used_token)
-                l_aux = routing.l_aux
-            else:
-                experts = self.num_local_experts * self.ep_size
-                options = (self.use_tutel, experts)
-                routing, l_aux = call_gate(gate, found, x, used_token, *options)
-            state["_kept"] = kept = Kept(l_aux, routing.exp_counts)
-            state["routing"] = routing.detach()
-            if call is not None:
-                output = call.run(routing)
-            else:
-                output = self._run_tensor_parallel(x, routing, group, rules)
-        if self.wall_clock_breakdown:
-            self._read_timers()
-        output = output.reshape(hidden_states.shape)
-        kept.leave_graph_to(output)
-        return output
 
     def _recognise(
         self, x: Tensor | None, exchange: Exchange | Refusal | None
@@ -263,37 +270,18 @@ class MOELayer(sharded_moe.MOELayer):
         made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return made
 
-    def _run_tensor_parallel(
-        self, x: Tensor, routing: Routing, group: Any, rules: InputRules
-    ) -> Tensor:
-        """Run the path, on this rank's share of the tokens where all of a TP group hold them.
-
-        Ranks of a tensor parallel group hold the same tokens. With whole experts, each takes an
-        equal part and the outputs are gathered. With tensor parallel experts every rank needs all
-        rows, and gets them by sending its own copy through its own EP group.
-        """
-        experts = self.experts
-        with experts.unbound() if isinstance(experts, StackedExperts) else nullcontext():
-            return self._run_share(x, routing, group, rules)
-
-    def _run_share(self, x: Tensor, routing: Routing, group: Any, rules: InputRules) -> Tensor:
-        ids, weights = routing.topk_ids, routing.topk_weights
-        tp_size = bwc_tensor_model_parallel_world_size(groups.mpu)
-        if tp_size == 1 or groups._get_expert_model_parallel_world_size() > 1:
-            return self._run(x, ids, weights, group, rules)
-        num_tokens = x.shape[0]
-        padding = (0, 0, 0, -num_tokens % tp_size)
-        parts = (F.pad(x, padding), F.pad(ids, padding, value=-1), F.pad(weights, padding))
-        # DeepSpeed's mappings take flat tensors everywhere, others not on gloo.
-        parts = [drop_tokens(p.reshape(-1)).view(-1, p.shape[1]) for p in parts]
-        output = self._run(*parts, group, rules)
-        return gather_tokens(output.reshape(-1)).view(-1, x.shape[1])[:num_tokens]
-
     def _run(
         self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, group: Any, rules: InputRules
     ) -> Tensor:
-        if self.path == "reference":
-            return self._run_reference(x, topk_ids, topk_weights, group, rules)
+        experts = self.experts
+        with experts.unbound() if isinstance(experts, StackedExperts) else _NO_CONTEXT:
+            if self.path == "reference":
+                return self._run_reference(x, topk_ids, topk_weights, group, rules)
+            return self._run_pipelined(x, topk_ids, topk_weights, group, rules)
+
+    def _run_pipelined(
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, group: Any, rules: InputRules
+    ) -> Tensor:
         self.runner.refresh(x, expected_rows=topk_ids.numel() / self.num_local_experts)
         schedule, segment_of_expert = self.chunks.schedule(x.shape[0], group, rules)
         chunks = f", {len(schedule.chunks)} chunk(s)" if self.ep_size > 1 else ""

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from deepspeed.utils import groups
-from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 
 from comet_ds.config import CometConfig
 from comet_ds.fused.peer.exchange import Exchange, connect
@@ -19,6 +18,7 @@ from comet_ds.fused.refusal import Refusal
 from comet_ds.fused.weights import ExpertWeights
 from comet_ds.gate.topk_gate import TopKGate
 from comet_ds.ranks.gradients import BackwardNeeds
+from comet_ds.tensor_parallel import has_tensor_parallel_experts
 from comet_ds.validation import InputRules
 
 
@@ -97,9 +97,8 @@ class PathChoice:
         return found
 
     def _try_to_connect(self, group: Any, device: torch.device) -> Exchange | Refusal | None:
-        tp_size = bwc_tensor_model_parallel_world_size(groups.mpu)
-        if tp_size > 1:
-            return Refusal(f"it needs whole experts and tokens, tensor parallel size is {tp_size}")
+        if has_tensor_parallel_experts():
+            return Refusal("it needs whole experts, and these are tensor parallel")
         if device.type != "cuda":
             return Refusal(f"it needs a CUDA device, not {device.type}")
         if self.ep_size == 1:

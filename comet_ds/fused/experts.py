@@ -96,6 +96,8 @@ class FusedExperts:
         gate: TopKGate,
         exchange: Exchange | None = None,
         needs: BackwardNeeds | None = None,
+        *,
+        num_shares: int = 1,
     ) -> FusedCall:
         """Return a forward, ready to begin. Collective where the group's memory has to grow.
 
@@ -106,6 +108,7 @@ class FusedExperts:
             exchange: of the expert parallel group, whose ranks all make this call; None where all
                 experts are local.
             needs: gradients that any of the ranks needs; None where all experts are local.
+            num_shares: ranks that share the tokens of one gate, each of which has ``num_tokens``.
 
         Raises:
             ValueError: a CUDA graph is being captured, and the call would read the number of rows
@@ -113,7 +116,7 @@ class FusedExperts:
         """
         capacities = None
         if gate.drop_tokens:
-            by_count = {count: gate.capacity(count) for count in set(num_tokens)}
+            by_count = {count: gate.capacity(count * num_shares) for count in set(num_tokens)}
             capacities = tuple(by_count[count] for count in num_tokens)
         num_experts = gate.wg.weight.shape[0]
         factor = None if gate.drop_tokens else self.max_rows_factor

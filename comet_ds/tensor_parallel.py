@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensor parallelism of a model's dense part: ranks that hold the same tokens share the work.
+
+With whole experts, each rank of a tensor parallel (TP) group takes an equal share of the tokens
+through its expert parallel group, and the outputs are gathered. With tensor parallel experts every
+rank needs all rows, and nothing is shared.
+
+Worked example, TP size 2, tokens a, b, c: rank 0 takes a and b, rank 1 takes c and a token of zeros
+without routes; the gathered output is cut back to three tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from deepspeed.moe.mappings import drop_tokens, gather_tokens
+from deepspeed.utils import groups
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
+from torch import Tensor
+
+from comet_ds.gate.routing import Routing
+
+
+def has_tensor_parallel_experts() -> bool:
+    """Whether each expert is spread over a TP group."""
+    return groups.mpu is not None and groups._get_expert_model_parallel_world_size() > 1
+
+
+def num_shares() -> int:
+    """Return how many ranks share the same tokens; 1 without tensor parallelism."""
+    if groups.mpu is None or has_tensor_parallel_experts():
+        return 1
+    return bwc_tensor_model_parallel_world_size(groups.mpu)
+
+
+def take_share(tensor: Tensor, fill: float = 0) -> Tensor:
+    """Return this rank's share of the tokens, [ceil(T / shares), ...].
+
+    Args:
+        tensor: [T, n]; the same on all ranks of the TP group.
+        fill: value of the tokens that are appended until the shares are equal.
+    """
+    padding = -tensor.shape[0] % num_shares()
+    # DeepSpeed's mappings take flat tensors everywhere, others not on gloo.
+    flat = F.pad(tensor, (0, 0, 0, padding), value=fill).reshape(-1)
+    return drop_tokens(flat).view(-1, tensor.shape[1])
+
+
+def take_share_of_routing(routing: Routing, tokens: Tensor) -> Routing:
+    """Return the routing of this rank's share of the tokens.
+
+    Args:
+        routing: of all tokens.
+        tokens: [ceil(T / shares), H], this rank's share.
+    """
+    ids = take_share(routing.topk_ids, fill=-1)
+    weights = take_share(routing.topk_weights)
+    share = routing._replace(topk_ids=ids, topk_weights=weights, tokens=tokens)
+    if routing.slot_in_expert is None:  # the fused path needs them, and the CUDA gate has run
+        return share
+    slots, kept_counts = count_slots(ids, routing.exp_counts.numel())
+    return share._replace(slot_in_expert=slots, kept_counts=kept_counts)
+
+
+def count_slots(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Return the position of each route among those of its expert, and how many there are.
+
+    Args:
+        topk_ids: [T, K] int64, -1 = no route.
+        num_experts: E.
+
+    Returns:
+        [T, K] int32, the position of each route among its expert's, by token, -1 for no route; and
+        [E] int32, routes per expert. [[1, 0], [1, -1]] gives [[0, 0], [1, -1]] and [1, 2].
+    """
+    flat = topk_ids.flatten()
+    order = torch.argsort(torch.where(flat < 0, num_experts, flat), stable=True)
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat.device)
+    counts.scatter_add_(0, torch.where(flat < 0, num_experts, flat), torch.ones_like(flat))
+    first = (counts.cumsum(0) - counts)[flat[order]]
+    slots = torch.empty_like(flat)
+    slots[order] = torch.arange(flat.numel(), device=flat.device) - first
+    slots = slots.view_as(topk_ids).masked_fill(topk_ids < 0, -1)
+    return slots.int(), counts[:-1].int()
+
+
+def gather_shares(output: Tensor, num_tokens: int) -> Tensor:
+    """Return the outputs of all shares, [T, H].
+
+    Args:
+        output: [ceil(T / shares), H], this rank's.
+        num_tokens: T.
+    """
+    return gather_tokens(output.reshape(-1)).view(-1, output.shape[1])[:num_tokens]
