@@ -12,7 +12,7 @@ from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.utils import groups
 from experts_zoo import GatedMLP
 from parity import build, run
-from tolerance import ERROR_RATIO, assert_close, relative_error
+from tolerance import assert_close
 
 from comet_ds import MoE
 from comet_ds.tensor_parallel import count_slots
@@ -63,7 +63,7 @@ class Pair:
 
 
 def check_shares(rank: int, size: int, drop: bool, k: int, num_tokens: int) -> None:
-    """As close to fp32 as DeepSpeed's layer in bf16, and the fused path runs."""
+    """The fused path runs, and gives what DeepSpeed's layer gives, to bf16's rounding."""
     groups.mpu = Pair(rank)
     options = {
         "expert": GatedMLP(HIDDEN, FFN),
@@ -71,7 +71,7 @@ def check_shares(rank: int, size: int, drop: bool, k: int, num_tokens: int) -> N
         "ep_size": 2,
         "k": k,
         "drop_tokens": drop,
-        "capacity_factor": 0.6,
+        "capacity_factor": 0.5,
         "top2_2nd_expert_sampling": False,
         "use_rts": False,
         "parallel": True,
@@ -79,22 +79,25 @@ def check_shares(rank: int, size: int, drop: bool, k: int, num_tokens: int) -> N
     }
     torch.manual_seed(3)  # both ranks hold the same tokens
     x, grad = torch.randn(2, num_tokens, HIDDEN, device="cuda").bfloat16()
-    truth = run(build(DeepSpeedMoE, rank, **options), x.float(), grad.float())
     theirs = run(build(DeepSpeedMoE, rank, dtype=torch.bfloat16, **options), x, grad)
     block = {"path": "fused", "exact_gate": True}
     layer = build(MoE, rank, dtype=torch.bfloat16, comet_ds=block, **options)
     ours = run(layer, x, grad)
     assert layer.deepspeed_moe.path == "fused"
-    for what, value in truth.items():
-        error, limit = (relative_error(found[what], value) for found in (ours, theirs))
-        assert error <= ERROR_RATIO * limit + 1e-6, f"{what}: {error} > 1.5 * {limit}"
-    assert_close(ours["l_aux"], theirs["l_aux"], "l_aux")
+    for what, value in theirs.items():
+        assert_close(ours[what], value, what)
 
 
 @pytest.mark.gpu(2)
-@pytest.mark.parametrize("num_tokens", [256, 129])
-@pytest.mark.parametrize(("drop", "k"), [(True, 1), (True, 2), (True, 4), (False, 2)])
+@pytest.mark.parametrize(
+    ("drop", "k", "num_tokens"),
+    [
+        pytest.param(True, 1, 256, id="top-1, capacity 16"),
+        pytest.param(True, 2, 256, id="top-2, capacity 32"),
+        pytest.param(True, 4, 256, id="top-4, capacity 64"),
+        pytest.param(False, 2, 256, id="nothing dropped"),
+        pytest.param(False, 2, 129, id="a token more for the first rank"),
+    ],
+)
 def test_shares_give_deepspeeds_results(world, drop: bool, k: int, num_tokens: int) -> None:
-    if num_tokens % 2 and k == 1:
-        pytest.skip("DeepSpeed's layer needs tokens that the ranks can share evenly")
     world(2, "nccl").run(check_shares, drop, k, num_tokens)
