@@ -2,9 +2,9 @@
 // Logits of the gate on tensor cores, as accurate as fp32.
 //
 // 1. Math: logits[t, e] = sum_h x[t, h] weight[e, h], x and weight bf16, logits fp32. Products of
-//    bf16 are exact in fp32. Tensor cores sum with truncation, which over a whole row makes the error
-//    17 times as large; so they sum 64 products at a time, and these sums are added with compensation
-//    (Kahan).
+//    bf16 are exact in fp32. Tensor cores sum with truncation, which over a whole row makes the
+//    error 17 times as large; so they sum 64 products at a time, and these sums are added with
+//    compensation (Kahan).
 // 2. Grid and roles: one CTA for 64 tokens and 128 experts. Warpgroups 0 and 1 multiply every other
 //    step each: one adds up while the other's products run. One thread of warpgroup 2 loads.
 // 3. Flags: none in global memory. Named barriers: LogitsBarrier. mbarriers in shared memory:

@@ -327,7 +327,7 @@ template <typename C>
 __device__ inline void add_bias(Accumulators<C>& acc, const Tile& tile,
                                 const typename C::Params& p) {
     using Element = typename C::Element;
-    constexpr int kOctets = C::kTileN / 8 / C::kMatrices;  // 8 columns, which wgmma gives to 4 lanes
+    constexpr int kOctets = C::kTileN / 8 / C::kMatrices;  // of 8 columns, on 4 lanes
     const int col = tile.col + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int matrix = 0; matrix < C::kMatrices; ++matrix) {
@@ -392,7 +392,7 @@ __device__ inline void store_row_dots(float2 dots, int row, const Tile& tile,
         dots.y += __shfl_xor_sync(~0u, dots.y, lanes);
     }
     if (threadIdx.x % 4 == 0) {
-        float* out = p.row_dots + int64_t{tile.col / C::kTileCols} * p.max_rows + row;
+        float* out = p.row_dots + int64_t{tile.col / C::kTileCols} * p.num_rows + row;
         out[0] = dots.x;
         out[8] = dots.y;
     }

@@ -82,10 +82,10 @@ struct DownGradParams {
     void* grad_preact[2];        // [R, ffn] each, written; may be gate_up
     const CUtensorMap* weights;  // [num_experts]
     const float* row_weights;    // [R], 0 in padding
-    float* row_dots;             // [ceil(ffn / kDownGradTileCols), max_rows], written: <dh, h>
+    float* row_dots;             // [ceil(ffn / kDownGradTileCols), num_rows], written: <dh, h>
     GemmShape shape;
     RowTiles tiles;
-    int max_rows;  // allocated R
+    int num_rows;  // allocated R
 };
 
 struct UpGradParams {

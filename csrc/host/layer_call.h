@@ -167,8 +167,8 @@ struct TokenGradTensors {
     float* grad_weights;    // [num_own_tokens, top_k]: of several ranks, what they have summed
 };
 
-// grad[e] = a^T b over the rows of expert e, or += ; grad_bias[e] = the sum of a's rows, weighted or
-// not.
+// grad[e] = a^T b over the rows of expert e, or += ; grad_bias[e] = the sum of a's rows, weighted
+// or not.
 struct WeightGradTensors {
     void* workspace;
     int64_t num_rows;

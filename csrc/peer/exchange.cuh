@@ -117,8 +117,8 @@ __global__ void __launch_bounds__(kPushWarps * 32)
     begin_kernel();
     extern __shared__ __align__(16) uint8_t smem[];
     auto& ring = reinterpret_cast<PushRing<T>*>(smem)[threadIdx.x / 32];
-    push_tokens<T, kIsWeighted>(c.exchange, static_cast<const T*>(c.rows), &c.counters->groups,
-                                ring, [](int) {});
+    push_tokens<T, kIsWeighted>(c.exchange, static_cast<const T*>(c.rows),
+                                &c.counters->next_route_group, ring, [](int) {});
 }
 
 constexpr int kSumThreads = 128;

@@ -118,8 +118,8 @@ __global__ void __launch_bounds__(kArrivalThreads) order_arrival_kernel(ArrivalP
     __syncthreads();
     const int64_t row = int64_t{blockIdx.x} * kArrivalThreads + threadIdx.x;
     if (row >= p.num_rows) return;
-    // Finds the last segment that starts at or before the row. Empty segments before it may start at
-    // the same row.
+    // Finds the last segment that starts at or before the row. Empty segments before it may start
+    // at the same row.
     int low = 0, high = num_segments;
     while (high - low > 1) {
         const int middle = (low + high) / 2;

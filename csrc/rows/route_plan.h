@@ -8,7 +8,8 @@
 
 namespace comet_ds {
 
-// Routes that one CTA sorts. The scratch buffer holds a histogram for each of these blocks of routes.
+// Routes that one CTA sorts. The scratch buffer holds a histogram for each of these blocks of
+// routes.
 constexpr int64_t kRoutesPerBlock = 256;
 // Most segments (ranks x experts x parts of the tokens) that fit in shared memory.
 constexpr int64_t kMaxSegments = 2048;
