@@ -248,8 +248,8 @@ void LayerCall::up(const ForwardTensors& t, const LaunchEvents& events, Exposure
     Communication communication{};
     if (is_pulling) {
         communication = this->communication(sources(t.plan.tokens, t.plan.routing, nullptr),
-                                            t.plan.workspace, t.rows, kPullCounters, splits_.pull.num_comm_ctas,
-                                            t.num_rows, exposure);
+                                            t.plan.workspace, t.rows, kPullCounters,
+                                            splits_.pull.num_comm_ctas, t.num_rows, exposure);
     }
     launch(params, communication, events, stream);
 }
@@ -270,8 +270,8 @@ void LayerCall::down(const ForwardTensors& t, const LaunchEvents& events, Exposu
     Communication communication{};
     if (has_peers()) {
         communication = this->communication(sources(t.plan.tokens, t.plan.routing, nullptr),
-                                            t.plan.workspace, t.results, kPushCounters, splits_.push.num_comm_ctas,
-                                            t.num_rows, exposure);
+                                            t.plan.workspace, t.results, kPushCounters,
+                                            splits_.push.num_comm_ctas, t.num_rows, exposure);
         communication.remote_begin =
             communication.exchange.plan.remote_begin + kDownOrder * s.num_ranks();
     }
