@@ -35,7 +35,7 @@ void push_by_copy_engine(const void* from, void* to, int64_t num_bytes, cudaStre
 }
 
 void sync_ranks(const RankBarrierParams& params, cudaStream_t stream) {
-    launch("sync_ranks", sync_ranks_kernel, {1, kMaxRanks}, stream, params);
+    launch("sync_ranks", rank_barrier_kernel, {1, kMaxRanks}, stream, params);
 }
 
 void push_sums(const Communication& c, bool is_weighted, int num_sms, cudaStream_t stream) {

@@ -64,7 +64,7 @@ __global__ void publish_kernel(const __grid_constant__ CopyParams p) {
 }
 
 __global__ void __launch_bounds__(kMaxRanks)
-    sync_ranks_kernel(const __grid_constant__ RankBarrierParams p) {
+    rank_barrier_kernel(const __grid_constant__ RankBarrierParams p) {
     await_previous_kernel();
     const int peer = threadIdx.x, rank = p.mailboxes.rank;
     const uint64_t arrival_ns = global_time_ns();
