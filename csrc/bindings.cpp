@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What Python calls. Nothing here needs torch's headers, which take a hundred times longer to compile
-// than this file; what does has a file of its own (bindings.h).
+// The Python module. Nothing here needs torch's headers, which take a hundred times longer to
+// compile than this file; bindings that need them have files of their own (bindings.h).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -24,7 +24,7 @@ T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-constexpr int kOperandRows = 64;  // of the boxes of operands
+constexpr int kOperandRows = 64;  // of a GEMM operand's TMA box
 
 void combine_forward(uintptr_t rows, uintptr_t row_of_route, uintptr_t weights, uintptr_t output,
                      int64_t num_tokens, int64_t top_k, int64_t hidden, int dtype,
@@ -85,7 +85,7 @@ void order_arrival(uintptr_t counts, int64_t counts_stride, uintptr_t order, uin
     order_arrival(params, pointer<CUstream_st>(stream));
 }
 
-// Tensor maps of equally shaped matrices, as bytes to copy to the device.
+// Returns the tensor maps of matrices of one shape, as bytes to copy to the device.
 py::bytes tensor_maps(const std::vector<uintptr_t>& addresses, int64_t rows, int64_t cols,
                       bool is_bfloat16) {
     std::vector<CUtensorMap> maps;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The parts of what Python can call.
+// The parts of the Python module.
 #pragma once
 
 #include <pybind11/pybind11.h>

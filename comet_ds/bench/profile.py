@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 # "moe" is all of comet_ds, and of the other layers what has a name of its own: DeepSpeed's MoE
 # computes experts by cuBLAS, found in "gemm"; sorting and gathering routes are in "other".
 KINDS = {
-    "moe": r"^(void )?comet_ds::(?![^<(]*(meet|barrier))|GroupProblemShape|grouped_(mm|gemm)"
+    "moe": r"^(void )?comet_ds::(?![^<(]*barrier)|GroupProblemShape|grouped_(mm|gemm)"
     r"|^_(group_|gather_rows|fill_indices|invert_index|weighted_restore|row_weighting|swiglu)",
     "attention": r"flash|fmha|attention|sdpa",
     "gemm": r"gemm|cutlass|nvjet|xmma|cublas|splitk",

@@ -14,16 +14,17 @@
 
 namespace comet_ds {
 
-// Returns "Float [64, 2] on cuda:0". Without streams: what they need of the C++ library is not always
-// the same in an extension and in torch.
+// Returns "Float [64, 2] on cuda:0". Without streams: what they need of the C++ library is not
+// always the same in an extension and in torch.
 inline std::string describe(at::ScalarType dtype, at::IntArrayRef shape) {
     std::string text = std::string(c10::toString(dtype)) + " [";
     for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
     return text + "]";
 }
 
-// Returns where a contiguous CUDA tensor of this dtype and shape lies. Throws std::invalid_argument,
-// which is a ValueError in Python, that names the tensor, what it must be and what it is.
+// Returns where a contiguous CUDA tensor of this dtype and shape lies. Throws
+// std::invalid_argument, which is a ValueError in Python, that names the tensor, what it must be
+// and what it is.
 template <typename T>
 T* checked_pointer(const char* name, const at::Tensor& tensor, at::ScalarType dtype,
                    at::IntArrayRef shape) {

@@ -11,7 +11,7 @@ namespace comet_ds {
 
 namespace {
 
-// Hands out the scratch fields one after the other; returns how many bytes they take.
+// Assigns the scratch fields one after the other. Returns the bytes they take.
 int64_t lay_out(GateParams& p, void* scratch) {
     const int64_t words = (p.num_tokens + kTokensPerWord - 1) / kTokensPerWord;
     const int64_t queues = p.top_k == 2 ? 2 : 1;
@@ -29,7 +29,7 @@ int64_t lay_out(GateParams& p, void* scratch) {
     return (next - static_cast<uint32_t*>(scratch)) * sizeof(uint32_t);
 }
 
-// A thread for each element.
+// One thread per element.
 LaunchShape elementwise(int64_t size) {
     constexpr int kThreads = 256;
     return {unsigned((size + kThreads - 1) / kThreads), kThreads};
@@ -45,9 +45,9 @@ int64_t gate_scratch_bytes(int64_t num_tokens, int64_t num_experts, int64_t top_
 void route_tokens(GateParams p, void* scratch, cudaStream_t stream) {
     lay_out(p, scratch);
     const int queues = p.top_k == 2 ? 2 : 1;
-    const unsigned num_blocks = (p.num_tokens + kTokensPerWord - 1) / kTokensPerWord;
-    const int tokens_per_block = std::max<int64_t>(kFinishThreads / p.top_k, 1);
-    const unsigned finish_blocks = (p.num_tokens + tokens_per_block - 1) / tokens_per_block;
+    const unsigned num_ctas = (p.num_tokens + kTokensPerWord - 1) / kTokensPerWord;
+    const int tokens_per_cta = std::max<int64_t>(kFinishThreads / p.top_k, 1);
+    const unsigned finish_ctas = (p.num_tokens + tokens_per_cta - 1) / tokens_per_cta;
     const size_t bitmap_bytes = queues * p.num_experts * sizeof(uint32_t);
     const auto run = [&](auto kernel, const LaunchShape& shape, auto... arguments) {
         launch("route_tokens", kernel, shape, stream, p, arguments...);
@@ -56,14 +56,14 @@ void route_tokens(GateParams p, void* scratch, cudaStream_t stream) {
                         : p.num_experts <= 128 ? select_experts_kernel<4>
                         : p.num_experts <= 256 ? select_experts_kernel<8>
                                                : select_experts_kernel<0>;
-    run(select, {num_blocks, kSelectThreads, bitmap_bytes});
+    run(select, {num_ctas, kSelectThreads, bitmap_bytes});
     run(admit_routes_kernel, {unsigned(p.num_experts), kAdmitThreads});
-    run(finish_routes_kernel, {finish_blocks, kFinishThreads}, tokens_per_block);
+    run(finish_routes_kernel, {finish_ctas, kFinishThreads}, tokens_per_cta);
 }
 
 void route_tokens_backward(const GateGradParams& p, cudaStream_t stream) {
-    const unsigned num_blocks = (p.num_tokens + kGradWarps - 1) / kGradWarps;
-    launch("route_tokens_backward", route_backward_kernel, {num_blocks, kGradWarps * 32}, stream,
+    const unsigned num_ctas = (p.num_tokens + kGradWarps - 1) / kGradWarps;
+    launch("route_tokens_backward", route_backward_kernel, {num_ctas, kGradWarps * 32}, stream,
            p);
 }
 

@@ -1,26 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
-// From gate probabilities to kept routes, and back.
+// From gate probabilities to kept routes, and the gradient of the gate's logits.
 //
-// 1. Math, for a token with probabilities p over E experts (gate.py has the same in PyTorch):
-//        choices   the top_k largest p, equal ones by index; with `scores` the last choice is the
-//                  best of these instead, other than the choices before
-//        kept      an expert keeps `capacity` routes: for top_k = 2 in queue order, all first
-//                  choices before all second ones; else those of highest priority (p, or the given
-//                  random number, or all alike), equal ones by token
+// 1. Math, for a token with probabilities p over E experts (comet_ds/gate has the same in PyTorch):
+//        choices   the top_k largest p, ties by index. With `scores` the last choice is instead the
+//                  best of the scores, among experts not chosen before
+//        kept      an expert keeps `capacity` routes. For top_k = 2 in queue order: all first
+//                  choices before all second ones. Else those of highest priority, ties by token;
+//                  the priority is p, for top_k = 1 the given random number, or the same for all
 //        weights   p of the kept choices, for top_k > 1 divided by their sum
-//        l_aux     c sum_e mean_t(p) mean_t(chosen), c = E (E / top_k from 3 on), counting first
-//                  choices only for top_k = 2
+//        l_aux     c sum_e mean_t(p) mean_t(chosen) with c = E, for top_k > 2 c = E / top_k; for
+//                  top_k = 2 `chosen` counts first choices only
 //    Three launches:
-//        select    choices; bitmap of every expert's routes; sums of p over 32 tokens
-//        admit     which routes an expert keeps, and how many before every 32 tokens
-//        finish    ids, ranks and weights of the kept routes; l_aux
-//    Backward is one: the quotient, the loss and the softmax.
-// 2. Grid: select one warp a token, admit one block an expert, finish one thread a route (of a
-//    token of many routes several), backward one warp a token.
+//        select    choices; a bitmap of each expert's routes; sums of p over 32 tokens
+//        admit     which routes an expert keeps, and how many of them precede each word of 32
+//                  tokens
+//        finish    ids, slots and weights of the kept routes; l_aux
+//    Backward is one launch: the quotient, the loss and the softmax.
+// 2. Grid and roles: select one warp per token, admit one CTA per expert, finish one thread per
+//    route (several routes per thread where a token has many), backward one warp per token.
 // 3. Flags: none; launches on one stream are ordered. Atomics set bits and count integers; sums of
 //    floats have a fixed order.
-// 4. Shared memory: select 4 bytes an expert and queue; admit 22 KB, finish 512 bytes.
-// 5. Sources: deepspeed/moe/sharded_moe.py (top1gating, top2gating, topkgating); torch.topk breaks
+// 4. Shared memory: select 4 bytes per expert and queue, admit 22 KB, finish 512 bytes.
+// 5. Sources: deepspeed/moe/sharded_moe.py (top1gating, top2gating, topkgating). torch.topk breaks
 //    ties by index and takes NaN for the largest value.
 #pragma once
 
@@ -35,12 +36,12 @@ namespace comet_ds {
 
 constexpr int kSelectThreads = kTokensPerWord * 32;
 constexpr int kAdmitThreads = 256;
-constexpr int kCachedKeys = 4096;  // an even share of 32k tokens, 64 experts, top_k = 8
-constexpr int kCachedWords = 512;  // of 16k tokens
+constexpr int kCachedKeys = 4096;  // an expert's even share of 32k tokens, 64 experts, top_k = 8
+constexpr int kCachedWords = 512;  // words of 16k tokens
 constexpr int kFinishThreads = 128;
 constexpr int kGradWarps = 8;
 
-// Sums of probabilities below are taken for this: the smallest relative step of fp32.
+// Smaller sums of probabilities count as this, the smallest relative step of fp32.
 constexpr float kEpsilon = 1.1920929e-07f;
 
 __device__ inline int num_queues(int64_t top_k) { return top_k == 2 ? 2 : 1; }
@@ -48,29 +49,28 @@ __device__ inline int64_t num_words(int64_t num_tokens) {
     return (num_tokens + kTokensPerWord - 1) / kTokensPerWord;
 }
 
-// Maps floats to integers of the same order; NaN is above all others (and below ~0).
+// Maps floats to integers of the same order. NaN is above all others and below ~0.
 __device__ inline uint32_t ordered(float x) {
     const uint32_t bits = __float_as_uint(x);
     if (x != x) return 0xfffffffeu;
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
-// What 0.0 maps to.
-constexpr uint32_t kOrderedZero = 0x80000000u;
+constexpr uint32_t kOrderedZero = 0x80000000u;  // ordered(0.0f)
 
-// Takes the largest values of a row one after the other, equal ones by index. A warp does it. Each
-// lane holds kLaneValues of the values in registers; with 0 they may be any number, and are read
-// again for every one that is taken.
+// Takes the largest values of a row one after the other, ties by index. All lanes of a warp call
+// it. Each lane holds kLaneValues values in registers. With kLaneValues = 0 a row may have any
+// number of values, which are read again for each one taken.
 template <int kLaneValues>
 class Ranking {
 public:
-    // excluded: an index never taken, or -1.
+    // excluded: an index that is never taken, or -1.
     __device__ Ranking(const float* row, int num_values, int excluded)
         : row_(row), num_values_(num_values), excluded_(excluded) {
 #pragma unroll
         for (int j = 0; j < kLaneValues; ++j) keys_[j] = read_key(j);
     }
 
-    // Returns the next index; the whole warp gets it.
+    // Returns the index of the next value, to all lanes.
     __device__ int take() {
         const int num_lane_values = kLaneValues > 0 ? kLaneValues : (num_values_ + 31) / 32;
         uint32_t best_key = 0, best_index = ~0u;
@@ -88,7 +88,7 @@ public:
 private:
     static __device__ int index_of(int j) { return j * 32 + threadIdx.x % 32; }
 
-    // Below all values' where there is none.
+    // Returns a key below those of all values where the lane has no j-th value.
     __device__ uint32_t read_key(int j) const {
         const int index = index_of(j);
         return index < num_values_ && index != excluded_ ? ordered(row_[index]) : 0;
@@ -97,7 +97,7 @@ private:
     const float* row_;
     int num_values_, excluded_;
     uint32_t keys_[kLaneValues > 0 ? kLaneValues : 1];
-    uint32_t taken_key_ = ~0u, taken_index_ = 0;  // the last one
+    uint32_t taken_key_ = ~0u, taken_index_ = 0;  // of the value taken last
 };
 
 template <int kLaneValues>
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kSelectThreads) select_experts_kernel(GatePara
     }
 }
 
-// One expert's admission; all threads of the block call all methods together.
+// Admission of one expert's routes. All threads of a CTA call all methods together.
 class Admission {
 public:
     using Scan = cub::BlockScan<int, kAdmitThreads, cub::BLOCK_SCAN_WARP_SCANS>;
@@ -150,11 +150,11 @@ public:
             Scan::TempStorage scan;
             Reduce::TempStorage reduce;
         };
-        int histogram[kAdmitThreads];  // one bin a thread
-        int digit, rank, count;
-        uint32_t keys[kCachedKeys];    // of the first routes, in order
-        uint32_t words[kCachedWords];  // the first ones
-        int before[kCachedWords];      // routes of earlier words
+        int histogram[kAdmitThreads];  // one bin per thread
+        int digit, num_wanted, count;
+        uint32_t keys[kCachedKeys];    // of the expert's first routes, in order
+        uint32_t words[kCachedWords];  // the expert's first words
+        int before[kCachedWords];      // routes before each of these words
     };
 
     __device__ Admission(const GateParams& p, int expert, Storage& smem)
@@ -164,8 +164,8 @@ public:
         return word < words_ ? p_.routed[(queue * p_.num_experts + expert_) * words_ + word] : 0;
     }
 
-    // Calls keep(word, sum of count over earlier words) for every word of the expert, in order;
-    // returns the sum over all. count(word) is called first.
+    // Calls count(word) and then keep(word, sum of the counts of earlier words) for every word of
+    // the expert, one thread per word. Returns the sum of all counts.
     template <typename Count, typename Keep>
     __device__ int scan(Count count, Keep keep) {
         int total = 0;
@@ -180,8 +180,8 @@ public:
         return total;
     }
 
-    // Returns the number of the expert's routes, and reads their priorities: `before` has where a
-    // word's begin; the first words, and the priorities of the first routes, stay in shared memory.
+    // Returns the number of the expert's routes. Keeps the first words and the keys (priorities) of
+    // the first routes in shared memory, and in `before` how many routes precede each word.
     __device__ int read_keys() {
         return scan([&](int64_t word) { return __popc(routed(0, word)); },
                     [&](int64_t word, int before) {
@@ -192,7 +192,7 @@ public:
                         } else {
                             p_.before[expert_ * words_ + word] = before;
                         }
-                        constexpr int kTogether = 4;  // loads on their way
+                        constexpr int kTogether = 4;  // loads in flight
                         while (bits != 0 && before < kCachedKeys) {
                             uint32_t keys[kTogether];
                             const int count = min(__popc(bits), kTogether);
@@ -225,10 +225,10 @@ public:
         }
     }
 
-    // Selects the `rank` routes of largest key: those above the one it returns, and of those equal
-    // to it as many as `rank` then says. Radix selection, a byte at a time, until all routes of a
-    // prefix are wanted.
-    __device__ uint32_t select_key(int& rank) {
+    // Finds the num_wanted routes of largest key. These are all routes above the key it returns,
+    // and as many routes with this key as num_wanted then says. Radix selection, one byte at a
+    // time, until all routes with a prefix are wanted.
+    __device__ uint32_t select_key(int& num_wanted) {
         uint32_t prefix = 0, mask = 0;
         for (int shift = 24; shift >= 0; shift -= 8) {
             smem_.histogram[threadIdx.x] = 0;
@@ -245,16 +245,16 @@ public:
             const int count = smem_.histogram[digit];
             int above;
             Scan(smem_.scan).ExclusiveSum(count, above);
-            if (above < rank && rank <= above + count) {
+            if (above < num_wanted && num_wanted <= above + count) {
                 smem_.digit = digit;
-                smem_.rank = rank - above;
+                smem_.num_wanted = num_wanted - above;
                 smem_.count = count;
             }
             __syncthreads();
-            rank = smem_.rank;
+            num_wanted = smem_.num_wanted;
             prefix |= uint32_t(smem_.digit) << shift;
             mask |= 0xffu << shift;
-            if (rank == smem_.count) break;
+            if (num_wanted == smem_.count) break;
         }
         return prefix;
     }
@@ -264,7 +264,7 @@ public:
     }
     __device__ uint32_t kept(int64_t word) const { return p_.kept[expert_ * words_ + word]; }
 
-    // Keeps the first `capacity` of the queues.
+    // Keeps the first `capacity` routes of the queues.
     __device__ void admit_in_order(int capacity) {
         int admitted = 0;
         for (int queue = 0; queue < num_queues(p_.top_k); ++queue) {
@@ -278,8 +278,9 @@ public:
         }
     }
 
-    // Keeps the `capacity` of highest priority. Priority 0 is also that of tokens not routed here,
-    // and the choice among those is by index: DeepSpeed takes the largest of a whole column.
+    // Keeps the `capacity` routes of highest priority. NOTE: DeepSpeed takes the largest values of
+    // a whole column, in which tokens that are not routed to the expert have priority 0. Routes of
+    // priority 0 compete with these tokens, and the lower index wins.
     __device__ void admit_by_priority(int capacity) {
         if (capacity == 0) {
             admit_in_order(0);
@@ -294,17 +295,17 @@ public:
                 return is_positive(key) || token - positive_before < room;
             });
         } else {
-            int rank = capacity;
-            const uint32_t threshold = select_key(rank);
+            int num_ties = capacity;
+            const uint32_t threshold = select_key(num_ties);
             admit_if([&](uint32_t key) { return key == threshold; },
                      [&](int64_t, uint32_t key, int ties_before) {
-                         return key > threshold || (key == threshold && ties_before < rank);
+                         return key > threshold || (key == threshold && ties_before < num_ties);
                      });
         }
     }
 
 private:
-    // Priority of a token the expert was chosen for.
+    // Returns the priority of a token that chose the expert.
     __device__ uint32_t read_key(int64_t token) const {
         const int64_t entry = token * p_.num_experts + expert_;
         if (p_.top_k > 1) return ordered(p_.probs[entry]);
@@ -318,7 +319,8 @@ private:
         return sum;
     }
 
-    // Keeps the routes for which is_kept(token, key, counted routes of earlier tokens).
+    // Keeps the routes for which is_kept(token, key, number of earlier routes that
+    // is_counted(key)).
     template <typename Counted, typename Kept>
     __device__ void admit_if(Counted is_counted, Kept is_kept) {
         scan([&](int64_t word) { return count(word, is_counted); },
@@ -383,28 +385,28 @@ __global__ void __launch_bounds__(kAdmitThreads, 2) admit_routes_kernel(GatePara
 }
 
 __global__ void __launch_bounds__(kFinishThreads)
-    finish_routes_kernel(GateParams p, int tokens_per_block) {
+    finish_routes_kernel(GateParams p, int tokens_per_cta) {
     begin_kernel();
     __shared__ float smem_sum[kFinishThreads];
-    const int64_t first_token = int64_t{blockIdx.x} * tokens_per_block;
-    const int num_tokens = min(int64_t{tokens_per_block}, p.num_tokens - first_token);
+    const int64_t first_token = int64_t{blockIdx.x} * tokens_per_cta;
+    const int num_tokens = min(int64_t{tokens_per_cta}, p.num_tokens - first_token);
     const int64_t first_route = first_token * p.top_k, num_routes = num_tokens * p.top_k;
     const int64_t words = num_words(p.num_tokens);
     for (int64_t i = threadIdx.x; i < num_routes; i += kFinishThreads) {
         const int64_t route = first_route + i, token = first_token + i / p.top_k;
         const int expert = p.chosen[route];
-        int rank = -1;
+        int slot = -1;  // among the expert's kept routes; -1 = dropped
         float weight = 0.0f;
         if (expert >= 0) {
             const int64_t word = expert * words + token / kTokensPerWord;
             const uint32_t bits = p.kept[word], bit = 1u << token % kTokensPerWord;
             const int before = p.before[word];
-            // A dropped NaN stays a NaN, as in a product with 0.
+            // NOTE: multiplied, so that a dropped NaN stays a NaN, as in DeepSpeed.
             weight = p.probs[token * p.num_experts + expert] * (bits & bit ? 1.0f : 0.0f);
-            if (bits & bit) rank = before + __popc(bits & (bit - 1));
+            if (bits & bit) slot = before + __popc(bits & (bit - 1));
         }
-        p.topk_ids[route] = rank < 0 ? -1 : expert;
-        p.slot_in_expert[route] = rank;
+        p.topk_ids[route] = slot < 0 ? -1 : expert;
+        p.slot_in_expert[route] = slot;
         p.topk_weights[route] = weight;
     }
     if (p.top_k > 1) {
@@ -457,7 +459,8 @@ __global__ void __launch_bounds__(kGradWarps * 32) route_backward_kernel(GateGra
     const bool is_clamped = kept_sum < kEpsilon;
     const float divisor = p.top_k == 1 ? 1.0f : is_clamped ? kEpsilon : kept_sum;
     const float mean = p.top_k == 1 || is_clamped ? 0.0f : dot / divisor;
-    // p times the gradient of p: every expert's from the loss, a kept route's from its weight.
+    // Terms of p times the gradient of p: one per expert from the loss, one per kept route from its
+    // weight.
     const auto from_loss = [&](int expert) {
         return probs[expert] * *p.grad_l_aux * p.loss_share[expert];
     };

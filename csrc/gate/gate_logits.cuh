@@ -2,14 +2,19 @@
 // Logits of the gate on tensor cores, as accurate as fp32.
 //
 // 1. Math: logits[t, e] = sum_h x[t, h] weight[e, h], x and weight bf16, logits fp32. Products of
-//    bf16 are exact in fp32. Tensor cores sum with truncation, which over a whole row costs a
-//    factor 17 in accuracy; so they sum 64 products at a time, added up with compensation (Kahan).
-// 2. Grid and roles: one CTA for 64 tokens and 128 experts; warpgroups 0 and 1 multiply, each
-//    every other step: one adds up while the other's products run. In warpgroup 2 a thread loads.
-// 3. Barriers, in shared memory: full[s] (the loading thread and its bytes), empty[s] (one arrival
-//    of the warpgroup that has read it); parities as in expert_gemm.cuh.
-// 4. Shared memory: kLogitsStages x (x 8 KB + weight 16 KB), at the end with warpgroup 1's sums;
-//    then the barriers.
+//    bf16 are exact in fp32. Tensor cores sum with truncation, which over a whole row makes the
+//    error 17 times as large; so they sum 64 products at a time, and these sums are added with
+//    compensation (Kahan).
+// 2. Grid and roles: one CTA for 64 tokens and 128 experts. Warpgroups 0 and 1 multiply every other
+//    step each: one adds up while the other's products run. One thread of warpgroup 2 loads.
+// 3. Flags: none in global memory. Named barriers: LogitsBarrier. mbarriers in shared memory:
+//        mbarrier   arrivals                          awaited by
+//        full[s]    the loading thread and its bytes  the warpgroup whose step it is
+//        empty[s]   the warpgroup that has read it    the loading thread
+//    Parity is that of the ring's turn; nothing is reset.
+// 4. Shared memory: kLogitsStages x (x 8 KB + weight 16 KB), replaced at the end by warpgroup 1's
+//    sums; then the mbarriers.
+// 5. Sources: PTX ISA (wgmma, mbarrier).
 #pragma once
 
 #include "gate/gate_logits.h"
@@ -22,11 +27,18 @@ namespace comet_ds {
 constexpr int kLogitsTokens = 64;
 constexpr int kLogitsExperts = 128;
 constexpr int kLogitsStages = 8;
-constexpr int kLogitsMathThreads = 2 * 128;
+constexpr int kLogitsMathThreads = 2 * 128;          // warpgroups 0 and 1
+constexpr int kLogitsLoadingThread = kLogitsMathThreads;  // the first of warpgroup 2
 constexpr int kLogitsThreads = kLogitsMathThreads + 128;
-constexpr int kLogitsStageBytes = 3 * kBlockBytes;
+constexpr int kLogitsStageBytes = 3 * kBoxBytes;
 constexpr int kLogitsSmemBytes =
     1024 + kLogitsStages * (kLogitsStageBytes + 2 * sizeof(uint64_t));
+
+// Named barriers of a CTA; 0 is __syncthreads. Each counts kLogitsMathThreads.
+enum LogitsBarrier : int {
+    kStagesRead = 1,   // the stages may be overwritten
+    kSumsWritten = 2,  // warpgroup 1's sums are in shared memory
+};
 
 __global__ void __launch_bounds__(kLogitsThreads, 1)
     gate_logits_kernel(const __grid_constant__ GateLogitsParams p) {
@@ -45,21 +57,21 @@ __global__ void __launch_bounds__(kLogitsThreads, 1)
     }
     __syncthreads();
 
-    const int num_steps = (p.hidden + kBlockElements - 1) / kBlockElements;
+    const int num_steps = (p.hidden + kBoxSide - 1) / kBoxSide;
     const int first_token = blockIdx.x * kLogitsTokens, first_expert = blockIdx.y * kLogitsExperts;
     constexpr int kLoadRegisters = 40, kMathRegisters = 232;
     if (threadIdx.x >= kLogitsMathThreads) {
         setmaxnreg_dec<kLoadRegisters>();
-        if (threadIdx.x != kLogitsMathThreads) return;
+        if (threadIdx.x != kLogitsLoadingThread) return;
         for (int step = 0; step < num_steps; ++step) {
             const int stage = step % kLogitsStages;
             const uint32_t to = smem + stage * kLogitsStageBytes;
             mbarrier_wait(empty(stage), step / kLogitsStages % 2 ^ 1);
             mbarrier_arrive_expect_tx(full(stage), kLogitsStageBytes);
-            const int k = step * kBlockElements;
+            const int k = step * kBoxSide;
             tma_load(to, &p.x, full(stage), k, first_token, 0);
-            tma_load(to + kBlockBytes, &p.weight, full(stage), k, first_expert, 0);
-            tma_load(to + 2 * kBlockBytes, &p.weight, full(stage), k, first_expert + 64, 0);
+            tma_load(to + kBoxBytes, &p.weight, full(stage), k, first_expert, 0);
+            tma_load(to + 2 * kBoxBytes, &p.weight, full(stage), k, first_expert + 64, 0);
         }
         return;
     }
@@ -73,10 +85,10 @@ __global__ void __launch_bounds__(kLogitsThreads, 1)
         mbarrier_wait(full(stage), step / kLogitsStages % 2);
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < kBlockElements / 16; ++k) {
+        for (int k = 0; k < kBoxSide / 16; ++k) {
             wgmma<__nv_bfloat16, false, false>(
                 part, matrix_descriptor(from) + k * kDescriptorStepK<false>,
-                matrix_descriptor(from + kBlockBytes) + k * kDescriptorStepK<false>);
+                matrix_descriptor(from + kBoxBytes) + k * kDescriptorStepK<false>);
         }
         wgmma_commit();
         wgmma_wait<0>();
@@ -88,7 +100,6 @@ __global__ void __launch_bounds__(kLogitsThreads, 1)
             sum[i] = total;
         }
     }
-    enum Barrier : int { kStagesRead = 1, kSumsWritten = 2 };
     auto* others = reinterpret_cast<float2*>(smem_raw + (smem - smem_address(smem_raw)));
     named_barrier_sync(kStagesRead, kLogitsMathThreads);
     if (warpgroup == 1) {

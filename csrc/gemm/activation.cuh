@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Activations of expert MLPs and their derivatives, in fp32; NaN goes through.
+// Activations of expert MLPs and their derivatives, in fp32. NaN gives NaN.
 #pragma once
 
 #include "gemm/expert_gemm.h"
 
 namespace comet_ds {
 
-// 1 / (1 + exp(-x)) in two special functions; the flushing forms need no care for subnormals.
+// 1 / (1 + exp(-x)) with two special-function instructions. NOTE: .ftz avoids the instructions that
+// handle subnormals.
 __device__ inline float sigmoid(float x) {
     constexpr float kLog2E = 1.44269504f;
     float exp, result;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the math warps do with a finished tile: activation or its derivative, rounding, store.
+// Epilogues of the grouped GEMMs: what a math warp does with its accumulators of a finished tile.
 //
-// Results leave through shared memory: a warp packs 16 rows x 64 columns into one of its staging
-// buffers and hands it to the copy engine, so the math warps never wait for global memory.
-// kDownGrad, which reads as much as it writes, moves its blocks itself, 16 bytes a lane.
+// A warp works on result boxes of 16 rows x 64 columns. It packs a box into one of its staging
+// buffers in shared memory and TMA stores it, so math warps never wait for global memory. kDownGrad
+// reads as much as it writes and moves its boxes itself, 16 bytes per lane.
 #pragma once
 
 #include "gemm/activation.cuh"
@@ -14,12 +14,12 @@
 
 namespace comet_ds {
 
-constexpr int kStagingRows = 16;
-constexpr int kStagingBytes = kStagingRows * kBlockElements * 2;
-// Epilogues go through a block 16 columns at a time. Of these a thread has four packed values, of
-// two columns each: [column group of 8][row, row + 8].
-constexpr int kSliceCols = 16;
-constexpr int kSlices = kBlockElements / kSliceCols;
+constexpr int kStagingRows = 16;  // of a result box: the rows of a warp in wgmma's accumulators
+constexpr int kStagingBytes = kStagingRows * kBoxSide * 2;
+// Epilogues walk a box in strips of 16 columns. A thread's part of a strip is four values of two
+// packed columns each: [8 columns][row, row + 8].
+constexpr int kStripCols = 16;
+constexpr int kStrips = kBoxSide / kStripCols;
 using Packed = uint32_t[4];
 
 template <typename Element>
@@ -34,51 +34,53 @@ __device__ inline float2 unpack(uint32_t packed) {
     return {to_float(pair.value[0]), to_float(pair.value[1])};
 }
 
-// A warp's staging buffers: 16 rows of 128 bytes, 16-byte chunks swizzled by row.
+// A warp's staging buffers, one result box each: 16 rows of 128 bytes, in chunks of 16 bytes that
+// are swizzled by row.
 template <int kBuffers>
 class Staging {
 public:
     __device__ Staging(uint32_t smem, int lane) : smem_(smem), lane_(lane) {}
 
-    // --- as fragments of accumulators ---
-    __device__ void write(int buffer, int slice, const Packed& packed) const {
-        stmatrix_x4(fragment_address(buffer, slice), packed);
+    // --- strips, as wgmma's accumulators are distributed ---
+    __device__ void write(int buffer, int strip, const Packed& packed) const {
+        stmatrix_x4(strip_address(buffer, strip), packed);
     }
-    __device__ void read(int buffer, int slice, Packed& packed) const {
-        ldmatrix_x4(fragment_address(buffer, slice), packed);
+    __device__ void read(int buffer, int strip, Packed& packed) const {
+        ldmatrix_x4(strip_address(buffer, strip), packed);
     }
 
-    // --- out through the copy engine: begin, write ..., hand_over, send ..., end ---
+    // --- stores by TMA: begin, write ..., hand_over, store_box ..., end ---
 
-    // Waits until what was sent has left the buffers.
+    // Waits until TMA has read the buffers of earlier stores.
     __device__ void begin() const {
         if (lane_ == 0) bulk_wait_group_read<0>();
         __syncwarp();
     }
+    // Makes what all lanes wrote visible to TMA.
     __device__ void hand_over() const {
         fence_proxy_async();
         __syncwarp();
     }
-    // Writes a buffer to `map` at (row, col).
-    __device__ void send(int buffer, const CUtensorMap* map, int col, int row, int batch) const {
+    __device__ void store_box(int buffer, const CUtensorMap* map, int col, int row,
+                              int batch) const {
         if (lane_ == 0) tma_store(map, smem_ + buffer * kStagingBytes, col, row, batch);
     }
-    // Adds a buffer to what is there.
-    __device__ void send_to_add(int buffer, const CUtensorMap* map, int col, int row,
-                                int batch) const {
+    __device__ void add_box(int buffer, const CUtensorMap* map, int col, int row,
+                            int batch) const {
         if (lane_ == 0) tma_reduce_add(map, smem_ + buffer * kStagingBytes, col, row, batch);
     }
     __device__ void end() const {
         if (lane_ == 0) bulk_commit_group();
     }
 
-    // --- in and out by the warp: lane l has chunk l % 8 of rows l / 8 + 4 i ---
+    // --- loads and stores by the warp: lane l has chunk l % 8 of rows l / 8 + 4 i ---
 
-    // Loads a block of a row-major matrix into registers; zeros beyond column n.
+    // Loads a box of a row-major matrix of n columns to registers. The box has `cols` columns
+    // inside the matrix; columns beyond are zeros.
     template <typename Element>
-    __device__ void load(const Element* block, int cols, int n, uint4 (&chunks)[4]) const {
-        block += int64_t{lane_ / 8} * n + lane_ % 8 * 8;
-        auto* from = reinterpret_cast<const uint4*>(block);
+    __device__ void load(const Element* box, int cols, int n, uint4 (&chunks)[4]) const {
+        box += int64_t{lane_ / 8} * n + lane_ % 8 * 8;
+        auto* from = reinterpret_cast<const uint4*>(box);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             chunks[i] = lane_ % 8 * 8 < cols ? __ldcs(from) : uint4{};
@@ -89,11 +91,11 @@ public:
 #pragma unroll
         for (int i = 0; i < 4; ++i) st_shared(chunk_address(buffer, i), chunks[i]);
     }
-    // Streamed, results do not take the place of operands in L2.
+    // Stores a box from a buffer. NOTE: streamed results do not evict operands from L2.
     template <bool kIsStreamed, typename Element>
-    __device__ void store(int buffer, Element* block, int cols, int n) const {
-        block += int64_t{lane_ / 8} * n + lane_ % 8 * 8;
-        auto* to = reinterpret_cast<uint4*>(block);
+    __device__ void store(int buffer, Element* box, int cols, int n) const {
+        box += int64_t{lane_ / 8} * n + lane_ % 8 * 8;
+        auto* to = reinterpret_cast<uint4*>(box);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const uint4 chunk = ld_shared(chunk_address(buffer, i));
@@ -106,8 +108,8 @@ public:
     }
 
 private:
-    __device__ uint32_t fragment_address(int buffer, int slice) const {
-        const int row = lane_ % 16, chunk = 2 * slice + lane_ / 16;
+    __device__ uint32_t strip_address(int buffer, int strip) const {
+        const int row = lane_ % 16, chunk = 2 * strip + lane_ / 16;
         return smem_ + buffer * kStagingBytes + row * 128 + ((chunk ^ row % 8) << 4);
     }
     __device__ uint32_t chunk_address(int buffer, int i) const {
@@ -119,23 +121,24 @@ private:
     int lane_;
 };
 
-// Where a thread's accumulators of a block lie.
-struct Fragment {
-    int warp_row;   // first of the warp's 16 rows, in the whole matrix
-    int block_col;  // first of the block's 64 columns
+// Where a result box lies in the result.
+struct BoxPosition {
+    int row;  // first of 16
+    int col;  // first of 64
 };
 
-// kUp: acc holds pre-activations, gated ones in acc_gate beside those of the up matrix.
+// kUp: acc holds the box's pre-activations of up, acc_gate those of gate where gated. Buffers: h,
+// then the pre-activations that are saved.
 template <typename Element, Activation kActivation, bool kGated, int kBuffers>
-__device__ inline void finish_up(const float* acc, const float* acc_gate, const Fragment& at,
-                                 const ExpertGemmParams& p, const Staging<kBuffers>& staging) {
+__device__ inline void finish_up(const float* acc, const float* acc_gate, const BoxPosition& at,
+                                 const UpParams& p, const Staging<kBuffers>& staging) {
     staging.begin();
 #pragma unroll
-    for (int slice = 0; slice < kSlices; ++slice) {
+    for (int strip = 0; strip < kStrips; ++strip) {
         Packed hidden, up, gate;
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
-            const int i = 8 * slice + 2 * q;
+            const int i = 8 * strip + 2 * q;
             const float u0 = acc[i], u1 = acc[i + 1];
             up[q] = pack<Element>(u0, u1);
             if constexpr (kGated) {
@@ -148,60 +151,62 @@ __device__ inline void finish_up(const float* acc, const float* acc_gate, const 
                                           activate<kActivation>(u1).value);
             }
         }
-        staging.write(0, slice, hidden);
-        if (p.save_pre) {
-            if constexpr (kGated) staging.write(1, slice, gate);
-            staging.write(kGated ? 2 : 1, slice, up);
+        staging.write(0, strip, hidden);
+        if (p.saves_gate_up) {
+            if constexpr (kGated) staging.write(1, strip, gate);
+            staging.write(kGated ? 2 : 1, strip, up);
         }
     }
     staging.hand_over();
-    const int num_results = p.save_pre ? (kGated ? 3 : 2) : 1;
-    for (int i = 0; i < num_results; ++i) {
-        staging.send(i, &p.out[i], at.block_col, at.warp_row, 0);
+    staging.store_box(0, &p.h, at.col, at.row, 0);
+    const int num_saved = p.saves_gate_up ? 1 + kGated : 0;
+    for (int i = 0; i < num_saved; ++i) {
+        staging.store_box(1 + i, &p.gate_up[i], at.col, at.row, 0);
     }
     staging.end();
 }
 
-// kDownGrad: saved pre-activations of a block on their way to the buffers.
+// kDownGrad: the saved pre-activations of a box, in registers on their way to the buffers.
 template <bool kGated>
-struct SavedBlock {
+struct SavedGateUp {
     static constexpr int kTensors = 1 + kGated;
     uint4 chunks[kTensors][4];
 
     template <typename Element, int kBuffers>
-    __device__ void load(const ExpertGemmParams& p, int row, int col,
+    __device__ void load(const DownGradParams& p, int row, int col,
                          const Staging<kBuffers>& staging) {
 #pragma unroll
         for (int i = 0; i < kTensors; ++i) {
-            const auto* pre = static_cast<const Element*>(p.pre[i]);
-            staging.load(pre + int64_t{row} * p.n + col, p.n - col, p.n, chunks[i]);
+            const auto* from = static_cast<const Element*>(p.gate_up[i]);
+            const int n = p.shape.n;
+            staging.load(from + int64_t{row} * n + col, n - col, n, chunks[i]);
         }
     }
 };
 
-// kDownGrad: acc holds dh, not yet multiplied by the routing weight. Buffers: weighted hidden, then
-// the saved pre-activations, which `saved` brings and whose gradients take their place. When they
-// are in the buffers load_next() may load the next ones. Adds <dh, h> to dots.
+// kDownGrad: acc holds the box's dh, not yet multiplied by the routing weights. Buffers: weighted
+// h, then the pre-activations in `saved`, which their gradients replace. Calls load_next() once the
+// registers of `saved` are free. Adds <dh, h> to dots.
 template <typename Element, Activation kActivation, bool kGated, int kBuffers, typename LoadNext>
-__device__ inline void finish_down_grad(const float* acc, const Fragment& at,
-                                        const ExpertGemmParams& p, const float2& weight,
-                                        float2& dots, const SavedBlock<kGated>& saved,
+__device__ inline void finish_down_grad(const float* acc, const BoxPosition& at,
+                                        const DownGradParams& p, const float2& weight,
+                                        float2& dots, const SavedGateUp<kGated>& saved,
                                         const Staging<kBuffers>& staging, LoadNext load_next) {
     constexpr int kUpBuffer = kGated ? 2 : 1;
-    __syncwarp();  // the block before has left
+    __syncwarp();  // all lanes have stored the previous box
 #pragma unroll
-    for (int i = 0; i < SavedBlock<kGated>::kTensors; ++i) staging.put(1 + i, saved.chunks[i]);
+    for (int i = 0; i < SavedGateUp<kGated>::kTensors; ++i) staging.put(1 + i, saved.chunks[i]);
     __syncwarp();
 #pragma unroll
-    for (int slice = 0; slice < kSlices; ++slice) {
-        if (slice == kSlices / 2) load_next();  // sooner there is no register free
+    for (int strip = 0; strip < kStrips; ++strip) {
+        if (strip == kStrips / 2) load_next();  // NOTE: earlier, no registers are free
         Packed hidden, up, gate;
-        if constexpr (kGated) staging.read(1, slice, gate);
-        staging.read(kUpBuffer, slice, up);
+        if constexpr (kGated) staging.read(1, strip, gate);
+        staging.read(kUpBuffer, strip, up);
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
             const float w = q % 2 ? weight.y : weight.x;
-            const float d0 = acc[8 * slice + 2 * q], d1 = acc[8 * slice + 2 * q + 1];
+            const float d0 = acc[8 * strip + 2 * q], d1 = acc[8 * strip + 2 * q + 1];
             const float2 u = unpack<Element>(up[q]);
             float& dot = q % 2 ? dots.y : dots.x;
             if constexpr (kGated) {
@@ -222,31 +227,32 @@ __device__ inline void finish_down_grad(const float* acc, const Fragment& at,
                 hidden[q] = pack<Element>(w * a0.value, w * a1.value);
             }
         }
-        staging.write(0, slice, hidden);
-        if constexpr (kGated) staging.write(1, slice, gate);
-        staging.write(kUpBuffer, slice, up);
+        staging.write(0, strip, hidden);
+        if constexpr (kGated) staging.write(1, strip, gate);
+        staging.write(kUpBuffer, strip, up);
     }
     __syncwarp();
 #pragma unroll
     for (int i = 0; i <= kUpBuffer; ++i) {
-        auto* block = static_cast<Element*>(p.results[i]) + int64_t{at.warp_row} * p.n;
-        // Without gate there is less of them, and no register free.
-        staging.template store<kGated>(i, block + at.block_col, p.n - at.block_col, p.n);
+        const int n = p.shape.n;
+        auto* result = static_cast<Element*>(i == 0 ? p.weighted_h : p.grad_preact[i - 1]);
+        // NOTE: not streamed without gate: results are smaller then, and no registers are free.
+        staging.template store<kGated>(i, result + int64_t{at.row} * n + at.col, n - at.col, n);
     }
 }
 
-// The other passes: acc as it is, into a buffer.
+// The other passes: packs acc into a buffer as it is.
 template <typename Element, int kBuffers>
 __device__ inline void write_plain(const float* acc, int buffer, const Staging<kBuffers>& staging) {
 #pragma unroll
-    for (int slice = 0; slice < kSlices; ++slice) {
+    for (int strip = 0; strip < kStrips; ++strip) {
         Packed out;
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
-            const int i = 8 * slice + 2 * q;
+            const int i = 8 * strip + 2 * q;
             out[q] = pack<Element>(acc[i], acc[i + 1]);
         }
-        staging.write(buffer, slice, out);
+        staging.write(buffer, strip, out);
     }
 }
 

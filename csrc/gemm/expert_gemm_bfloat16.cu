@@ -4,6 +4,6 @@
 
 namespace comet_ds {
 
-template void launch_expert_gemm<__nv_bfloat16>(const ExpertGemmVariant&, const GemmLauncher&);
+COMET_EXPERT_GEMMS(template, __nv_bfloat16);
 
 }  // namespace comet_ds

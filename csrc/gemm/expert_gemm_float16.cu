@@ -4,6 +4,6 @@
 
 namespace comet_ds {
 
-template void launch_expert_gemm<__half>(const ExpertGemmVariant&, const GemmLauncher&);
+COMET_EXPERT_GEMMS(template, __half);
 
 }  // namespace comet_ds

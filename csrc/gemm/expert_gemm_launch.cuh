@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launchers of expert_gemm.cuh: one instantiation per pass, form, activation, and with or without
-// communication. Every element type has a file of its own, which compile at the same time.
+// Launchers of expert_gemm.cuh: one kernel per pass, gated or not where the pass depends on it,
+// activation where the pass has one, and with or without communication. Each element type is
+// instantiated in a file of its own, so that they compile at the same time.
 #pragma once
 
 #include "gemm/expert_gemm.cuh"
@@ -8,23 +9,24 @@
 
 namespace comet_ds {
 
+template <typename Params>
 struct GemmLauncher {
-    const ExpertGemmParams& params;
+    const Params& params;
     const Communication& communication;
     int num_sms;
     cudaStream_t stream;
 
     template <typename C>
     void run() const {
-        const int set_apart = communication.num_ctas;
-        if (set_apart == 0) return run<C>(NoCommunication{});
-        if (set_apart < 0 || set_apart % 2 != 0 || set_apart >= num_sms - 1) {
-            throw std::invalid_argument("the CTAs that communicate must be an even number below " +
+        const int num_comm_ctas = communication.num_comm_ctas;
+        if (num_comm_ctas == 0) return run<C>(NoCommunication{});
+        if (num_comm_ctas < 0 || num_comm_ctas % 2 != 0 || num_comm_ctas >= num_sms - 1) {
+            throw std::invalid_argument("communication CTAs must be an even number below " +
                                         std::to_string(num_sms - 1) + ", got " +
-                                        std::to_string(set_apart));
+                                        std::to_string(num_comm_ctas));
         }
         if constexpr (C::kPass == Pass::kUpGrad) {
-            throw std::invalid_argument("nothing communicates beside this pass");
+            throw std::invalid_argument("this pass overlaps no communication");
         } else {
             run<typename C::Communicating>(communication);
         }
@@ -38,39 +40,52 @@ struct GemmLauncher {
     }
 };
 
-template <typename Element, Pass kPass, bool kGated>
-void launch_activation(Activation activation, const GemmLauncher& launcher) {
+template <typename Element, bool kGated, typename Params>
+void launch_gated(const ExpertGemmVariant& variant, const GemmLauncher<Params>& launcher) {
+    constexpr Pass kPass = Params::kPass;
     using A = Activation;
-    switch (activation) {
-        case A::kGelu: return launcher.run<ExpertGemmConfig<Element, kPass, kGated, A::kGelu>>();
-        case A::kGeluTanh:
-            return launcher.run<ExpertGemmConfig<Element, kPass, kGated, A::kGeluTanh>>();
-        case A::kRelu: return launcher.run<ExpertGemmConfig<Element, kPass, kGated, A::kRelu>>();
-        case A::kSilu: return launcher.run<ExpertGemmConfig<Element, kPass, kGated, A::kSilu>>();
+    if constexpr (kPass != Pass::kUp && kPass != Pass::kDownGrad) {
+        return launcher.template run<ExpertGemmConfig<Element, kPass, kGated>>();
+    } else {
+        switch (variant.activation) {
+            case A::kGelu:
+                return launcher.template run<ExpertGemmConfig<Element, kPass, kGated, A::kGelu>>();
+            case A::kGeluTanh:
+                return launcher
+                    .template run<ExpertGemmConfig<Element, kPass, kGated, A::kGeluTanh>>();
+            case A::kRelu:
+                return launcher.template run<ExpertGemmConfig<Element, kPass, kGated, A::kRelu>>();
+            case A::kSilu:
+                return launcher.template run<ExpertGemmConfig<Element, kPass, kGated, A::kSilu>>();
+        }
     }
 }
 
-template <typename Element, bool kGated>
-void launch_pass(const ExpertGemmVariant& v, const GemmLauncher& launcher) {
-    switch (v.pass) {
-        case Pass::kUp:
-            return launch_activation<Element, Pass::kUp, kGated>(v.activation, launcher);
-        case Pass::kDown: return launcher.run<ExpertGemmConfig<Element, Pass::kDown, false>>();
-        case Pass::kDownGrad:
-            return launch_activation<Element, Pass::kDownGrad, kGated>(v.activation, launcher);
-        case Pass::kUpGrad: return launcher.run<ExpertGemmConfig<Element, Pass::kUpGrad, kGated>>();
-        case Pass::kWeightGrad:
-            return launcher.run<ExpertGemmConfig<Element, Pass::kWeightGrad, false>>();
+template <typename Element, typename Params>
+void launch_expert_gemm(const Params& params, const ExpertGemmVariant& variant,
+                        const Communication& communication, int num_sms, cudaStream_t stream) {
+    constexpr Pass kPass = Params::kPass;
+    const GemmLauncher<Params> launcher{params, communication, num_sms, stream};
+    if constexpr (kPass == Pass::kDown || kPass == Pass::kWeightGrad) {
+        launch_gated<Element, false>(variant, launcher);
+    } else {
+        variant.is_gated ? launch_gated<Element, true>(variant, launcher)
+                         : launch_gated<Element, false>(variant, launcher);
     }
 }
 
-template <typename Element>
-void launch_expert_gemm(const ExpertGemmVariant& v, const GemmLauncher& launcher) {
-    v.is_gated ? launch_pass<Element, true>(v, launcher) : launch_pass<Element, false>(v, launcher);
-}
+// Declares (KEYWORD is `extern template`) or instantiates (`template`) an element type's launchers.
+#define COMET_EXPERT_GEMM(KEYWORD, ELEMENT, PARAMS)                                              \
+    KEYWORD void launch_expert_gemm<ELEMENT>(const PARAMS&, const ExpertGemmVariant&,            \
+                                             const Communication&, int, cudaStream_t)
+#define COMET_EXPERT_GEMMS(KEYWORD, ELEMENT)             \
+    COMET_EXPERT_GEMM(KEYWORD, ELEMENT, UpParams);       \
+    COMET_EXPERT_GEMM(KEYWORD, ELEMENT, DownParams);     \
+    COMET_EXPERT_GEMM(KEYWORD, ELEMENT, DownGradParams); \
+    COMET_EXPERT_GEMM(KEYWORD, ELEMENT, UpGradParams);   \
+    COMET_EXPERT_GEMM(KEYWORD, ELEMENT, WeightGradParams)
 
-extern template void launch_expert_gemm<__nv_bfloat16>(const ExpertGemmVariant&,
-                                                       const GemmLauncher&);
-extern template void launch_expert_gemm<__half>(const ExpertGemmVariant&, const GemmLauncher&);
+COMET_EXPERT_GEMMS(extern template, __nv_bfloat16);
+COMET_EXPERT_GEMMS(extern template, __half);
 
 }  // namespace comet_ds

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A thread that notes how long it did what. Nothing at all where kTimeline is false.
+// Recorder: a thread notes what it did for how long. Empty where kTimeline is false.
 #pragma once
 
 #include "gemm/expert_gemm.h"
@@ -19,7 +19,7 @@ public:
 template <Pass kPass>
 class Recorder<kPass, true> {
 public:
-    // records: [CTAs, kRecordLists, kMaxRecords], zero, or null. Only one thread of a list records.
+    // records: [CTAs, kRecordLists, kMaxRecords], zero, or null. Only one thread per list records.
     __device__ Recorder(Record* records, Recording who, int warpgroup, bool is_thread) {
         if (records == nullptr || !is_thread) return;
         const int list = static_cast<int>(who) + warpgroup;
@@ -29,7 +29,7 @@ public:
 
     __device__ void start() { start_ns_ = global_time_ns(); }
 
-    // Notes what was done since the last start or stop.
+    // Notes an activity that lasted since the last start() or stop().
     __device__ void stop(Activity activity) {
         const uint64_t now = global_time_ns();
         if (next_ < end_) {

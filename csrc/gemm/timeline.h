@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the CTAs of the GEMM kernels did when: records in global memory, for comet_ds.timeline.
+// Records in global memory of what each CTA of a GEMM kernel did when, for `comet_ds timeline`.
 #pragma once
 
 #include <cstdint>
 
-// Recording costs registers and time: the kernels a layer normally runs are compiled without.
+// Recording costs registers and time, so a layer's kernels are normally compiled without it.
 #ifndef COMET_TIMELINE
 #define COMET_TIMELINE 0
 #endif
@@ -15,25 +15,25 @@ constexpr bool kTimeline = COMET_TIMELINE;
 
 // Codes are shared with Python.
 enum class Activity : uint8_t {
-    kPull = 0,        // other ranks' tokens into rows
-    kPush = 1,        // sums of rows into other ranks' memory
-    kAwaitRows = 2,   // a tile's rows are still to come
-    kAwaitTiles = 3,  // sums wait for tiles
-    kMultiply = 4,    // products of a tile, and waiting for its operands
-    kFinish = 5,      // its epilogue and stores
+    kPull = 0,        // copying other ranks' tokens to their rows
+    kPush = 1,        // summing rows and storing the sums in other ranks' memory
+    kAwaitRows = 2,   // waiting for a tile's rows to arrive
+    kAwaitTiles = 3,  // waiting, before a push, for tiles to be stored
+    kMultiply = 4,    // a tile's products, including the wait for its operands
+    kFinish = 5,      // a tile's epilogue and stores
 };
 
 struct Record {
-    uint64_t start_ns;  // 0: none; this GPU's clock
+    uint64_t start_ns;  // of this GPU's clock; 0 where there is no record
     uint32_t duration_ns;
     uint8_t pass;
     Activity activity;
     uint16_t reserved;
 };
 
-// Who records in a CTA, each in a list of its own.
+// Who records in a CTA; each has a list of its own.
 enum class Recording : int { kCommunication = 0, kTiles = 1, kMath = 2 };  // kMath + warpgroup
 constexpr int kRecordLists = 4;
-constexpr int kMaxRecords = 512;  // of a list; what is beyond is not recorded
+constexpr int kMaxRecords = 512;  // of a list; later ones are lost
 
 }  // namespace comet_ds

@@ -20,9 +20,9 @@ namespace {
 constexpr int kOperandRows = 64, kResultRows = 16;
 constexpr int64_t kPartAlignment = 256;  // bytes; parts of the workspace start at multiples
 
-// Orders of blocks in the plan (RowPlan::block_order), where several ranks take part: plain, and
-// for the passes beside which rows come or results leave.
-enum Order : int { kPlainOrder = 0, kUpOrder = 1, kDownGradOrder = 2, kDownOrder = 3 };
+// Tile orders in the plan (RowPlan::block_order), where several ranks take part: plain, and for the
+// passes that overlap communication.
+enum TileOrder : int { kPlainOrder = 0, kUpOrder = 1, kDownGradOrder = 2, kDownOrder = 3 };
 constexpr int kNumPeerOrders = 4;
 
 enum CounterSet : int { kPullCounters = 0, kPushCounters = 1 };
@@ -184,7 +184,7 @@ int64_t LayerCall::wait_for_count(cudaStream_t stream) const {
 void LayerCall::exchange_tables(const PlanTensors& t, Exposure* exposure, Streams streams) const {
     send_tables(t.routing, streams.main);
     if (!is_pushed()) join(streams);  // the tokens, too, are published
-    meet(Meeting::kTokens, exposure, streams.main);
+    sync_ranks(RankBarrier::kTokens, exposure, streams.main);
     if (is_pushed()) {  // the first half has left the link to the tables
         fork(streams);
         send_half(1, t.tokens, streams);
@@ -212,7 +212,7 @@ void LayerCall::dispatch(const ForwardTensors& t, Exposure* exposure, Streams st
     }
     if (is_pushed()) {
         join(streams);
-        meet(Meeting::kSentTokens, exposure, stream);
+        sync_ranks(RankBarrier::kPushedTokens, exposure, stream);
         dispatch_other_rows(sources, rows, t.rows, sizes_.hidden * 2, stream);
     }
 }
@@ -221,55 +221,54 @@ void LayerCall::up(const ForwardTensors& t, const LaunchEvents& events, Exposure
                    cudaStream_t stream) const {
     const auto& s = sizes_;
     const bool is_pulling = has_peers() && !is_pushed();
-    ExpertGemmParams params = gemm_params(t.plan.workspace, is_pulling ? kUpOrder : kPlainOrder,
-                                          t.num_rows);
-    params.a[0] = encode_tensor_map({uintptr_t(t.rows), 1, t.num_rows, s.hidden}, s.is_bfloat16,
-                                    kOperandRows);
-    params.save_pre = t.pre[0] != nullptr;
-    void* results[] = {t.hidden, t.pre[0], t.pre[1]};
-    for (int i = 0; i < 2 + s.is_gated; ++i) {
-        void* result = i > 0 && !params.save_pre ? t.hidden : results[i];
-        params.out[i] = encode_tensor_map({uintptr_t(result), 1, t.num_rows, s.ffn}, s.is_bfloat16,
-                                          kResultRows);
-    }
+    const RowPlan plan = row_plan(t.plan.workspace, t.num_rows);
+    const auto result_map = [&](void* result) {
+        return encode_tensor_map({uintptr_t(result), 1, t.num_rows, s.ffn}, s.is_bfloat16,
+                                 kResultRows);
+    };
+    UpParams params{.x = encode_tensor_map({uintptr_t(t.rows), 1, t.num_rows, s.hidden},
+                                           s.is_bfloat16, kOperandRows),
+                    .h = result_map(t.hidden),
+                    .shape = gemm_shape(plan, s.ffn),
+                    .tiles = row_tiles(plan, is_pulling ? kUpOrder : kPlainOrder, s.hidden),
+                    .saves_gate_up = t.pre[0] != nullptr};
     const int first = s.is_gated ? 0 : 1;
     for (int i = 0; i < 1 + s.is_gated; ++i) {
+        if (params.saves_gate_up) params.gate_up[i] = result_map(t.pre[i]);
         params.weights[i] = weights_.maps[first + i];
         params.bias[i] = weights_.biases[first + i];
     }
-    params.n = s.ffn;
-    params.k = s.hidden;
     Communication communication{};
     if (is_pulling) {
-        communication = this->communication(sources(t.plan.tokens, t.plan.routing, nullptr), t.plan.workspace,
-                                            t.rows, kPullCounters, splits_.pull.num_comm_ctas,
-                                            t.num_rows, exposure);
+        communication = this->communication(sources(t.plan.tokens, t.plan.routing, nullptr),
+                                            t.plan.workspace, t.rows, kPullCounters,
+                                            splits_.pull.num_comm_ctas, t.num_rows, exposure);
     }
-    launch(Pass::kUp, params, communication, events, stream);
+    launch(params, communication, events, stream);
 }
 
 void LayerCall::down(const ForwardTensors& t, const LaunchEvents& events, Exposure* exposure,
                      cudaStream_t stream) const {
     const auto& s = sizes_;
-    ExpertGemmParams params = gemm_params(t.plan.workspace, has_peers() ? kDownOrder : kPlainOrder,
-                                          t.num_rows);
-    params.a[0] = encode_tensor_map({uintptr_t(t.hidden), 1, t.num_rows, s.ffn}, s.is_bfloat16,
-                                    kOperandRows);
-    params.out[0] = encode_tensor_map({uintptr_t(t.results), 1, t.num_rows, s.hidden},
-                                      s.is_bfloat16, kResultRows);
-    params.weights[0] = weights_.maps[int(MatrixOf::kDown)];
-    params.bias[0] = weights_.biases[int(MatrixOf::kDown)];
-    params.n = s.hidden;
-    params.k = s.ffn;
+    const RowPlan plan = row_plan(t.plan.workspace, t.num_rows);
+    const DownParams params{
+        .h = encode_tensor_map({uintptr_t(t.hidden), 1, t.num_rows, s.ffn}, s.is_bfloat16,
+                               kOperandRows),
+        .y = encode_tensor_map({uintptr_t(t.results), 1, t.num_rows, s.hidden}, s.is_bfloat16,
+                               kResultRows),
+        .weights = weights_.maps[int(MatrixOf::kDown)],
+        .bias = weights_.biases[int(MatrixOf::kDown)],
+        .shape = gemm_shape(plan, s.hidden),
+        .tiles = row_tiles(plan, has_peers() ? kDownOrder : kPlainOrder, s.ffn)};
     Communication communication{};
     if (has_peers()) {
-        communication = this->communication(sources(t.plan.tokens, t.plan.routing, nullptr), t.plan.workspace,
-                                            t.results, kPushCounters, splits_.push.num_comm_ctas,
-                                            t.num_rows, exposure);
+        communication = this->communication(sources(t.plan.tokens, t.plan.routing, nullptr),
+                                            t.plan.workspace, t.results, kPushCounters,
+                                            splits_.push.num_comm_ctas, t.num_rows, exposure);
         communication.remote_begin =
             communication.exchange.plan.remote_begin + kDownOrder * s.num_ranks();
     }
-    launch(Pass::kDown, params, communication, events, stream);
+    launch(params, communication, events, stream);
 }
 
 // ---- backward ----------------------------------------------------------------------------------
@@ -282,7 +281,7 @@ void LayerCall::backward_down(const DownGradTensors& t, const LaunchEvents& even
     void* published = has_peers() ? places_.published : nullptr;
     dispatch_rows(sources, plan, published, t.grad_rows, s.hidden * 2, counters(t.workspace, 0),
                   2 * workspace_.parts.back().shape[1], stream);
-    if (has_peers()) meet(Meeting::kTokens, exposure, stream);
+    if (has_peers()) sync_ranks(RankBarrier::kTokens, exposure, stream);
     down_grad(t, events, exposure, stream);
     sum_row_dots(sources, plan, t.row_dots, num_row_dots(), t.grad_rows,
                  weights_.biases[int(MatrixOf::kDown)], s.hidden, s.is_bfloat16, stream);
@@ -303,27 +302,28 @@ void LayerCall::backward_down(const DownGradTensors& t, const LaunchEvents& even
 void LayerCall::down_grad(const DownGradTensors& t, const LaunchEvents& events,
                           Exposure* exposure, cudaStream_t stream) const {
     const auto& s = sizes_;
-    ExpertGemmParams params = gemm_params(t.workspace, has_peers() ? kDownGradOrder : kPlainOrder,
-                                          t.num_rows);
-    params.a[0] = encode_tensor_map({uintptr_t(t.grad_rows), 1, t.num_rows, s.hidden},
-                                    s.is_bfloat16, kOperandRows);
-    params.results[0] = t.weighted_hidden;
+    const RowPlan plan = row_plan(t.workspace, t.num_rows);
+    DownGradParams params{
+        .grad_y = encode_tensor_map({uintptr_t(t.grad_rows), 1, t.num_rows, s.hidden},
+                                    s.is_bfloat16, kOperandRows),
+        .weighted_h = t.weighted_hidden,
+        .weights = weights_.maps[int(MatrixOf::kDown)],
+        .row_weights = plan.row_weights,
+        .row_dots = t.row_dots,
+        .shape = gemm_shape(plan, s.ffn),
+        .tiles = row_tiles(plan, has_peers() ? kDownGradOrder : kPlainOrder, s.hidden),
+        .num_rows = int(t.num_rows)};
     for (int i = 0; i < 1 + s.is_gated; ++i) {
-        params.pre[i] = t.pre[i];
-        params.results[1 + i] = t.grad_pre[i];
+        params.gate_up[i] = t.pre[i];
+        params.grad_preact[i] = t.grad_pre[i];
     }
-    params.weights[0] = weights_.maps[int(MatrixOf::kDown)];
-    params.row_weights = row_plan(t.workspace, t.num_rows).row_weights;
-    params.row_dots = t.row_dots;
-    params.n = s.ffn;
-    params.k = s.hidden;
     Communication communication{};
     if (has_peers()) {
         communication = this->communication(sources(t.grad, {}, nullptr), t.workspace, t.grad_rows,
                                             kPullCounters, splits_.pull_grad.num_comm_ctas,
                                             t.num_rows, exposure);
     }
-    launch(Pass::kDownGrad, params, communication, events, stream);
+    launch(params, communication, events, stream);
 }
 
 void LayerCall::backward_up(const UpGradTensors& t, const LaunchEvents& events, Exposure* exposure,
@@ -333,9 +333,9 @@ void LayerCall::backward_up(const UpGradTensors& t, const LaunchEvents& events, 
     if (t.grad_rows != nullptr) up_grad(t, stream);
     Communication communication{};
     if (has_peers()) {
-        const int num_ctas = has_weight_grad ? splits_.push_grad.num_comm_ctas : s.num_sms;
+        const int num_comm_ctas = has_weight_grad ? splits_.push_grad.num_comm_ctas : s.num_sms;
         communication = this->communication(sources(nullptr, {}, nullptr), t.workspace,
-                                            t.grad_rows, kPushCounters, num_ctas, t.num_rows,
+                                            t.grad_rows, kPushCounters, num_comm_ctas, t.num_rows,
                                             exposure);
         if (!has_weight_grad) push_sums(communication, false, s.num_sms, stream);
     }
@@ -368,18 +368,19 @@ void LayerCall::sum_grads(const TokenGradTensors& t, Exposure* exposure,
 
 void LayerCall::up_grad(const UpGradTensors& t, cudaStream_t stream) const {
     const auto& s = sizes_;
-    ExpertGemmParams params = gemm_params(t.workspace, kPlainOrder, t.num_rows);
+    const RowPlan plan = row_plan(t.workspace, t.num_rows);
+    UpGradParams params{
+        .grad_x = encode_tensor_map({uintptr_t(t.grad_rows), 1, t.num_rows, s.hidden},
+                                    s.is_bfloat16, kResultRows),
+        .shape = gemm_shape(plan, s.hidden),
+        .tiles = row_tiles(plan, kPlainOrder, s.ffn)};
     const int first = s.is_gated ? 0 : 1;
     for (int i = 0; i < 1 + s.is_gated; ++i) {
-        params.a[i] = encode_tensor_map({uintptr_t(t.grad_pre[i]), 1, t.num_rows, s.ffn},
-                                        s.is_bfloat16, kOperandRows);
+        params.grad_preact[i] = encode_tensor_map({uintptr_t(t.grad_pre[i]), 1, t.num_rows, s.ffn},
+                                                  s.is_bfloat16, kOperandRows);
         params.weights[i] = weights_.maps[first + i];
     }
-    params.out[0] = encode_tensor_map({uintptr_t(t.grad_rows), 1, t.num_rows, s.hidden},
-                                      s.is_bfloat16, kResultRows);
-    params.n = s.hidden;
-    params.k = s.ffn;
-    launch(Pass::kUpGrad, params, kNoCommunication, {}, stream);
+    launch(params, kNoCommunication, {}, stream);
 }
 
 void LayerCall::weight_grad(const WeightGradTensors& t, cudaStream_t stream) const {
@@ -389,20 +390,20 @@ void LayerCall::weight_grad(const WeightGradTensors& t, cudaStream_t stream) con
 void LayerCall::weight_grad(const WeightGradTensors& t, const Communication& communication,
                             const LaunchEvents& events, cudaStream_t stream) const {
     const auto& s = sizes_;
-    ExpertGemmParams params = gemm_params(t.workspace, kPlainOrder, t.num_rows);
-    params.a[0] = encode_tensor_map({uintptr_t(t.a), 1, t.num_rows, t.a_cols}, s.is_bfloat16,
-                                    kOperandRows);
-    params.b = encode_tensor_map({uintptr_t(t.b), 1, t.num_rows, t.b_cols}, s.is_bfloat16,
-                                 kOperandRows);
-    params.out[0] = encode_tensor_map({uintptr_t(t.grad), s.num_experts, t.a_cols, t.b_cols},
-                                      s.is_bfloat16, kResultRows);
-    params.accumulates = t.adds;
-    params.m = t.a_cols;
-    params.n = t.b_cols;
-    launch(Pass::kWeightGrad, params, communication, events, stream);
+    const RowPlan plan = row_plan(t.workspace, t.num_rows);
+    const WeightGradParams params{
+        .a = encode_tensor_map({uintptr_t(t.a), 1, t.num_rows, t.a_cols}, s.is_bfloat16,
+                               kOperandRows),
+        .b = encode_tensor_map({uintptr_t(t.b), 1, t.num_rows, t.b_cols}, s.is_bfloat16,
+                               kOperandRows),
+        .grad = encode_tensor_map({uintptr_t(t.grad), s.num_experts, t.a_cols, t.b_cols},
+                                  s.is_bfloat16, kResultRows),
+        .shape = gemm_shape(plan, t.b_cols),
+        .m = int(t.a_cols),
+        .accumulates = t.adds};
+    launch(params, communication, events, stream);
     if (t.grad_bias != nullptr) {
-        sum_expert_rows(row_plan(t.workspace, t.num_rows), t.a, t.is_weighted, t.a_cols, s.is_bfloat16,
-                        t.grad_bias, stream);
+        sum_expert_rows(plan, t.a, t.is_weighted, t.a_cols, s.is_bfloat16, t.grad_bias, stream);
     }
 }
 
@@ -426,11 +427,11 @@ RowPlan LayerCall::row_plan(void* workspace, int64_t num_rows) const {
                  .num_experts = sizes_.num_experts,
                  .max_rows = sizes_.max_rows,
                  .num_rows = num_rows,
-                 .num_split = {0},
-                 .num_orders = has_peers() ? kNumPeerOrders : 1};
-    plan.num_split[kUpOrder] = splits_.pull.num_split_experts;
-    plan.num_split[kDownGradOrder] = splits_.pull_grad.num_split_experts;
-    plan.num_split[kDownOrder] = splits_.push.num_split_experts;
+                 .num_split_experts = {0},
+                 .num_tile_orders = has_peers() ? kNumPeerOrders : 1};
+    plan.num_split_experts[kUpOrder] = splits_.pull.num_split_experts;
+    plan.num_split_experts[kDownGradOrder] = splits_.pull_grad.num_split_experts;
+    plan.num_split_experts[kDownOrder] = splits_.push.num_split_experts;
     return plan;
 }
 
@@ -453,14 +454,14 @@ Sources LayerCall::sources(const void* tokens, const RoutingTables& routing,
 }
 
 Communication LayerCall::communication(const Sources& sources, void* workspace, void* rows,
-                                       int counters, int num_ctas, int64_t num_rows,
+                                       int counters, int num_comm_ctas, int64_t num_rows,
                                        Exposure* exposure) const {
     return {.exchange = {.sources = sources,
                          .plan = row_plan(workspace, num_rows),
                          .hidden = sizes_.hidden,
                          .dtype = sizes_.is_bfloat16 ? DType::kBFloat16 : DType::kFloat16},
             .rows = rows,
-            .num_ctas = num_ctas,
+            .num_comm_ctas = num_comm_ctas,
             .remote_begin = nullptr,
             .counters = reinterpret_cast<Counters*>(this->counters(workspace, counters)),
             .timeout_ns = places_.timeout_ns,
@@ -468,23 +469,25 @@ Communication LayerCall::communication(const Sources& sources, void* workspace, 
             .exposure = exposure};
 }
 
-ExpertGemmParams LayerCall::gemm_params(void* workspace, int order, int64_t num_rows) const {
-    const RowPlan plan = row_plan(workspace, num_rows);
-    const int64_t blocks = sizes_.max_rows / kRowBlock;
-    ExpertGemmParams params{};
-    params.expert_offsets = plan.expert_offsets;
-    params.block_order = plan.block_order + order * blocks;
-    params.expert_order = plan.expert_order + order * blocks;
-    params.num_experts = sizes_.num_experts;
-    params.max_rows = num_rows;
-    return params;
+GemmShape LayerCall::gemm_shape(const RowPlan& plan, int64_t n) const {
+    return {.expert_offsets = plan.expert_offsets,
+            .num_experts = int(plan.num_experts),
+            .n = int(n),
+            .records = timeline.take(sizes_.num_sms)};
 }
 
-void LayerCall::launch(Pass pass, ExpertGemmParams& params, const Communication& communication,
+RowTiles LayerCall::row_tiles(const RowPlan& plan, int tile_order, int64_t k) const {
+    const int64_t begin = tile_order * (plan.max_rows / kRowBlock);
+    return {.block_order = plan.block_order + begin,
+            .expert_order = plan.expert_order + begin,
+            .k = int(k)};
+}
+
+template <typename Params>
+void LayerCall::launch(const Params& params, const Communication& communication,
                        const LaunchEvents& events, cudaStream_t stream) const {
-    const ExpertGemmVariant variant{pass, sizes_.is_bfloat16, sizes_.is_gated, sizes_.activation};
-    params.records = timeline.take(sizes_.num_sms);
-    const bool is_timed = events.start != nullptr && communication.num_ctas > 0;
+    const ExpertGemmVariant variant{sizes_.is_bfloat16, sizes_.is_gated, sizes_.activation};
+    const bool is_timed = events.start != nullptr && communication.num_comm_ctas > 0;
     if (is_timed) check(cudaEventRecord(events.start, stream), "expert_gemm");
     expert_gemm(params, variant, communication, sizes_.num_sms, stream);
     if (is_timed) check(cudaEventRecord(events.end, stream), "expert_gemm");
@@ -496,7 +499,7 @@ void LayerCall::combine(const void* rows, void* workspace, const float* weights,
     const RowPlan plan = row_plan(workspace, sizes_.max_rows);
     const DType dtype = sizes_.is_bfloat16 ? DType::kBFloat16 : DType::kFloat16;
     if (has_peers()) {
-        meet(Meeting::kResults, exposure, stream);
+        sync_ranks(RankBarrier::kResults, exposure, stream);
         const ExchangeParams params{sources, plan, sizes_.hidden, dtype};
         return sum_partials(params, rows, weights != nullptr, output, stream);
     }
@@ -533,7 +536,8 @@ void LayerCall::send_half(int half, const void* tokens, Streams streams) const {
     if (begin == end) return;
     for (void* to : places_.tokens) {
         if (places_.has_copy_engines) {
-            send(advance(tokens, begin), at<void>(to, begin), end - begin, streams.side);
+            push_by_copy_engine(advance(tokens, begin), at<void>(to, begin), end - begin,
+                                streams.side);
             continue;
         }
         CopyParams params{.num_copies = 1};
@@ -544,14 +548,14 @@ void LayerCall::send_half(int half, const void* tokens, Streams streams) const {
     }
 }
 
-void LayerCall::meet(Meeting what, Exposure* exposure, cudaStream_t stream) const {
-    comet_ds::meet({.mailboxes = places_.mailboxes,
-                    .epoch = places_.epoch,
-                    .late = places_.late,
-                    .timeout_ns = places_.timeout_ns,
-                    .what = what,
-                    .exposure = exposure},
-                   stream);
+void LayerCall::sync_ranks(RankBarrier barrier, Exposure* exposure, cudaStream_t stream) const {
+    comet_ds::sync_ranks({.mailboxes = places_.mailboxes,
+                          .epoch = places_.epoch,
+                          .late = places_.late,
+                          .timeout_ns = places_.timeout_ns,
+                          .barrier = barrier,
+                          .exposure = exposure},
+                         stream);
 }
 
 void LayerCall::fork(Streams streams) const {

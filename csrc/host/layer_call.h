@@ -167,8 +167,8 @@ struct TokenGradTensors {
     float* grad_weights;    // [num_own_tokens, top_k]: of several ranks, what they have summed
 };
 
-// grad[e] = a^T b over the rows of expert e, or += ; grad_bias[e] = the sum of a's rows, weighted or
-// not.
+// grad[e] = a^T b over the rows of expert e, or += ; grad_bias[e] = the sum of a's rows, weighted
+// or not.
 struct WeightGradTensors {
     void* workspace;
     int64_t num_rows;
@@ -230,10 +230,12 @@ class LayerCall {
     int64_t wait_for_count(cudaStream_t stream) const;
     Sources sources(const void* tokens, const RoutingTables& routing, float* grad_weights) const;
     Communication communication(const Sources& sources, void* workspace, void* rows, int counters,
-                                int num_ctas, int64_t num_rows, Exposure* exposure) const;
+                                int num_comm_ctas, int64_t num_rows, Exposure* exposure) const;
     uint32_t* counters(void* workspace, int which) const;
-    ExpertGemmParams gemm_params(void* workspace, int order, int64_t num_rows) const;
-    void launch(Pass pass, ExpertGemmParams& params, const Communication& communication,
+    GemmShape gemm_shape(const RowPlan& plan, int64_t n) const;
+    RowTiles row_tiles(const RowPlan& plan, int tile_order, int64_t k) const;
+    template <typename Params>  // of a pass
+    void launch(const Params& params, const Communication& communication,
                 const LaunchEvents& events, cudaStream_t stream) const;
     void weight_grad(const WeightGradTensors& t, const Communication& communication,
                      const LaunchEvents& events, cudaStream_t stream) const;
@@ -241,7 +243,7 @@ class LayerCall {
                  void* output, Exposure* exposure, cudaStream_t stream) const;
     void send_tables(const RoutingTables& routing, cudaStream_t stream) const;
     void send_half(int half, const void* tokens, Streams streams) const;
-    void meet(Meeting what, Exposure* exposure, cudaStream_t stream) const;
+    void sync_ranks(RankBarrier barrier, Exposure* exposure, cudaStream_t stream) const;
     void fork(Streams streams) const;
     void join(Streams streams) const;
 

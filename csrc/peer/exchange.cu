@@ -10,7 +10,7 @@
 namespace comet_ds {
 namespace {
 
-// Calls `run` with a value of the element type and whether sums are weighted.
+// Calls run(a value of the element type, whether sums are weighted as a constant).
 template <typename F>
 void specialise(DType dtype, bool is_weighted, const F& run) {
     const auto with_type = [&](auto element) {
@@ -22,20 +22,20 @@ void specialise(DType dtype, bool is_weighted, const F& run) {
 }  // namespace
 
 void publish(const CopyParams& p, cudaStream_t stream) {
-    constexpr int kThreads = 256, kMaxBlocks = 1056;
+    constexpr int kThreads = 256, kMaxCtas = 1056;  // 8 CTAs on each of an H200's 132 SMs
     int64_t num_vectors = 1;
     for (int i = 0; i < p.num_copies; ++i) num_vectors += p.num_bytes[i] / sizeof(uint4);
-    const unsigned num_blocks =
-        std::min<int64_t>((num_vectors + kThreads - 1) / kThreads, kMaxBlocks);
-    launch("publish", publish_kernel, {num_blocks, kThreads}, stream, p);
+    const unsigned num_ctas =
+        std::min<int64_t>((num_vectors + kThreads - 1) / kThreads, kMaxCtas);
+    launch("publish", publish_kernel, {num_ctas, kThreads}, stream, p);
 }
 
-void send(const void* from, void* to, int64_t num_bytes, cudaStream_t stream) {
-    check(cudaMemcpyAsync(to, from, num_bytes, cudaMemcpyDefault, stream), "send");
+void push_by_copy_engine(const void* from, void* to, int64_t num_bytes, cudaStream_t stream) {
+    check(cudaMemcpyAsync(to, from, num_bytes, cudaMemcpyDefault, stream), "push_by_copy_engine");
 }
 
-void meet(const MeetParams& params, cudaStream_t stream) {
-    launch("meet", meet_kernel, {1, kMaxRanks}, stream, params);
+void sync_ranks(const RankBarrierParams& params, cudaStream_t stream) {
+    launch("sync_ranks", rank_barrier_kernel, {1, kMaxRanks}, stream, params);
 }
 
 void push_sums(const Communication& c, bool is_weighted, int num_sms, cudaStream_t stream) {

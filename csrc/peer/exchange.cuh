@@ -1,28 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tokens and results between the ranks of an expert parallel group.
 //
-// 1. Math: exchange.h. A token's activation is read once by every rank that has an expert of it,
-//    and comes back as one partial sum from each: a token of rank s has, for every other rank it
-//    goes to, one slot in s's memory, in order of these ranks.
-// 2. Grid: publish and sum_partials as many blocks as there is work; meet one block, a thread a
-//    rank. Tokens are pulled and results pushed by CTAs of the GEMM kernels (overlap.cuh);
-//    push_sums does the latter where there is no GEMM beside it. In forward copy engines may send
-//    all tokens to all ranks instead, beside the gate and plan_and_dispatch.
-// 3. Flags: flags[r][s] in r's memory, written by rank s (release, system scope), read by r
-//    (acquire, system scope): how many meetings s has come to. It only grows, and every rank counts
-//    its own meetings in memory, so nothing is reset and a captured graph can be replayed.
-//    Only meet waits for another rank, in one block that holds nothing a peer needs, whatever else
-//    runs beside it; everything else comes behind a meeting and finds what it reads, publish and
-//    send behind the last one of the direction before, also on a stream of their own.
-//    Two meetings a direction: after publish, or dispatch_rows in its place (tables have come, and
-//    tokens can be read), and after the last push (slots are complete). Between them a third where
-//    tokens are sent: they have come. Memory is reused safely: who comes to the last has read what
-//    was published or has come, and a slot is written again only after the first meeting of the
-//    next direction, to which its owner comes when it has read it. Tables, and tokens that are
-//    sent, come before that meeting: to a part of the memory of which nothing is read after the
-//    last one (Exchange.parts in exchange.py).
-// 4. Shared memory: push_sums a ring of slices for every warp (token_stream.cuh). Partial sums have
-//    one writer each and are added in order: the same input gives the same bits.
+// 1. Math: exchange.h. A rank reads a token's activation once, for all its experts that the token
+//    is routed to, and returns one partial sum of their results. The memory of the token's rank has
+//    a slot for each other rank that the token is routed to, in order of these ranks.
+// 2. Grid and roles: publish and sum_partials have as many CTAs as there is work. sync_ranks is one
+//    CTA; thread r handles rank r. CTAs of the GEMM kernels pull tokens and push results
+//    (gemm/overlap.cuh); push_sums pushes where there is no GEMM to overlap it. In forward, copy
+//    engines may push all tokens to all ranks instead, overlapped with the gate and
+//    plan_and_dispatch.
+// 3. Flags. All waiting for another rank happens in sync_ranks: one CTA, which holds nothing that a
+//    peer needs, whatever else runs on the GPUs.
+//        flag          writer             release            reader             acquire
+//        flags[r][s]   rank s, thread r   st.release.sys,    rank r, thread s   ld.acquire.sys,
+//                      of sync_ranks      after a            of sync_ranks      then a
+//                                         threadfence_system                    threadfence_system
+//        epoch         thread 0 of        end of kernel      the next           start of kernel
+//                      sync_ranks                            sync_ranks
+//    Proxy fence: none; TMA reads what peers wrote only in later kernels.
+//    Reset: never. flags[r][s] is the number of barriers rank s has reached and only grows. A rank
+//    counts its barriers in memory (epoch), so a captured graph can be replayed.
+//    A direction has two barriers: kTokens after publish (or after dispatch_rows, which publishes
+//    too), kResults after the last push. Where copy engines push the tokens, kPushedTokens comes
+//    between them. Everything else on the stream follows a barrier and finds its input complete;
+//    publish and push_by_copy_engine, also on their own stream, follow the last barrier of the
+//    previous direction. Why memory can be reused:
+//        published tokens   A rank reaches kResults only when it has read them.
+//        slots              They are written again after kTokens of the next direction, which their
+//                           owner reaches only when it has read them.
+//        tables, tokens     They arrive before kTokens, in a part of memory from which nothing is
+//        pushed by copy     read after the previous kResults (Exchange.parts in
+//        engines            comet_ds/fused/peer/exchange.py).
+// 4. Shared memory: push_sums one ring of slices per warp (token_stream.cuh). A partial sum has one
+//    writer, and sums are added in a fixed order: the same input gives the same bits.
 // 5. Sources: PTX ISA, memory consistency model (system scope, cumulativity).
 #pragma once
 
@@ -53,23 +63,25 @@ __global__ void publish_kernel(const __grid_constant__ CopyParams p) {
     }
 }
 
-__global__ void __launch_bounds__(kMaxRanks) meet_kernel(const __grid_constant__ MeetParams p) {
+__global__ void __launch_bounds__(kMaxRanks)
+    rank_barrier_kernel(const __grid_constant__ RankBarrierParams p) {
     await_previous_kernel();
     const int peer = threadIdx.x, rank = p.mailboxes.rank;
-    const uint64_t come_ns = global_time_ns();
-    const uint64_t before = *p.epoch, step = before % kMeetings;
-    const uint64_t epoch = before - step + uint64_t(p.what) + 1;
-    const char* what = p.what == Meeting::kResults ? "results" : "tokens";
-    const bool is_in_step = p.what == Meeting::kTokens ? step == 0 : step > 0 && epoch > before;
-    if (p.late->is_set || !is_in_step) {
+    const uint64_t arrival_ns = global_time_ns();
+    const uint64_t before = *p.epoch, step = before % kRankBarriers;
+    const uint64_t epoch = before - step + uint64_t(p.barrier) + 1;
+    const char* name = p.barrier == RankBarrier::kResults ? "results" : "tokens";
+    const bool is_in_order =
+        p.barrier == RankBarrier::kTokens ? step == 0 : step > 0 && epoch > before;
+    if (p.late->is_set || !is_in_order) {
         if (threadIdx.x > 0) return;
         printf("comet_ds: rank %d of the expert parallel group: ", rank);
-        if (is_in_step) {
-            printf("progress[%u] beside a GEMM was %u, not %u, after %llu s\n", p.late->index,
-                   p.late->seen, p.late->expected, p.timeout_ns / 1000000000ull);
+        if (is_in_order) {
+            printf("flag %u of a GEMM that communicates was %u, not %u, after %llu s\n",
+                   p.late->index, p.late->seen, p.late->expected, p.timeout_ns / 1000000000ull);
         } else {
-            printf("a forward or backward before was not finished, meeting %llu is for \"%s\"\n",
-                   static_cast<unsigned long long>(epoch), what);
+            printf("an earlier forward or backward was not finished, barrier %llu is for \"%s\"\n",
+                   static_cast<unsigned long long>(epoch), name);
         }
         __trap();
     }
@@ -82,7 +94,7 @@ __global__ void __launch_bounds__(kMaxRanks) meet_kernel(const __grid_constant__
             if (global_time_ns() - start < p.timeout_ns) continue;
             printf("comet_ds: rank %d of the expert parallel group waited %llu s for rank %d: "
                    "its flag for \"%s\" is %llu, not %llu\n",
-                   rank, p.timeout_ns / 1000000000ull, peer, what,
+                   rank, p.timeout_ns / 1000000000ull, peer, name,
                    static_cast<unsigned long long>(seen),
                    static_cast<unsigned long long>(epoch));
             __trap();
@@ -90,11 +102,11 @@ __global__ void __launch_bounds__(kMaxRanks) meet_kernel(const __grid_constant__
         __threadfence_system();
     }
     __syncthreads();
-    // Not before: its CTAs would hold SMs that a peer may be waiting for.
+    // NOTE: not earlier, because its CTAs would hold SMs that a peer may be waiting for.
     admit_next_kernel();
     if (threadIdx.x > 0) return;
     *p.epoch = epoch;
-    if (p.exposure != nullptr) p.exposure->meeting += global_time_ns() - come_ns;
+    if (p.exposure != nullptr) p.exposure->rank_barriers += global_time_ns() - arrival_ns;
 }
 
 constexpr int kPushWarps = 8;
@@ -105,8 +117,8 @@ __global__ void __launch_bounds__(kPushWarps * 32)
     begin_kernel();
     extern __shared__ __align__(16) uint8_t smem[];
     auto& ring = reinterpret_cast<PushRing<T>*>(smem)[threadIdx.x / 32];
-    push_tokens<T, kIsWeighted>(c.exchange, static_cast<const T*>(c.rows), &c.counters->groups,
-                                ring, [](int) {});
+    push_tokens<T, kIsWeighted>(c.exchange, static_cast<const T*>(c.rows),
+                                &c.counters->next_route_group, ring, [](int) {});
 }
 
 constexpr int kSumThreads = 128;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tokens and results between the ranks of an expert parallel group, by addresses every rank can
-// read and write: host launchers.
+// Tokens and results between the ranks of an expert parallel group, at addresses that every rank
+// can read and write: parameters and host launchers.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,49 +12,58 @@
 
 namespace comet_ds {
 
-// A rank's block of memory that its peers can address: where flags lie in it, by writer.
+// The ranks' flags: flags[r][s] lies in rank r's memory and is written by rank s.
 struct Mailboxes {
-    uint64_t* flags[kMaxRanks];  // [num_ranks] each; flags[r][s] is what rank s has told rank r
-    int rank;
+    uint64_t* flags[kMaxRanks];  // [num_ranks] each
+    int rank;                    // this one
     int num_ranks;
 };
 
-// What a meeting is for, in the order of a direction: tables, or tokens too; tokens where they came
-// later than the tables; results.
-enum class Meeting : int { kTokens = 0, kSentTokens = 1, kResults = 2 };
-constexpr uint64_t kMeetings = 3;  // a direction counts as many, whether it has the second or not
+// Barriers between all ranks, on the device, in the order of a direction (forward or backward).
+enum class RankBarrier : int {
+    kTokens = 0,        // tables have arrived, and tokens are published or have arrived
+    kPushedTokens = 1,  // only where copy engines push tokens: these have arrived
+    kResults = 2,       // partial sums are in their slots
+};
+// Every direction counts all of them, whether it has kPushedTokens or not.
+constexpr uint64_t kRankBarriers = 3;
 
-// What a CTA of a GEMM kernel waited for until its deadline had passed.
+// The first wait of a GEMM kernel that exceeded its deadline.
 struct LateWait {
     uint32_t is_set;
-    uint32_t index;  // into Communication::progress
+    uint32_t index;  // of the flag, in Counters::flags
     uint32_t seen;
     uint32_t expected;
 };
 
-// What CTAs of a GEMM kernel tell each other, in this GPU's memory.
+// How the CTAs of a GEMM kernel that communicates share work and wait for each other (overlap.cuh).
 struct Counters {
-    uint32_t groups;      // of routes, taken by warps that communicate
-    uint32_t units;       // of the GEMM, taken by clusters
-    uint32_t progress[];  // rows that have come, by block; or pieces stored, by rank's distance
+    uint32_t next_route_group;   // queue of the warps that communicate
+    uint32_t next_cluster_tile;  // queue of the clusters
+    uint32_t flags[];            // arrived_rows or stored_sub_tiles
+
+    // kUp, kDownGrad: [row block].
+    __host__ __device__ uint32_t* arrived_rows() { return flags; }
+    // kDown: [ring distance].
+    __host__ __device__ uint32_t* stored_sub_tiles() { return flags; }
 };
 
-// What communication takes from computation, ns; added up over launches.
+// Time that communication takes from computation, ns; launches add to it.
 struct Exposure {
-    uint64_t communicating;  // of a GEMM kernel's CTAs while they do not compute, their sum
-    uint64_t meeting;        // of the stream, from coming to a meeting to the last rank's coming
+    uint64_t communicating;  // sum over CTAs of a GEMM kernel, while they compute nothing
+    uint64_t rank_barriers;  // from this rank's arrival at a barrier to the last rank's
 };
 
-struct MeetParams {
+struct RankBarrierParams {
     Mailboxes mailboxes;
-    uint64_t* epoch;       // this rank's count of meetings
-    const LateWait* late;  // of the launches before
+    uint64_t* epoch;       // barriers this rank has passed
+    const LateWait* late;  // written by earlier launches
     uint64_t timeout_ns;
-    Meeting what;
-    Exposure* exposure;  // to add to, or null
+    RankBarrier barrier;
+    Exposure* exposure;  // or null
 };
 
-constexpr int kMaxCopies = 4 * (kMaxRanks - 1);
+constexpr int kMaxCopies = 4 * (kMaxRanks - 1);  // the routing tables, for every other rank
 
 struct CopyParams {
     const void* from[kMaxCopies];
@@ -70,41 +79,42 @@ struct ExchangeParams {
     DType dtype;  // not fp32
 };
 
-// Routes of a token; a warp holds them all.
+// A warp holds all routes of a token, one per lane.
 constexpr int kMaxTopK = 32;
 
-// What goes on beside a GEMM in its kernel (overlap.cuh).
+// Communication that a GEMM kernel overlaps with its tiles (overlap.cuh).
 struct Communication {
     ExchangeParams exchange;
-    void* rows;          // written with pulled tokens, or summed and pushed
-    int num_ctas;        // set apart for it; even, 0 for a kernel without communication
-    const int32_t* remote_begin;  // kDown: RowPlan's, of the order that it computes backwards
-    Counters* counters;           // zero before
+    void* rows;                   // tokens are pulled to them, or sums of them pushed
+    int num_comm_ctas;            // an even number; 0 for a kernel without communication
+    const int32_t* remote_begin;  // kDown: [ranks], RowPlan's for the kernel's tile order
+    Counters* counters;           // zero before the launch
     uint64_t timeout_ns;
     LateWait* late;
-    Exposure* exposure;  // to add to, or null
+    Exposure* exposure;  // or null
 };
 
 // All throw std::runtime_error when a launch fails.
 
-// Copies blocks of memory to where peers read them, here or there; addresses are multiples of 16.
+// Copies blocks of memory, on this GPU or to peers. Addresses are multiples of 16.
 void publish(const CopyParams& params, cudaStream_t stream);
 
-// Copies a block of memory to a peer by a copy engine, which takes no SM.
-void send(const void* from, void* to, int64_t num_bytes, cudaStream_t stream);
+// Pushes a block of memory to a peer by a copy engine, which takes no SM.
+void push_by_copy_engine(const void* from, void* to, int64_t num_bytes, cudaStream_t stream);
 
-// Waits until all ranks have come as often as this one. What a rank wrote before, its peers see
-// after. A rank that does not come in time is printed, and the kernel traps; so does a rank that
-// was late itself, or whose meeting is out of order, before it tells the others that it came.
-void meet(const MeetParams& params, cudaStream_t stream);
+// Barrier between all ranks. Writes a rank made before it are visible to its peers after it. Where
+// a rank does not arrive before the deadline, prints which and traps. Also prints and traps, before
+// it arrives itself, where an earlier GEMM of this rank missed a deadline, or where this barrier is
+// out of order because an earlier direction was not finished.
+void sync_ranks(const RankBarrierParams& params, cudaStream_t stream);
 
-// What goes on beside a GEMM, where there is none: for every token of other ranks that has rows
-// here, the sum of these rows, weighted or not, into the slot of the token's rank that is this
-// rank's.
+// Sums, for every token of another rank, the token's rows on this rank, weighted or not, and pushes
+// the sum to the token's slot that belongs to this rank. This is the push of overlap.cuh without a
+// GEMM to overlap it.
 void push_sums(const Communication& communication, bool is_weighted, int num_sms,
                cudaStream_t stream);
 
-// output[t] of this rank's tokens: the sum of its own rows, weighted or not, and the slots.
+// output[t] = sum of the rows of own token t on this rank, weighted or not, and of its slots.
 void sum_partials(const ExchangeParams& params, const void* rows, bool is_weighted, void* output,
                   cudaStream_t stream);
 

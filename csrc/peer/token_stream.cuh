@@ -1,16 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tokens on their way between ranks: what warps do that pull tokens or push sums of their rows.
+// What the warps that communicate do: pull other ranks' tokens to their rows, or push sums of rows
+// to other ranks.
 //
-// 1. Math: exchange.h. Pulled tokens are copied to all their rows; sums are added in fp32 in order
-//    of the routes and rounded once.
-// 2. Grid: any number of warps. They take groups of up to 32 routes, those of a few tokens, from
-//    one queue: rank by rank of the tokens, in ring order where they pull and from the farthest on
-//    where they push, a rank's slice by slice of columns. A group is taken two groups before its
-//    turn, and its routes are read one before.
-// 3. Flags: arrived[block] += 1 for every row, when it is written (release, GPU scope).
-// 4. Shared memory: a ring of slices for every warp; all but one are on their way while that is
-//    used. A lane copies and reads the same 16-byte vectors, so it waits for its own copies only.
-//    Instructions are what limits these warps: what can be is done once a group.
+// 1. Math: exchange.h. A pulled token is copied to each of its rows. A token's rows are summed in
+//    fp32 in order of its routes and rounded once.
+// 2. Grid and roles: any number of warps, all alike. They take route groups from one queue. A route
+//    group is up to 32 routes, one per lane: all routes of a few tokens of one rank. Pulling takes
+//    the nearest rank's groups first, pushing the farthest rank's. Pushing splits a rank's tokens
+//    into slices of columns and takes one slice of all tokens after another. A warp takes a group
+//    from the queue two groups ahead and reads its routes one group ahead.
+// 3. Flags (owned by gemm/overlap.cuh, which has their readers):
+//        flag               writer           release                  proxy fence
+//        arrived_rows[b]    pull_tokens:     red.release.gpu += 1     fence.proxy.async.global
+//                           one lane per     per row of row block b   before it: TMA reads the row
+//                           row
+//        next_route_group   every warp       none (relaxed atomic     none
+//                                            add): it hands out work
+//    Pushing sets no flags: the barrier between ranks that follows covers it (exchange.cuh).
+// 4. Shared memory: one ring of slices per warp (SliceRing, about 17 KB). All slices but the one in
+//    use are in flight. A lane reads only vectors that it copied itself, so it waits for its own
+//    copies only.
+//
+// NOTE: these warps are limited by their instructions, so all that can be is done once per group.
 #pragma once
 
 #include "peer/exchange.h"
@@ -21,7 +32,8 @@
 
 namespace comet_ds {
 
-// What a warp needs of shared memory. A slice has kLaneVectors vectors for every lane, and a note.
+// A warp's ring of buffers for slices of tokens or rows. A slice is kLaneVectors 16-byte vectors
+// per lane. A note says what to do with it.
 template <typename NoteType, int kNumLaneVectors, int kNumSlices>
 struct SliceRing {
     using Note = NoteType;
@@ -31,10 +43,10 @@ struct SliceRing {
     uint4 vectors[kSlices][kLaneVectors][32];
     Note notes[kSlices];
 
-    // Starts copying a slice; `from` is the lane's first vector, num_vectors those of the slice.
-    __device__ void copy(int slot, const uint4* from, int num_vectors) {
+    // Starts to copy a slice of num_vectors vectors; `from` is the lane's first one.
+    __device__ void copy(int buffer, const uint4* from, int num_vectors) {
         const int lane = threadIdx.x % 32;
-        const uint32_t to = smem_address(&vectors[slot][0][lane]);
+        const uint32_t to = smem_address(&vectors[buffer][0][lane]);
 #pragma unroll
         for (int i = 0; i < kLaneVectors; ++i) {
             if (i * 32 + lane < num_vectors) cp_async(to + i * 32 * kVectorBytes, from + i * 32);
@@ -42,7 +54,8 @@ struct SliceRing {
     }
 };
 
-// Calls start(slot) until it returns false, and use(slot) for each slot kSlices - 1 calls later.
+// Calls start(buffer) until it returns false, and use(buffer) for every slice that was started,
+// kSlices - 1 calls later.
 template <int kSlices, typename Start, typename Use>
 __device__ inline void stream_slices(const Start& start, const Use& use) {
     constexpr int kAhead = kSlices - 1;
@@ -54,22 +67,22 @@ __device__ inline void stream_slices(const Start& start, const Use& use) {
         cp_async_commit_group();
         if (i < 0 || i >= num_started) continue;
         cp_async_wait_group<kAhead>();
-        __syncwarp();  // notes are written
+        __syncwarp();  // all lanes' notes are written
         use(i % kSlices);
-        __syncwarp();  // and read
+        __syncwarp();  // all lanes have read them
     }
 }
 
 constexpr int kNoRow = -1, kNoDistance = 0;
 
-// Up to 32 routes, a lane each: all those of some tokens.
+// Up to 32 routes, one per lane: all routes of a few tokens of one rank.
 struct RouteGroup {
-    int rank;      // the tokens'
-    int distance;  // of that rank, in ring order
-    int slice;     // of columns
-    int token;     // the lane's, among its rank's
-    int row;       // of the lane's route; negative if it has none here, or the lane has no route
-    float weight;
+    int rank;        // the tokens' rank
+    int distance;    // that rank's ring distance; kNoDistance where there is no group
+    int slice;       // of columns
+    int token;       // the lane's, among its rank's tokens
+    int row;         // of the lane's route; negative where the route has none here
+    float weight;    // of the lane's route
     uint32_t peers;  // RowPlan::peers of the token
 };
 
@@ -88,7 +101,7 @@ public:
         take();
     }
 
-    // Whether there is another one, and which.
+    // Returns false where no group is left, else writes the next one.
     __device__ bool next(RouteGroup& group) {
         if (loaded_.distance == kNoDistance) return false;
         group = loaded_;
@@ -97,7 +110,7 @@ public:
         return true;
     }
 
-    // The lanes that have routes of the same token, a bit each.
+    // Returns the lanes that have routes of this lane's token, one bit each.
     __device__ uint32_t token_lanes() const { return token_lanes_; }
 
 private:
@@ -107,9 +120,11 @@ private:
     __device__ int num_groups(int rank) const {
         return (p_.sources.source[rank].num_tokens + tokens_per_group_ - 1) / tokens_per_group_;
     }
+    // Takes a group's index from the queue.
     __device__ void take() {
         if (threadIdx.x % 32 == 0) taken_ = atomicAdd(queue_, 1);
     }
+    // Finds the group of the index taken last and reads the lane's route.
     __device__ void load() {
         const uint32_t index = __shfl_sync(~0u, taken_, 0);
         loaded_.row = kNoRow;
@@ -118,7 +133,7 @@ private:
         int group = index;
         for (int i = 1; i < num_ranks; ++i) {
             const int distance = is_farthest_first_ ? num_ranks - i : i, rank = rank_at(distance);
-            const int size = num_groups(rank);  // of a slice
+            const int size = num_groups(rank);  // of one slice
             if (group >= size * num_slices_) {
                 group -= size * num_slices_;
                 continue;
@@ -149,20 +164,20 @@ private:
 };
 
 struct PullNote {
-    int row[32];  // of the token, by lane; none where negative
-    int first_vector;
+    int row[32];       // the token's rows; negative in lanes without one
+    int first_vector;  // of the slice, in the token
 };
 using PullRing = SliceRing<PullNote, 4, 8>;
 
-// Copies tokens of other ranks to their rows; a warp together, as all here.
+// Copies other ranks' tokens to their rows. All lanes of a warp call it together.
 __device__ inline void pull_tokens(const ExchangeParams& p, uint4* rows, uint32_t* queue,
                                    uint32_t* arrived, PullRing& ring) {
     const int lane = threadIdx.x % 32, row_vectors = p.hidden * 2 / kVectorBytes;
     RouteGroups groups(p, queue, 1, false);
     RouteGroup group{};
-    uint32_t left = 0;     // routes of the group to come, a bit each
-    int next_vector = 0;   // of the token whose route is first among them
-    const auto start = [&](int slot) {
+    uint32_t left = 0;    // routes of the group that are not started, one bit each
+    int next_vector = 0;  // next one to start of the token whose route is first among them
+    const auto start = [&](int buffer) {
         while (left == 0) {
             if (!groups.next(group)) return false;
             left = __ballot_sync(~0u, group.row >= 0);
@@ -170,29 +185,29 @@ __device__ inline void pull_tokens(const ExchangeParams& p, uint4* rows, uint32_
         const int first = __ffs(left) - 1;
         const uint32_t lanes = __shfl_sync(~0u, groups.token_lanes(), first);
         const int token = __shfl_sync(~0u, group.token, first);
-        ring.notes[slot].row[lane] = lanes >> lane & 1 ? group.row : kNoRow;
-        if (lane == 0) ring.notes[slot].first_vector = next_vector;
+        ring.notes[buffer].row[lane] = lanes >> lane & 1 ? group.row : kNoRow;
+        if (lane == 0) ring.notes[buffer].first_vector = next_vector;
         const auto* tokens = static_cast<const uint4*>(p.sources.source[group.rank].tokens);
-        ring.copy(slot, tokens + int64_t{token} * row_vectors + next_vector + lane,
+        ring.copy(buffer, tokens + int64_t{token} * row_vectors + next_vector + lane,
                   row_vectors - next_vector);
         next_vector += PullRing::kVectors;
         if (next_vector >= row_vectors) next_vector = 0, left &= ~lanes;
         return true;
     };
-    int complete_row = kNoRow;  // of the token before, for whose stores no lane has waited yet
+    int complete_row = kNoRow;  // the lane's row of the previous token: stored, not yet counted
     const auto count_complete = [&] {
-        // The copy engine will read them.
+        // NOTE: every lane orders its own stores before TMA's reads, then one lane releases.
         fence_proxy_async_global();
         __syncwarp();
         if (complete_row >= 0) add_release_gpu(arrived + complete_row / kRowBlock, 1);
         complete_row = kNoRow;
     };
-    const auto use = [&](int slot) {
-        const int own_row = ring.notes[slot].row[lane];
-        const int first_vector = ring.notes[slot].first_vector;
+    const auto use = [&](int buffer) {
+        const int own_row = ring.notes[buffer].row[lane];
+        const int first_vector = ring.notes[buffer].first_vector;
         uint4 in[PullRing::kLaneVectors];
 #pragma unroll
-        for (int i = 0; i < PullRing::kLaneVectors; ++i) in[i] = ring.vectors[slot][i][lane];
+        for (int i = 0; i < PullRing::kLaneVectors; ++i) in[i] = ring.vectors[buffer][i][lane];
         if (first_vector == 0) count_complete();
         for (uint32_t routes = __ballot_sync(~0u, own_row >= 0); routes != 0;
              routes &= routes - 1) {
@@ -211,14 +226,15 @@ __device__ inline void pull_tokens(const ExchangeParams& p, uint4* rows, uint32_
 
 template <typename T>
 struct alignas(16) PushNote {
-    T* to;  // where the token's sum is complete with this row, else null
-    float weight;
-    int num_vectors;
+    T* to;            // where to store the token's sum after its last row; null for other rows
+    float weight;     // of the row
+    int num_vectors;  // of the row, from the slice's first one on
 };
 template <typename T>
 using PushRing = SliceRing<PushNote<T>, 4, 8>;
 
-// Sums tokens' rows into their slots, once await(distance of the tokens' rank) has returned.
+// Sums tokens' rows and stores the sums to their slots. Reads rows for the tokens of a rank only
+// after await(ring distance of the rank) has returned.
 template <typename T, bool kIsWeighted, typename Await>
 __device__ inline void push_tokens(const ExchangeParams& p, const T* rows, uint32_t* queue,
                                    PushRing<T>& ring, const Await& await) {
@@ -227,10 +243,10 @@ __device__ inline void push_tokens(const ExchangeParams& p, const T* rows, uint3
     const int lane = threadIdx.x % 32, row_vectors = p.hidden / kSize;
     RouteGroups groups(p, queue, (row_vectors + Ring::kVectors - 1) / Ring::kVectors, true);
     RouteGroup group{};
-    uint32_t left = 0;             // routes of the group to come, a bit each
+    uint32_t left = 0;             // routes of the group that are not started, one bit each
     PushNote<T> note{};            // of the lane's route
-    const uint4* first = nullptr;  // the lane's vector of the slice of row 0
-    const auto start = [&](int slot) {
+    const uint4* first = nullptr;  // the lane's first vector of the slice, in row 0
+    const auto start = [&](int buffer) {
         while (left == 0) {
             if (!groups.next(group)) return false;
             await(group.distance);
@@ -246,19 +262,19 @@ __device__ inline void push_tokens(const ExchangeParams& p, const T* rows, uint3
         }
         const int source_lane = __ffs(left) - 1;
         const int row = __shfl_sync(~0u, group.row, source_lane);
-        if (lane == source_lane) ring.notes[slot] = note;
+        if (lane == source_lane) ring.notes[buffer] = note;
         left &= left - 1;
-        ring.copy(slot, first + int64_t{row} * row_vectors, note.num_vectors);
+        ring.copy(buffer, first + int64_t{row} * row_vectors, note.num_vectors);
         return true;
     };
     float sum[Ring::kLaneVectors][kSize] = {};
-    const auto use = [&](int slot) {
-        const PushNote<T> used = ring.notes[slot];
+    const auto use = [&](int buffer) {
+        const PushNote<T> used = ring.notes[buffer];
         const float weight = kIsWeighted ? used.weight : 1.0f;
 #pragma unroll
         for (int i = 0; i < Ring::kLaneVectors; ++i) {
             const auto in =
-                *reinterpret_cast<const Vector<T, kSize>*>(&ring.vectors[slot][i][lane]);
+                *reinterpret_cast<const Vector<T, kSize>*>(&ring.vectors[buffer][i][lane]);
 #pragma unroll
             for (int j = 0; j < kSize; ++j) sum[i][j] += weight * to_float(in.value[j]);
         }

@@ -1,23 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
-// A kernel's place between the one before and the one behind it on its stream (launch.h).
-// Source: PTX ISA, "griddepcontrol".
+// Programmatic dependent launch: how a kernel overlaps the previous and the next one on its stream
+// (host/launch.h). Source: PTX ISA, "griddepcontrol".
 #pragma once
 
 namespace comet_ds {
 
-// Waits until the kernel before has ended and what it wrote can be read.
+// Waits until the previous kernel has ended and its writes are visible.
 __device__ inline void await_previous_kernel() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-// Lets the next kernel put CTAs where this one's have ended, once all of this one's have begun.
+// Lets CTAs of the next kernel take the SMs that this kernel's CTAs leave, once every CTA of this
+// kernel has called it.
 __device__ inline void admit_next_kernel() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
-// What every thread of a kernel does before it touches global memory; a kernel that waits for other
-// GPUs admits the next one when all have come. The next kernel is admitted after the one before has
-// ended, so never more than one waits in place on a stream, and for a kernel that will end.
+// Every thread of a kernel calls this before it touches global memory. The barrier between ranks is
+// the exception: it admits the next kernel only when all ranks have arrived (exchange.cuh).
+// Because the next kernel is admitted after the previous one has ended, at most one kernel per
+// stream waits while it holds SMs, and it waits for a kernel that is certain to end.
 __device__ inline void begin_kernel() {
     await_previous_kernel();
     admit_next_kernel();

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The copy engine between global and shared memory, and the barriers that count its bytes.
-// One function an instruction, named like it. Source: PTX ISA, "cp.async.bulk.tensor", "mbarrier".
+// TMA copies between global and shared memory, the mbarriers that count their bytes, and other
+// instructions on shared memory, clusters and registers.
+// One function per instruction, with its name. Source: PTX ISA, "cp.async.bulk.tensor", "mbarrier".
 #pragma once
 
 #include <cuda.h>
@@ -13,13 +14,13 @@ __device__ inline uint32_t smem_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// --- mbarrier: a phase completes when all arrivals and all announced bytes are in ---------------
+// --- mbarrier: a phase completes after all expected arrivals and all announced bytes ------------
 
 __device__ inline void mbarrier_init(uint32_t barrier, int num_arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(num_arrivals));
 }
 
-// Makes initialised barriers visible to the copy engine and to the other CTAs of the cluster.
+// Makes initialised mbarriers visible to TMA and to the other CTAs of the cluster.
 __device__ inline void fence_mbarrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -34,7 +35,7 @@ __device__ inline void mbarrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives at the barrier at the same address in another CTA of the cluster.
+// Arrives at the mbarrier at the same address in another CTA of the cluster.
 __device__ inline void mbarrier_arrive_cluster(uint32_t barrier, int cta_rank) {
     asm volatile(
         "{\n.reg .b32 remote;\n"
@@ -44,7 +45,7 @@ __device__ inline void mbarrier_arrive_cluster(uint32_t barrier, int cta_rank) {
         : "memory");
 }
 
-// Announces bytes to the barrier at the same address in another CTA of the cluster.
+// Arrives at the mbarrier at the same address in another CTA and announces bytes to it.
 __device__ inline void mbarrier_arrive_expect_tx_cluster(uint32_t barrier, int num_bytes,
                                                          int cta_rank) {
     asm volatile(
@@ -55,7 +56,8 @@ __device__ inline void mbarrier_arrive_expect_tx_cluster(uint32_t barrier, int n
         : "memory");
 }
 
-// Stores a word at the same address in another CTA of the cluster; its barrier counts the bytes.
+// Stores a word at the same address in another CTA of the cluster; that CTA's mbarrier counts the
+// bytes.
 __device__ inline void st_async(uint32_t smem, int value, uint32_t barrier, int cta_rank) {
     asm volatile(
         "{\n.reg .b32 remote, counted;\n"
@@ -78,20 +80,20 @@ __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
         : "memory");
 }
 
-// --- named barriers: some of a CTA's warps -------------------------------------------------------
+// --- named barriers: num_threads counts the threads of all warps that sync or arrive -------------
 
 __device__ inline void named_barrier_sync(int barrier, int num_threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
 }
 
-// Counts this warp in without waiting.
+// Arrives without waiting.
 __device__ inline void named_barrier_arrive(int barrier, int num_threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
 }
 
 // --- TMA ----------------------------------------------------------------------------------------
 
-// Copies the box at (col, row, batch); outside the tensor it reads zeros, and they count as bytes.
+// Loads the box at (col, row, batch). Elements outside the tensor are zeros and count as bytes.
 __device__ inline void tma_load(uint32_t smem, const CUtensorMap* map, uint32_t barrier, int col,
                                 int row, int batch) {
     asm volatile(
@@ -101,7 +103,8 @@ __device__ inline void tma_load(uint32_t smem, const CUtensorMap* map, uint32_t 
         : "memory");
 }
 
-// The same into all CTAs of `cta_mask`, at the same shared address, counted by each one's barrier.
+// Loads the box into every CTA of `cta_mask` at the same shared address; the mbarrier at the same
+// address in each of them counts the bytes.
 __device__ inline void tma_load_multicast(uint32_t smem, const CUtensorMap* map, uint32_t barrier,
                                           int col, int row, int batch, uint16_t cta_mask) {
     asm volatile(
@@ -111,8 +114,8 @@ __device__ inline void tma_load_multicast(uint32_t smem, const CUtensorMap* map,
         : "memory");
 }
 
-// Adds a box to what is there, element by element, rounded in the tensor's type; each addition is
-// atomic. Parts outside the tensor are left out.
+// Adds a box to the tensor element by element and rounds to the tensor's type. Each addition is
+// atomic. Elements outside the tensor are skipped.
 __device__ inline void tma_reduce_add(const CUtensorMap* map, uint32_t smem, int col, int row,
                                       int batch) {
     asm volatile(
@@ -121,7 +124,7 @@ __device__ inline void tma_reduce_add(const CUtensorMap* map, uint32_t smem, int
         : "memory");
 }
 
-// Writes a box; parts outside the tensor are left out.
+// Stores a box. Elements outside the tensor are skipped.
 __device__ inline void tma_store(const CUtensorMap* map, uint32_t smem, int col, int row,
                                  int batch) {
     asm volatile(
@@ -140,13 +143,13 @@ __device__ inline void bulk_wait_group_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
-// Waits until at most kPending of this thread's groups have not written all they write.
+// Waits until the writes of all but kPending of this thread's groups are complete.
 template <int kPending>
 __device__ inline void bulk_wait_group() {
     asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Orders this thread's accesses to shared memory before later ones by the copy engine.
+// Orders this thread's accesses to shared memory before later accesses by TMA.
 __device__ inline void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -178,15 +181,15 @@ __device__ inline void setmaxnreg_inc() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Stores four 8 x 8 matrices of 2-byte elements; lane l gives the address of row l % 8 of matrix
-// l / 8, and holds row l / 4, columns 2 (l % 4) + 0, 1 of each.
+// Stores four 8 x 8 matrices of 2-byte elements. Lane l gives the address of row l % 8 of matrix
+// l / 8 and holds, of each matrix, row l / 4 and columns 2 (l % 4) + 0, 1.
 __device__ inline void stmatrix_x4(uint32_t smem, const uint32_t (&matrix)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem),
                  "r"(matrix[0]), "r"(matrix[1]), "r"(matrix[2]), "r"(matrix[3])
                  : "memory");
 }
 
-// The reverse.
+// Loads four 8 x 8 matrices; addresses and values are distributed as in stmatrix_x4.
 __device__ inline void ldmatrix_x4(uint32_t smem, uint32_t (&matrix)[4]) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])

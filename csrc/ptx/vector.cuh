@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Loading and storing several neighbouring elements at once, computing on them in fp32.
+// Loads and stores of several neighbouring elements at once, and their conversion to and from fp32.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,7 +7,7 @@
 
 namespace comet_ds {
 
-// Widest load and store of one thread.
+// The widest load or store of one thread.
 constexpr int kVectorBytes = 16;
 
 __device__ inline float to_float(float x) { return x; }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Hopper's tensor core instruction: wgmma with both operands in shared memory, fp32 accumulators.
 //
-// A warpgroup holds d[64, N] so: thread t has, for every 8 columns j, the four values
+// How a warpgroup holds d[64, N]: for every 8 columns j, thread t has four values,
 //     d[4 j + 0, 1]  row 16 (t / 32) + t % 32 / 4,      columns 8 j + 2 (t % 4) + 0, 1
-//     d[4 j + 2, 3]  the row 8 below, same columns
+//     d[4 j + 2, 3]  the row 8 below,                   the same columns
 // Source: PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions".
 #pragma once
 
@@ -15,24 +15,24 @@
 
 namespace comet_ds {
 
-// Operand tiles are 64 x 64 blocks of 2-byte elements, 128 bytes a row, 128-byte swizzle: what a
-// TMA box of that size leaves. A block's rows are either the operand's rows (K contiguous) or its
-// k (transposed: rows of the operand contiguous); then an operand of more than 64 rows is several
-// blocks, and the leading offset is the distance between them.
-constexpr int kBlockElements = 64;
-constexpr int kBlockBytes = kBlockElements * kBlockElements * 2;
+// Operands lie in shared memory in boxes of 64 x 64 2-byte elements, as TMA leaves them: 128 bytes
+// a row, 128-byte swizzle. A box's rows are the operand's rows (K is contiguous) or, transposed,
+// its k indices (the operand's rows are contiguous). A transposed operand of more than 64 rows is a
+// row of boxes; the descriptor's leading offset is the distance between them.
+constexpr int kBoxSide = 64;
+constexpr int kBoxBytes = kBoxSide * kBoxSide * 2;
 
 __device__ inline uint64_t matrix_descriptor(uint32_t smem_address) {
     constexpr uint64_t kEightRowsBytes = 1024, kSwizzle128 = 1;
-    return (smem_address & 0x3FFFF) >> 4 | uint64_t{kBlockBytes >> 4} << 16 |
+    return (smem_address & 0x3FFFF) >> 4 | uint64_t{kBoxBytes >> 4} << 16 |
            (kEightRowsBytes >> 4) << 32 | kSwizzle128 << 62;
 }
 
-// Distance between the descriptors of neighbouring 16-element steps along k, in 16-byte units.
+// What the descriptor grows by per step of 16 elements along k, in its units of 16 bytes.
 template <bool kTranspose>
 constexpr uint64_t kDescriptorStepK = kTranspose ? 16 * 128 >> 4 : 16 * 2 >> 4;
 
-// Orders register accesses before the wgmma that follow.
+// Orders accesses to registers before the wgmma instructions that follow.
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
 __device__ inline void wgmma_commit() {
     asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");

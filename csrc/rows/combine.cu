@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launchers of combine.cuh: vector width by alignment, one instantiation per dtype.
+// Launchers of combine.cuh. The vector width follows from alignment; one instantiation per dtype.
 #include "rows/combine.cuh"
 
 #include <initializer_list>
@@ -28,8 +28,8 @@ void launch_forward(const CombineParams& p, cudaStream_t stream) {
 
 template <typename T, int kSize>
 void launch_backward(const CombineParams& p, cudaStream_t stream) {
-    const unsigned num_blocks = (p.num_tokens * p.top_k + kWarpsPerBlock - 1) / kWarpsPerBlock;
-    launch("combine", combine_backward_kernel<T, kSize>, {num_blocks, kWarpsPerBlock * 32}, stream,
+    const unsigned num_ctas = (p.num_tokens * p.top_k + kWarpsPerCta - 1) / kWarpsPerCta;
+    launch("combine", combine_backward_kernel<T, kSize>, {num_ctas, kWarpsPerCta * 32}, stream,
            p);
 }
 
@@ -44,7 +44,7 @@ void launch_typed(const CombineParams& p, bool is_forward, cudaStream_t stream) 
     }
 }
 
-void dispatch(const CombineParams& p, DType dtype, bool is_forward, cudaStream_t stream) {
+void launch_dtype(const CombineParams& p, DType dtype, bool is_forward, cudaStream_t stream) {
     if (p.num_tokens == 0) return;
     switch (dtype) {
         case DType::kFloat32: launch_typed<float>(p, is_forward, stream); break;
@@ -56,11 +56,11 @@ void dispatch(const CombineParams& p, DType dtype, bool is_forward, cudaStream_t
 }  // namespace
 
 void combine_forward(const CombineParams& params, DType dtype, cudaStream_t stream) {
-    dispatch(params, dtype, true, stream);
+    launch_dtype(params, dtype, true, stream);
 }
 
 void combine_backward(const CombineParams& params, DType dtype, cudaStream_t stream) {
-    dispatch(params, dtype, false, stream);
+    launch_dtype(params, dtype, false, stream);
 }
 
 }  // namespace comet_ds

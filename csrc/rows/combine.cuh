@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// Weighted sum of every token's rows, and its gradients.
+// Combine on one rank: the weighted sum of each token's rows, and its gradients.
 //
 // 1. Math, with r = row_of_route[t, k] (skipped where -1):
 //        output[t]           = sum_k weights[t, k] * rows[r]      fp32, rounded once
 //        grad_rows[r]        = weights[t, k] * grad[t]            fp32 product, rounded once
 //        grad_weights[t, k]  = <grad[t], rows[r]>                 fp32
 //    Without weights the forward is the plain sum.
-// 2. Grid: forward one block a token, backward one warp a route. Routes are summed in order of k
-//    and dot products in a fixed tree, so results are the same from run to run; no atomics.
-// 3. Flags: none; every row belongs to one route.
-// 4. Shared memory: none. Both kernels move bytes: each row is read once (and written once).
+// 2. Grid and roles: forward one CTA per token, backward one warp per route; all threads are alike.
+//    Routes are summed in order of k and dot products in a fixed tree, without atomics: the same
+//    input gives the same bits.
+// 3. Flags: none; a row belongs to one route.
+// 4. Shared memory: none. Both kernels are limited by memory: a row is read once, and in backward
+//    written once.
+// 5. Sources: deepspeed/moe/sharded_moe.py (the einsum after the second all-to-all in MOELayer).
 #pragma once
 
 #include "ptx/kernel_order.cuh"
@@ -19,7 +22,7 @@
 namespace comet_ds {
 
 constexpr int kForwardThreads = 128;
-constexpr int kWarpsPerBlock = 8;
+constexpr int kWarpsPerCta = 8;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <typename T, int kSize, bool kIsWeighted>
@@ -50,10 +53,10 @@ __global__ void __launch_bounds__(kForwardThreads) combine_forward_kernel(Combin
 }
 
 template <typename T, int kSize>
-__global__ void __launch_bounds__(kWarpsPerBlock * 32) combine_backward_kernel(CombineParams p) {
+__global__ void __launch_bounds__(kWarpsPerCta * 32) combine_backward_kernel(CombineParams p) {
     begin_kernel();
     using Vec = Vector<T, kSize>;
-    const int64_t route = int64_t{blockIdx.x} * kWarpsPerBlock + threadIdx.x / 32;
+    const int64_t route = int64_t{blockIdx.x} * kWarpsPerCta + threadIdx.x / 32;
     if (route >= p.num_tokens * p.top_k) return;
     const int lane = threadIdx.x % 32;
     const int64_t row = p.row_of_route[route];

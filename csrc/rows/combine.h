@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Weighted sum of every token's rows, and its gradients: host launchers.
+// Combine on one rank: the weighted sum of each token's rows, and its gradients. Host launchers.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -16,7 +16,7 @@ struct CombineParams {
     const float* weights;         // [num_tokens, top_k], or null for an unweighted sum
     void* output;                 // forward: [num_tokens, hidden]
     const void* grad;             // backward: [num_tokens, hidden]
-    void* grad_rows;              // backward: [R, hidden]; rows of no route are left alone
+    void* grad_rows;              // backward: [R, hidden]; rows without a route are left alone
     float* grad_weights;          // backward: [num_tokens, top_k]
     int64_t num_tokens;
     int64_t top_k;

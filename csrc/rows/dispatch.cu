@@ -9,7 +9,7 @@
 namespace comet_ds {
 namespace {
 
-constexpr int64_t kMaxSmemBytes = 227 * 1024;  // a CTA has
+constexpr int64_t kMaxSmemBytes = 227 * 1024;  // of a CTA on Hopper
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -21,22 +21,22 @@ OperandRows operand_rows(void* rows, int64_t row_bytes) {
     return {static_cast<uint4*>(rows), row_bytes / int64_t{sizeof(uint4)}};
 }
 
-int token_blocks(const OperandRows& to, int64_t num_tokens) {
+int token_ctas(const OperandRows& to, int64_t num_tokens) {
     return ceil_div(num_tokens * to.parts(), kRowWarps);
 }
 
-// Blocks for tokens and for the experts' padding follow the plan's own.
+// Launches the plan's CTAs and, after them, those for own tokens and for the experts' padding.
 void launch_plan(const char* op, const Sources& sources, const RowPlan& plan,
-                 const OperandRows& to, int num_token_blocks, int64_t num_expert_blocks,
+                 const OperandRows& to, int num_token_ctas, int64_t num_expert_ctas,
                  const Words& counters, cudaStream_t stream) {
     const int64_t num_items = std::max(plan.num_tokens * plan.top_k, plan.num_experts * kRowBlock);
-    const int blocks_per_order = ceil_div(plan.num_experts * kRowBlock, kPlanThreads);
-    const int num_plan_blocks =
-        plan.num_orders * blocks_per_order + ceil_div(num_items, kPlanThreads);
-    const unsigned num_blocks = num_plan_blocks + num_token_blocks + num_expert_blocks;
+    const int ctas_per_tile_order = ceil_div(plan.num_experts * kRowBlock, kPlanThreads);
+    const int num_plan_ctas =
+        plan.num_tile_orders * ctas_per_tile_order + ceil_div(num_items, kPlanThreads);
+    const unsigned num_ctas = num_plan_ctas + num_token_ctas + num_expert_ctas;
     const size_t smem_bytes = plan_smem_bytes(plan.num_experts, sources.num_ranks);
-    launch(op, plan_and_dispatch_kernel, {num_blocks, kPlanThreads, smem_bytes}, stream, sources,
-           plan, blocks_per_order, num_plan_blocks, num_token_blocks, to, counters);
+    launch(op, plan_and_dispatch_kernel, {num_ctas, kPlanThreads, smem_bytes}, stream, sources,
+           plan, ctas_per_tile_order, num_plan_ctas, num_token_ctas, to, counters);
 }
 
 template <typename T>
@@ -46,8 +46,8 @@ void launch_row_dots(const Sources& sources, const RowPlan& plan, const float* r
     const bool has_bias = bias != nullptr;
     const auto kernel = has_bias ? sum_row_dots_kernel<T, 32> : sum_row_dots_kernel<T, kDotLanes>;
     const unsigned num_threads = kRowWarps * 32, lanes = has_bias ? 32 : kDotLanes;
-    const unsigned num_blocks = ceil_div(plan.num_tokens * plan.top_k * lanes, num_threads);
-    launch("sum_row_dots", kernel, {num_blocks, num_threads}, stream, sources, plan, row_dots,
+    const unsigned num_ctas = ceil_div(plan.num_tokens * plan.top_k * lanes, num_threads);
+    launch("sum_row_dots", kernel, {num_ctas, num_threads}, stream, sources, plan, row_dots,
            num_tiles, static_cast<const T*>(grad_rows), bias, hidden);
 }
 
@@ -79,8 +79,8 @@ void plan_rows(const Sources& sources, const RowPlan& plan, cudaStream_t stream)
 void plan_and_dispatch(const Sources& sources, const RowPlan& plan, void* rows, int64_t row_bytes,
                        uint32_t* counters, int64_t num_counters, cudaStream_t stream) {
     const OperandRows to = operand_rows(rows, row_bytes);
-    const int num_token_blocks = token_blocks(to, source_at(sources, 0).num_tokens);
-    launch_plan("plan_and_dispatch", sources, plan, to, num_token_blocks, plan.num_experts,
+    const int num_token_ctas = token_ctas(to, source_at(sources, 0).num_tokens);
+    launch_plan("plan_and_dispatch", sources, plan, to, num_token_ctas, plan.num_experts,
                 {counters, num_counters}, stream);
 }
 
@@ -88,10 +88,10 @@ void dispatch_rows(const Sources& sources, const RowPlan& plan, void* published,
                    int64_t row_bytes, uint32_t* counters, int64_t num_counters,
                    cudaStream_t stream) {
     const OperandRows to = operand_rows(rows, row_bytes);
-    const int num_token_blocks = token_blocks(to, source_at(sources, 0).num_tokens);
-    const unsigned num_blocks = num_token_blocks + plan.num_experts;
-    launch("dispatch_rows", dispatch_rows_kernel, {num_blocks, kRowWarps * 32}, stream, sources,
-           plan, 0, 1, num_token_blocks, to, static_cast<uint4*>(published),
+    const int num_token_ctas = token_ctas(to, source_at(sources, 0).num_tokens);
+    const unsigned num_ctas = num_token_ctas + plan.num_experts;
+    launch("dispatch_rows", dispatch_rows_kernel, {num_ctas, kRowWarps * 32}, stream, sources,
+           plan, 0, 1, num_token_ctas, to, static_cast<uint4*>(published),
            Words{counters, num_counters});
 }
 
@@ -99,10 +99,10 @@ void dispatch_other_rows(const Sources& sources, const RowPlan& plan, void* rows
                          int64_t row_bytes, cudaStream_t stream) {
     const OperandRows to = operand_rows(rows, row_bytes);
     const int64_t num_others = plan.num_tokens - source_at(sources, 0).num_tokens;
-    const int num_blocks = token_blocks(to, num_others);
-    if (num_blocks == 0) return;
-    launch("dispatch_rows", dispatch_rows_kernel, {unsigned(num_blocks), kRowWarps * 32}, stream,
-           sources, plan, 1, sources.num_ranks, num_blocks, to, nullptr, Words{});
+    const int num_ctas = token_ctas(to, num_others);
+    if (num_ctas == 0) return;
+    launch("dispatch_rows", dispatch_rows_kernel, {unsigned(num_ctas), kRowWarps * 32}, stream,
+           sources, plan, 1, sources.num_ranks, num_ctas, to, nullptr, Words{});
 }
 
 void sum_row_dots(const Sources& sources, const RowPlan& plan, const float* row_dots,

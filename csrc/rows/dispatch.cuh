@@ -1,15 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of the experts' GEMMs: where they lie, bringing tokens there, and the small sums over them.
+// Rows of the experts' GEMMs: where each token's rows lie, dispatch into them, and small sums over
+// them.
 //
-// 1. Math: dispatch.h. Rows are sorted by expert, then by the token's rank in ring order from this
-//    one, then by token; each expert's are padded to a multiple of kRowBlock.
-// 2. Grid: dispatch one warp kCopyVectors x 32 vectors of a token, behind these one block an expert
-//    for its padding and the counters. plan_and_dispatch the same behind the plan's blocks, which
-//    it does not wait for: kRowBlock threads an expert for every order, then a thread a route or
-//    padding row. Dots kDotLanes lanes a route, with biases a warp; expert sums one block an expert
-//    and kSumCols columns.
-// 3. Flags: none. No atomics; sums run in a fixed order.
-// 4. Shared memory: plan 4 (E (2 W + 2) + 1) bytes for E experts and W ranks, expert sums 2 KB.
+// 1. Math: dispatch.h. Rows are sorted by expert, then by the ring distance of the token's rank,
+//    then by token. Each expert's rows are padded to a multiple of kRowBlock.
+// 2. Grid and roles:
+//        plan_and_dispatch  CTAs in this order: tile orders, kRowBlock threads per expert for each
+//                           order (they take longest); rows of the plan, one thread per route or
+//                           padding row; own tokens, one warp per kCopyVectors x 32 vectors of a
+//                           token; padding and counters, one CTA per expert. The last two do not
+//                           wait for the plan: every CTA counts the experts' rows for itself.
+//        count_rows         one CTA; thread 0 writes to host memory
+//        dispatch_rows      the last two of these roles, with a plan that is complete
+//        sum_row_dots       kDotLanes lanes per route, with biases a warp per route
+//        sum_expert_rows    one CTA per expert and kSumCols columns
+// 3. Flags: between CTAs none. No atomics; sums run in a fixed order. The counters of the GEMM
+//    kernels that follow on the stream (gemm/overlap.cuh) are zeroed here. To the host:
+//        flag       writer                  release                  reader         reset
+//        count[1]   thread 0 of count_rows  threadfence_system, then LayerCall in   never: the tag
+//        (the tag)                          a volatile store         host/          only grows
+// 4. Shared memory: plan_and_dispatch 4 (E (2 W + 2) + 1) bytes for E experts and W ranks (an
+//    expert has 4 bytes for its offset, 4 W for its counts, 4 (W + 1) for sizes of segments);
+//    sum_expert_rows 2 KB.
 #pragma once
 
 #include <cstdio>
@@ -22,24 +34,24 @@ namespace comet_ds {
 
 constexpr int kRowWarps = 8;
 constexpr int kPlanThreads = kRowWarps * 32;
-constexpr int kCopyVectors = 4;  // 16-byte loads a lane has in flight
-constexpr int kDotLanes = 8;  // 1 takes longer than a warp, 8 half as long
+constexpr int kCopyVectors = 4;  // 16-byte loads that a lane has in flight
+constexpr int kDotLanes = 8;     // 8 lanes take half as long as 32, a single lane longer than 32
 constexpr int kSumCols = 64;
-constexpr int kSumSlices = 8;
+constexpr int kSumSlices = 8;  // threads that share a column, each with every 8th row
 
-// The rank a token belongs to.
+// Returns the rank a token belongs to.
 __device__ inline int source_of(const Sources& sources, int64_t token) {
     int rank = 0;
     while (token >= sources.source[rank].first_token + sources.source[rank].num_tokens) ++rank;
     return rank;
 }
 
-// The rank at a distance from this one, in ring order.
+// Returns the source at a ring distance.
 __host__ __device__ inline const Source& source_at(const Sources& sources, int distance) {
     return sources.source[(sources.rank + distance) % sources.num_ranks];
 }
 
-// Ranks other than its own that a token goes to, a bit each.
+// Returns the ranks, other than its own, that a token is routed to: one bit per rank.
 __device__ inline uint32_t peers_of(const int64_t* topk_ids, int64_t top_k, int num_experts,
                                     int own_rank) {
     uint32_t peers = 0;
@@ -49,17 +61,19 @@ __device__ inline uint32_t peers_of(const int64_t* topk_ids, int64_t top_k, int 
     return peers & ~(1u << own_rank);
 }
 
-// Position of a segment's i-th element where segments follow each other, but the elements of each
-// begin at an even position: an odd one waits for the next.
+// Returns the position of a segment's i-th element. Segments follow each other, but pairs of a
+// segment's elements start at even positions (a cluster computes a pair). The last element of a
+// segment of odd size is therefore held back and pairs with the last one of the next such segment.
+// Example: sizes 3, 2, 1 give a0 a1 b0 b1 a2 c0.
 __device__ inline int position_of(int segment, int i, const int* sizes, int num_segments) {
     int before = 0, num_odd = 0;
     for (int other = 0; other < segment; ++other) {
         before += sizes[other];
         num_odd += sizes[other] % 2;
     }
-    const int num_waiting = num_odd % 2;
-    if (i < sizes[segment] / 2 * 2) return before - num_waiting + i;
-    if (num_waiting == 1) return before + i;
+    const int num_held_back = num_odd % 2;
+    if (i < sizes[segment] / 2 * 2) return before - num_held_back + i;
+    if (num_held_back == 1) return before + i;
     int end = before + sizes[segment];
     for (int other = segment + 1; other < num_segments; ++other) {
         end += sizes[other];
@@ -72,12 +86,12 @@ __device__ inline int padded(int num_rows) {
     return (num_rows + kRowBlock - 1) / kRowBlock * kRowBlock;
 }
 
-// Rows of this rank's experts, in shared memory; every block that asks counts for itself.
+// Rows of this rank's experts, in shared memory. Every CTA that needs them counts for itself.
 struct ExpertRows {
     int num_experts;
-    int* offsets;  // [num_experts + 1]
-    int* counts;   // [num_ranks, num_experts]: of tokens of this rank and those up to a distance
-    int* totals;   // [num_experts], the last of counts
+    int* offsets;  // [num_experts + 1]: first row
+    int* counts;   // [num_ranks, num_experts]: rows of tokens up to this ring distance
+    int* totals;   // [num_experts]: rows without padding; the last row of counts
 
     __device__ ExpertRows(const Sources& sources, int num_experts, int* smem)
         : num_experts(num_experts), offsets(smem), counts(smem + num_experts + 1),
@@ -110,58 +124,64 @@ struct ExpertRows {
         __syncthreads();
     }
 
-    // Room for sizes of segments, behind.
+    // Returns the rest of shared memory: room for the sizes of segments.
     __device__ int* sizes() const { return totals + num_experts; }
 
-    // Blocks of an expert whose rows are all there when the tokens up to a distance have come.
-    __device__ int complete(int expert, int distance) const {
+    // Returns how many row blocks of an expert are complete once the tokens up to a ring distance
+    // have arrived.
+    __device__ int complete_blocks(int expert, int distance) const {
         const int count = counts[distance * num_experts + expert];
         return (count == totals[expert] ? padded(count) : count) / kRowBlock;
     }
 
-    // The row of a route to an expert, from a rank at a distance, so many behind its first one;
-    // -1 where the expert is not here or, being negative, none.
-    __device__ int row(int64_t expert, int distance, int behind) const {
+    // Returns the row of a route to an expert from a rank at a ring distance; `slot` is the route's
+    // position among that rank's routes to the expert. -1 where the route is dropped (the expert is
+    // negative) or the expert is on another rank.
+    __device__ int row(int64_t expert, int distance, int slot) const {
         if (expert < 0 || expert >= num_experts) return -1;
         const int before = distance == 0 ? 0 : counts[(distance - 1) * num_experts + expert];
-        return offsets[expert] + before + behind;
+        return offsets[expert] + before + slot;
     }
 };
 
-// Threads of one order; `thread` counts those of all its blocks, whole ones.
-__device__ inline void plan_order(const RowPlan& plan, const ExpertRows& rows, int num_ranks,
-                                  int order, int thread) {
+// Writes one tile order. `thread` counts the threads of all its CTAs. A segment is what one expert
+// has in one round. Round 0 holds the blocks of split experts with own tokens only, and all blocks
+// of the others. Later rounds hold the remaining blocks of split experts: round d those that become
+// complete at ring distance d where all experts are split, else round 1 all of them.
+__device__ inline void plan_tile_order(const RowPlan& plan, const ExpertRows& rows, int num_ranks,
+                                       int tile_order, int thread) {
     int* const sizes = rows.sizes();
-    const int num_experts = rows.num_experts, num_split = plan.num_split[order];
+    const int num_experts = rows.num_experts, num_split = plan.num_split_experts[tile_order];
     const bool by_distance = num_split == num_experts;
     const int num_segments = by_distance ? num_ranks * num_experts : num_experts + num_split;
     for (int segment = threadIdx.x; segment < num_segments; segment += kPlanThreads) {
         const int expert = segment % num_experts, round = segment / num_experts;
-        const int first = round == 0 ? 0 : rows.complete(expert, round - 1);
+        const int first = round == 0 ? 0 : rows.complete_blocks(expert, round - 1);
         const bool is_rest = expert >= num_split || (round > 0 && !by_distance);
-        sizes[segment] = rows.complete(expert, is_rest ? num_ranks - 1 : round) - first;
+        sizes[segment] = rows.complete_blocks(expert, is_rest ? num_ranks - 1 : round) - first;
     }
     __syncthreads();
     if (thread < num_ranks) {
         const int before = by_distance || thread == 0 ? thread * num_experts : num_split;
         int position = 0;
         for (int segment = 0; segment < before; ++segment) position += sizes[segment];
-        plan.remote_begin[order * num_ranks + thread] = position / 2 * 2;
+        plan.remote_begin[tile_order * num_ranks + thread] = position / 2 * 2;
     }
     const int expert = thread / kRowBlock;
     if (expert >= num_experts) return;
-    const int num_blocks = rows.complete(expert, num_ranks - 1);
+    const int num_blocks = rows.complete_blocks(expert, num_ranks - 1);
     for (int j = thread % kRowBlock; j < num_blocks; j += kRowBlock) {
         int segment = expert, index = j;
         while (index >= sizes[segment]) index -= sizes[segment], segment += num_experts;
         const int position = position_of(segment, index, sizes, num_segments);
-        const int64_t at = order * (plan.max_rows / kRowBlock) + position;
+        const int64_t at = tile_order * (plan.max_rows / kRowBlock) + position;
         plan.block_order[at] = rows.offsets[expert] / kRowBlock + j;
         plan.expert_order[at] = expert;
     }
 }
 
-// The i-th of all ranks' routes, and the i-th padding row an expert may have, and its i-th block.
+// Writes the plan of the i-th route of all ranks. Also of padding row i % kRowBlock of expert
+// i / kRowBlock, and of row block i % kRowBlock of that expert (and every kRowBlock-th after it).
 __device__ inline void plan_rows(const Sources& sources, const RowPlan& plan,
                                  const ExpertRows& rows, int64_t i) {
     const int num_ranks = sources.num_ranks, num_experts = rows.num_experts;
@@ -198,12 +218,13 @@ __device__ inline void plan_rows(const Sources& sources, const RowPlan& plan,
     }
 }
 
-// Rows of a GEMM's operand.
+// Rows of a GEMM's operand, in 16-byte vectors.
 struct OperandRows {
     uint4* rows;
     int64_t row_vectors;
 
-    __host__ __device__ int64_t parts() const {  // of a row, one a warp
+    // Returns the number of parts of a row; one warp copies one part.
+    __host__ __device__ int64_t parts() const {
         return (row_vectors + kCopyVectors * 32 - 1) / (kCopyVectors * 32);
     }
 };
@@ -213,7 +234,7 @@ struct Words {
     int64_t size;
 };
 
-// A warp's part of a token, read once, whatever the number of its rows.
+// A warp's part of a token: read once and stored to each of the token's rows.
 class TokenPart {
 public:
     __device__ TokenPart(const OperandRows& to, const void* tokens, int64_t token, int part)
@@ -233,7 +254,8 @@ public:
         }
     }
 
-    // To the rows row_of(k), not negative, of its routes; a lane finds each.
+    // Stores to row_of(k) for each of the token's routes k unless it is negative. Lanes share the
+    // routes to find their rows.
     template <typename RowOf>
     __device__ void store_all(int64_t top_k, const RowOf& row_of) const {
         for (int64_t first = 0; first < top_k; first += 32) {
@@ -250,7 +272,8 @@ private:
     uint4 vectors_[kCopyVectors];
 };
 
-// A block an expert: zero to its rows before `end` as long as they are padding, and to counters.
+// Zeroes an expert's padding rows, walking down from `end` while is_padding(row), and this expert's
+// share of the counters.
 template <typename IsPadding>
 __device__ inline void clear(const OperandRows& to, int64_t end, const IsPadding& is_padding,
                              const Words& counters, int64_t expert, int64_t num_experts) {
@@ -265,7 +288,7 @@ __device__ inline void clear(const OperandRows& to, int64_t end, const IsPadding
     }
 }
 
-// One block.
+// One CTA.
 __global__ void __launch_bounds__(kPlanThreads)
     count_rows_kernel(const __grid_constant__ Sources sources, int num_experts,
                       volatile int64_t* count, int64_t tag) {
@@ -278,7 +301,8 @@ __global__ void __launch_bounds__(kPlanThreads)
     count[1] = tag;
 }
 
-// Whether the buffers have room for the routing's rows; else one thread of the launch traps.
+// Returns whether the buffers have room for the routing's rows; else one thread of the launch
+// traps.
 __device__ inline bool has_room(const Sources& sources, const RowPlan& plan,
                                 const ExpertRows& rows) {
     const int num_rows = rows.offsets[rows.num_experts];
@@ -294,34 +318,33 @@ __device__ inline bool has_room(const Sources& sources, const RowPlan& plan,
 
 __global__ void __launch_bounds__(kPlanThreads)
     plan_and_dispatch_kernel(const __grid_constant__ Sources sources,
-                             const __grid_constant__ RowPlan plan, int blocks_per_order,
-                             int num_plan_blocks, int num_token_blocks, OperandRows to,
+                             const __grid_constant__ RowPlan plan, int ctas_per_tile_order,
+                             int num_plan_ctas, int num_token_ctas, OperandRows to,
                              Words counters) {
     begin_kernel();
     extern __shared__ int smem[];
     const int num_experts = plan.num_experts;
-    // The orders first: they take longest.
-    const int order = blockIdx.x / blocks_per_order;
-    const int token_block = blockIdx.x - num_plan_blocks;
-    const int64_t expert = token_block - num_token_blocks;
+    const int tile_order = blockIdx.x / ctas_per_tile_order;
+    const int token_cta = blockIdx.x - num_plan_ctas;
+    const int64_t expert = token_cta - num_token_ctas;
     const Source& own = sources.source[sources.rank];
-    if (order < plan.num_orders) {
+    if (tile_order < plan.num_tile_orders) {  // role: tile orders
         const ExpertRows rows(sources, num_experts, smem);
         if (!has_room(sources, plan, rows)) return;
-        const int thread = blockIdx.x % blocks_per_order * kPlanThreads + threadIdx.x;
-        plan_order(plan, rows, sources.num_ranks, order, thread);
-    } else if (token_block < 0) {
+        const int thread = blockIdx.x % ctas_per_tile_order * kPlanThreads + threadIdx.x;
+        plan_tile_order(plan, rows, sources.num_ranks, tile_order, thread);
+    } else if (token_cta < 0) {  // role: rows of the plan
         const ExpertRows rows(sources, num_experts, smem);
         if (!has_room(sources, plan, rows)) return;
-        const int64_t block = blockIdx.x - plan.num_orders * blocks_per_order;
-        plan_rows(sources, plan, rows, block * kPlanThreads + threadIdx.x);
-        for (int i = threadIdx.x; block == 0 && i <= num_experts; i += kPlanThreads) {
+        const int64_t cta = blockIdx.x - plan.num_tile_orders * ctas_per_tile_order;
+        plan_rows(sources, plan, rows, cta * kPlanThreads + threadIdx.x);
+        for (int i = threadIdx.x; cta == 0 && i <= num_experts; i += kPlanThreads) {
             plan.expert_offsets[i] = rows.offsets[i];
         }
-    } else if (expert < 0) {
-        const int64_t item = int64_t{token_block} * kRowWarps + threadIdx.x / 32;
+    } else if (expert < 0) {  // role: own tokens
+        const int64_t item = int64_t{token_cta} * kRowWarps + threadIdx.x / 32;
         const int64_t token = item / to.parts(), last = own.num_tokens - 1;
-        // On its way while rows are counted.
+        // NOTE: the loads are in flight while the rows are counted.
         const TokenPart part(to, own.tokens, min(token, last), item % to.parts());
         const ExpertRows rows(sources, num_experts, smem);
         if (token > last || !has_room(sources, plan, rows)) return;
@@ -330,7 +353,7 @@ __global__ void __launch_bounds__(kPlanThreads)
             const int64_t first_expert = int64_t{sources.rank} * num_experts;
             return rows.row(own.topk_ids[route] - first_expert, 0, own.slot_in_expert[route]);
         });
-    } else {
+    } else {  // role: padding and counters
         const ExpertRows rows(sources, num_experts, smem);
         if (!has_room(sources, plan, rows)) return;
         const int first = rows.offsets[expert] + rows.totals[expert];
@@ -339,14 +362,14 @@ __global__ void __launch_bounds__(kPlanThreads)
     }
 }
 
-// Tokens of the ranks at distances from `distance` to before `end_distance`.
+// Copies tokens of the ranks at ring distances [distance, end_distance).
 __global__ void __launch_bounds__(kRowWarps * 32)
     dispatch_rows_kernel(const __grid_constant__ Sources sources,
                          const __grid_constant__ RowPlan plan, int distance, int end_distance,
-                         int num_token_blocks, OperandRows to, uint4* published, Words counters) {
+                         int num_token_ctas, OperandRows to, uint4* published, Words counters) {
     begin_kernel();
-    const int64_t expert = int64_t{blockIdx.x} - num_token_blocks;
-    if (expert >= 0) {
+    const int64_t expert = int64_t{blockIdx.x} - num_token_ctas;
+    if (expert >= 0) {  // role: padding and counters
         const int64_t begin = plan.expert_offsets[expert], end = plan.expert_offsets[expert + 1];
         const auto is_padding = [&](int64_t row) {
             return row >= begin && plan.token_of_row[row] < 0;
@@ -369,7 +392,7 @@ __global__ void __launch_bounds__(kRowWarps * 32)
     part.store_all(plan.top_k, [&](int64_t k) { return row_of_route[k]; });
 }
 
-// kLanes of a warp share a route.
+// kLanes lanes of a warp share a route.
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(kRowWarps * 32)
     sum_row_dots_kernel(const __grid_constant__ Sources sources,
@@ -400,7 +423,7 @@ __global__ void __launch_bounds__(kRowWarps * 32)
     for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
     if (!is_route || lane > 0) return;
     const int rank = source_of(sources, route / plan.top_k);
-    if (row < 0 && (rank != sources.rank || id >= 0)) return;  // another rank's to write
+    if (row < 0 && (rank != sources.rank || id >= 0)) return;  // another rank writes it
     const Source& source = sources.source[rank];
     source.grad_weights[route - source.first_token * plan.top_k] = sum;
 }

@@ -8,23 +8,23 @@ namespace comet_ds {
 
 void plan_routes(const RoutePlanParams& p, cudaStream_t stream) {
     const int64_t num_routes = p.num_tokens * p.top_k;
-    const unsigned num_blocks = (num_routes + kRoutesPerBlock - 1) / kRoutesPerBlock;
+    const unsigned num_ctas = (num_routes + kRoutesPerBlock - 1) / kRoutesPerBlock;
     const size_t bins_bytes = (p.num_parts * p.num_experts + 1) * sizeof(int);
     const auto* op = "plan_routes";
-    if (num_blocks > 0) {
-        launch(op, count_routes_kernel, {num_blocks, kRoutesPerBlock, bins_bytes}, stream, p);
+    if (num_ctas > 0) {
+        launch(op, count_routes_kernel, {num_ctas, kRoutesPerBlock, bins_bytes}, stream, p);
     }
-    launch(op, scan_routes_kernel, {1, kScanThreads, bins_bytes}, stream, p, num_blocks);
-    if (num_blocks > 0) {
-        launch(op, place_routes_kernel, {num_blocks, kRoutesPerBlock}, stream, p);
+    launch(op, scan_routes_kernel, {1, kScanThreads, bins_bytes}, stream, p, num_ctas);
+    if (num_ctas > 0) {
+        launch(op, place_routes_kernel, {num_ctas, kRoutesPerBlock}, stream, p);
     }
 }
 
 void order_arrival(const ArrivalParams& p, cudaStream_t stream) {
-    // One block at least: it writes the offsets.
-    const unsigned num_blocks = p.num_rows / kArrivalThreads + 1;
+    // NOTE: at least one CTA, because it writes the offsets.
+    const unsigned num_ctas = p.num_rows / kArrivalThreads + 1;
     const size_t smem_bytes = 3 * p.num_ranks * p.num_experts * sizeof(int);
-    launch("order_arrival", order_arrival_kernel, {num_blocks, kArrivalThreads, smem_bytes}, stream,
+    launch("order_arrival", order_arrival_kernel, {num_ctas, kArrivalThreads, smem_bytes}, stream,
            p);
 }
 

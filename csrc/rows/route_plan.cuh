@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// Row order of a routing, and of a chunk that has arrived.
+// Row order of a routing, and of a chunk of tokens that has arrived (pipelined path).
 //
-// 1. plan_routes is a stable counting sort of the routes by segment (routing.py says what a segment
-//    is); a dropped route belongs to one more segment behind all others. Three launches:
-//        count    a histogram of every kRoutesPerBlock consecutive routes        scratch[b, s]
-//        scan     where block b's routes of segment s start                      scratch[b, s]
-//        place    rank of a route among equal ones before it in its block: its row
-//    order_arrival turns rank-major segments into expert-major ones; every block sums the few
-//    segment sizes for itself. One launch.
-// 2. Grid: count and place one block per kRoutesPerBlock routes, one thread a route; scan one
-//    block, one thread a segment. order_arrival one thread a row.
+// 1. Math: plan_routes is a stable counting sort of the routes by segment (routing.py says what a
+//    segment is). Dropped routes belong to one more segment after all others. Three launches:
+//        count    histogram of the segments of kRoutesPerBlock consecutive routes   scratch[b, s]
+//        scan     first row of block b's routes of segment s                        scratch[b, s]
+//        place    row of a route: that first row + number of earlier routes of the same segment in
+//                 its block
+//    order_arrival turns rank-major segments into expert-major ones, in one launch. Every CTA sums
+//    the few segment sizes for itself.
+// 2. Grid and roles: count and place have one CTA per kRoutesPerBlock routes, one thread per route;
+//    scan has one CTA, one thread per segment; order_arrival one thread per row.
 // 3. Flags: none; launches on one stream are ordered. The only atomics count integers.
-// 4. Shared memory: count 4 (S + 1) bytes, place 4 kRoutesPerBlock, scan 4 (S + 1),
-//    order_arrival 12 S, with S segments.
+// 4. Shared memory, with S segments: count and scan 4 (S + 1) bytes, place 4 kRoutesPerBlock,
+//    order_arrival 12 S.
 #pragma once
 
 #include "ptx/kernel_order.cuh"
@@ -117,7 +118,8 @@ __global__ void __launch_bounds__(kArrivalThreads) order_arrival_kernel(ArrivalP
     __syncthreads();
     const int64_t row = int64_t{blockIdx.x} * kArrivalThreads + threadIdx.x;
     if (row >= p.num_rows) return;
-    // The last segment that starts at or before the row; empty ones before it start there too.
+    // Finds the last segment that starts at or before the row. Empty segments before it may start
+    // at the same row.
     int low = 0, high = num_segments;
     while (high - low > 1) {
         const int middle = (low + high) / 2;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Row order of a routing, and of a chunk that has arrived: host launchers.
+// Row order of a routing, and of a chunk of tokens that has arrived: parameters and host launchers.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,9 +8,10 @@
 
 namespace comet_ds {
 
-// Routes one block sorts; the scratch buffer holds a histogram for each such block.
+// Routes that one CTA sorts. The scratch buffer holds a histogram for each of these blocks of
+// routes.
 constexpr int64_t kRoutesPerBlock = 256;
-// Shared memory bounds the segments (ranks times experts, times token parts).
+// Most segments (ranks x experts x parts of the tokens) that fit in shared memory.
 constexpr int64_t kMaxSegments = 2048;
 
 struct RoutePlanParams {
@@ -27,11 +28,11 @@ struct RoutePlanParams {
 };
 
 struct ArrivalParams {
-    const int64_t* counts;  // [num_ranks, num_experts], rows of a stride
-    int64_t counts_stride;  // elements
+    const int64_t* counts;  // [num_ranks, num_experts], rows counts_stride apart
+    int64_t counts_stride;  // in elements
     int64_t* order;         // [num_rows]
     int64_t* inverse;       // [num_rows]
-    int32_t* offsets;       // [num_experts]; end of each expert's rows
+    int32_t* offsets;       // [num_experts]: end of each expert's rows
     int64_t num_rows;
     int64_t num_ranks;
     int64_t num_experts;

@@ -83,9 +83,9 @@ def test_flop_are_the_monitors_plus_attention(world) -> None:
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("void comet_ds::expert_gemm_kernel<comet_ds::Up>(comet_ds::ExpertGemmParams)", "moe"),
+        ("void comet_ds::expert_gemm_kernel<comet_ds::Up>(comet_ds::UpParams)", "moe"),
         ("comet_ds::gate_logits_kernel(comet_ds::GateLogitsParams)", "moe"),
-        ("comet_ds::meet_kernel(comet_ds::MeetParams)", "communication"),
+        ("comet_ds::rank_barrier_kernel(comet_ds::RankBarrierParams)", "communication"),
         ("void comet_ds::barrier_kernel<8>(comet_ds::Mailboxes)", "communication"),
         ("void cutlass::device_kernel<cutlass::gemm::GroupProblemShape<int>>(int)", "moe"),
         ("_swiglu_fwd_kernel", "moe"),
