@@ -15,9 +15,9 @@ from deepspeed.moe import sharded_moe
 from deepspeed.moe.experts import Experts
 from deepspeed.moe.utils import has_moe_layers, is_moe_param
 from deepspeed.utils import logger
-from experts_zoo import GatedMLP, HandWrittenMLP, NormMLP, TupleMLP, sequential
-from parity import FFN, HIDDEN, build, run
-from tolerance import assert_close
+from helpers.experts_zoo import GatedMLP, HandWrittenMLP, NormMLP, TupleMLP, sequential
+from helpers.parity import FFN, HIDDEN, build, run
+from helpers.tolerance import assert_close
 from torch import nn
 
 from comet_ds import MoE

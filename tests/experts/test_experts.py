@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from experts_zoo import (
+from helpers.experts_zoo import (
     ClampedMLP,
     DropoutInTraining,
     GatedMLP,
@@ -20,7 +20,7 @@ from experts_zoo import (
     randomize,
     sequential,
 )
-from tolerance import assert_close
+from helpers.tolerance import assert_close
 from torch import nn
 
 from comet_ds import MoE

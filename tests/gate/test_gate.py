@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from deepspeed.moe import sharded_moe
-from tolerance import relative_error
+from helpers.tolerance import relative_error
 
 from comet_ds.gate.routing import Routing
 from comet_ds.gate.topk_gate import TopKGate

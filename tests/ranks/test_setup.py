@@ -8,9 +8,9 @@ from datetime import timedelta
 import pytest
 import torch
 from deepspeed.moe.utils import is_moe_param
-from distributed import error_of
-from experts_zoo import HandWrittenMLP, sequential
-from parity import FFN, HIDDEN, VARIANTS, build
+from helpers.distributed import error_of
+from helpers.experts_zoo import HandWrittenMLP, sequential
+from helpers.parity import FFN, HIDDEN, VARIANTS, build
 from torch import nn
 
 from comet_ds import MoE

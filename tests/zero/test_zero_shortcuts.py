@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from tolerance import assert_close, assert_few_steps
-from training import batches, build_engine, config, train
+from helpers.tolerance import assert_close, assert_few_steps
+from helpers.training import batches, build_engine, config, train
 
 from comet_ds.zero import hooks as engine_hooks
 from comet_ds.zero import norm as zero_norm

@@ -10,8 +10,8 @@ import pytest
 from deepspeed import comm as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.utils import groups
-from parity import HIDDEN, build, run, tokens
-from tolerance import assert_close
+from helpers.parity import HIDDEN, build, run, tokens
+from helpers.tolerance import assert_close
 
 from comet_ds import MoE
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from deepspeed import comm as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
-from experts_zoo import GatedMLP, TupleMLP, randomize, sequential
-from parity import FFN, HIDDEN, VARIANTS, build, oracle, run, tokens
-from tolerance import ERROR_RATIO, assert_close, relative_error
+from helpers.experts_zoo import GatedMLP, TupleMLP, randomize, sequential
+from helpers.parity import FFN, HIDDEN, VARIANTS, build, oracle, run, tokens
+from helpers.tolerance import ERROR_RATIO, assert_close, relative_error
 from torch import nn
 
 from comet_ds import MoE
