@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""V"""
+"""Checkpoints of stacked experts are DeepSpeed's files, bit for bit.
+
+``test_files`` is the main one. For each way to train it has DeepSpeed's layer write a checkpoint
+('theirs'), read it and write it again ('again'), and comet_ds read it and write it ('ours'). 'ours'
+and 'again' must have the same content, and whoever resumes from either must get the losses of the
+run that was never interrupted, also a process that does not know comet_ds.
+"""
 
 from __future__ import annotations
 
@@ -178,7 +184,7 @@ STOCK = """
 import sys, types
 import deepspeed, torch
 from deepspeed.moe.layer import MoE
-stub = types.ModuleType("comet_ds")  # what tests/training.py needs of it: DeepSpeed's own
+stub = types.ModuleType("comet_ds")  # what helpers/training.py needs of it: DeepSpeed's own
 stub.MoE, stub.initialize = MoE, deepspeed.initialize
 sys.modules["comet_ds"] = stub
 from helpers import training

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""V"""
+"""Where parameters lie in DeepSpeed's flat groups: worked out by hand, and asked of DeepSpeed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_moves() -> None:
 
 
 @pytest.mark.parametrize("limit", [100, 600, 700, 1100, 2000, 5000, 10**9])
-@pytest.mark.parametrize("is_given_groups", [False, True])
+@pytest.mark.parametrize("is_given_groups", [False, True], ids=["one group", "groups by decay"])
 def test_groups_are_those_of_deepspeeds_layer(limit: int, is_given_groups: bool) -> None:
     """Also where weights and biases are in groups of their own."""
     found = {}

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""V"""
+"""Checkpoints that do not fit the run are refused with the reason before a weight is loaded.
+
+Another layout of ranks, other settings of ZeRO, and files that hold stacks; weights alone still
+load.
+"""
 
 from __future__ import annotations
 

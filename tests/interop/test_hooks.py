@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""V"""
+"""Hooks on the layer's modules fire where they are, see what DeepSpeed's modules see, and change
+nothing of the results by being there."""
 
 from __future__ import annotations
 

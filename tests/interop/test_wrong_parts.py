@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""V"""
+"""Parts that are replaced before or after construction: what fits runs, what does not is named.
+
+Classes put into DeepSpeed's module, another MOELayer, gates and experts that answer what nobody can
+use, and a gate on one rank only.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""V"""
+"""FLOP of a model by token, and the tokens themselves, from which throughput is computed."""
 
 from __future__ import annotations
 
