@@ -23,8 +23,8 @@ def test_launches_refuse_other_tensors() -> None:
     (x, _), layer = draw_case(shape, BF16), build_fused(shape, "swiglu", BF16)
     layer(x)
     fused, gate = layer.deepspeed_moe.fused, layer.deepspeed_moe.gate
-    x, call = fused.begin(x, None, (64,), gate)
-    routing = gate.route(x)
+    call = fused.prepare(fused.weights, (64,), gate)
+    routing = gate.route(call.begin(x))
     message = r"topk_weights must be contiguous Float \[64, 2\] on a CUDA device, got "
     for wrong, got in (
         (routing.topk_weights.double(), r"Double \[64, 2\] on cuda:0"),
@@ -32,7 +32,7 @@ def test_launches_refuse_other_tensors() -> None:
         (routing.topk_weights.cpu(), r"Float \[64, 2\] on cpu"),
     ):
         with pytest.raises(ValueError, match=message + got):
-            fused.run(routing._replace(topk_weights=wrong), call)
+            call.run(routing._replace(topk_weights=wrong))
 
 
 def misalign(layer: MoE) -> None:

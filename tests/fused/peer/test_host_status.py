@@ -46,6 +46,8 @@ def check_exchange(rank: int, size: int) -> None:
         assert [s.num_tokens for s in found] == [1000 * r + number for r in range(size)]
         assert [s.can_fuse for s in found] == [number % 3 > r % 2 for r in range(size)]
         assert [s.needs for s in found] == [(number + r) % 16 for r in range(size)]
+    same = [statuses.exchange(STATUS) for _ in range(2)]
+    assert same[0] is same[1], "what follows from it need not be found again"
     fault = (InputRules.DTYPE, -1) if rank == 1 else OK
     found = statuses.exchange(RankStatus(0, False, fault, 15))[1]
     assert (found.fault, found.needs) == ((InputRules.DTYPE, -1), 15)
