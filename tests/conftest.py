@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared fixtures: worlds of ranks, extensions of the run's own, and the gpu(n) marker."""
+"""Shared fixtures: worlds of ranks, caches of the run's own, and the gpu(n) marker.
+
+Tests read as documentation: ``--collect-only`` prints what is established for which cases.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,23 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import extensions
 import pytest
 import torch
-from distributed import World
+from helpers import extensions
+from helpers.distributed import World
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker."""
     config.addinivalue_line("markers", "gpu(n): needs n CUDA devices of compute capability 9.0")
+
+
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    """Name plain values of cases by what they are: "k=2", "bfloat16"."""
+    if isinstance(val, torch.dtype):
+        return str(val).removeprefix("torch.")
+    is_plain = val is None or isinstance(val, bool | int | float)
+    return f"{argname}={val}" if is_plain else None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -36,11 +47,16 @@ def seed() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def extensions_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Compile extensions in a folder of this run; processes that tests start inherit it."""
+    """Compile extensions in a folder of this run, and keep measured CTA splits in another.
+
+    Worlds of ranks and other processes that tests start inherit both; the user's are neither read
+    nor written.
+    """
     folder = tmp_path_factory.mktemp("extensions")
     extensions.fill(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield folder
     extensions.keep(folder)
     shutil.rmtree(folder)

@@ -16,17 +16,17 @@ import comet_ds
 from comet_ds.config import CometConfig, read_block
 
 BLOCK = {"path": "reference", "num_chunks": 4, "grouped_gemm": False, "metrics_interval": 7}
-BAD = [
-    ({"pth": "auto"}, r"unknown key 'pth' \(known: path, num_chunks"),
-    ({"path": "fast"}, "path: .*'fast'"),
-    ({"num_chunks": 0}, "num_chunks.*greater than or equal to 1, got 0"),
-    ({"num_chunks": "two"}, "num_chunks.*'two'"),
-    ({"num_chunks": 1.5}, "num_chunks.*1.5"),
-    ({"metrics": "yes"}, "metrics.*'yes'"),
-    ({"metrics_interval": 0}, "metrics_interval.*greater than or equal to 1, got 0"),
-    ({"grouped_gemm": 1, "x": 2}, "grouped_gemm.*unknown key 'x'"),
-    ([], r"must be an object, got \[\]"),
-]
+BAD: dict[str, tuple[object, str]] = {
+    "misspelt key": ({"pth": "auto"}, r"unknown key 'pth' \(known: path, num_chunks"),
+    "unknown path": ({"path": "fast"}, "path: .*'fast'"),
+    "no chunks": ({"num_chunks": 0}, "num_chunks.*greater than or equal to 1, got 0"),
+    "chunks in words": ({"num_chunks": "two"}, "num_chunks.*'two'"),
+    "half a chunk": ({"num_chunks": 1.5}, "num_chunks.*1.5"),
+    "a word for a boolean": ({"metrics": "yes"}, "metrics.*'yes'"),
+    "no interval": ({"metrics_interval": 0}, "metrics_interval.*greater than or equal to 1, got 0"),
+    "two mistakes": ({"grouped_gemm": 1, "x": 2}, "grouped_gemm.*unknown key 'x'"),
+    "no object": ([], r"must be an object, got \[\]"),
+}
 
 
 def test_defaults() -> None:
@@ -34,8 +34,9 @@ def test_defaults() -> None:
     assert CometConfig().path == "auto" and CometConfig().metrics_interval is None
 
 
-@pytest.mark.parametrize(("block", "message"), BAD, ids=str)
-def test_bad_block(block: object, message: str) -> None:
+@pytest.mark.parametrize("name", BAD)
+def test_bad_block(name: str) -> None:
+    block, message = BAD[name]
     with pytest.raises(ValueError, match='"comet_ds".*' + message):
         CometConfig.parse(block)
 

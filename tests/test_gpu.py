@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
-from distributed import World
-from experts_zoo import GatedMLP, TupleMLP, randomize, sequential
-from parity import build, oracle, run
-from tolerance import CURVE_ENDS, CURVE_NOISE, ERROR_RATIO, assert_close, relative_error
-from training import build_engine, config, train
+from helpers.distributed import World
+from helpers.experts_zoo import GatedMLP, TupleMLP, randomize, sequential
+from helpers.parity import build, oracle, run
+from helpers.tolerance import CURVE_ENDS, CURVE_NOISE, ERROR_RATIO, assert_close, relative_error
+from helpers.training import build_engine, config, train
 
 from comet_ds import MoE
 from comet_ds.pipelined import row_ops

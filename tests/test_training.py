@@ -13,10 +13,9 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.pipe import PipelineModule
-from experts_zoo import sequential
-from tolerance import CURVE_NOISE, assert_close, assert_few_steps
-from torch import nn
-from training import (
+from helpers.experts_zoo import sequential
+from helpers.tolerance import CURVE_NOISE, assert_close, assert_few_steps
+from helpers.training import (
     BF16,
     CLASSES,
     FFN,
@@ -30,6 +29,7 @@ from training import (
     train,
     zero,
 )
+from torch import nn
 
 import comet_ds
 

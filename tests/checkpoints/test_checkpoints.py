@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpointing import (
+from helpers.checkpointing import (
     BRAIN,
     EP1,
     EP2,
@@ -42,8 +42,8 @@ from checkpointing import (
     machine,
     save_weights,
 )
-from tolerance import assert_few_steps
-from training import BF16, OFFLOAD, config, train, zero
+from helpers.tolerance import assert_few_steps
+from helpers.training import BF16, OFFLOAD, config, train, zero
 
 from comet_ds.__main__ import main
 from comet_ds.checkpoints.consolidate import consolidate

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
-from experts_zoo import sequential
-from layouts import (
+from helpers.experts_zoo import sequential
+from helpers.layouts import (
     COPIES,
     MARGIN_BYTES,
     assert_same,
@@ -25,8 +25,8 @@ from layouts import (
     stacks,
     values,
 )
+from helpers.training import FFN, HIDDEN, Model
 from torch import nn
-from training import FFN, HIDDEN, Model
 
 import comet_ds
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import deepspeed
 import pytest
 import torch
-from checkpointing import (
+from helpers.checkpointing import (
     BRAIN,
     EP1,
     EP2,
@@ -29,9 +29,9 @@ from checkpointing import (
     machine,
     save_weights,
 )
-from experts_zoo import sequential
+from helpers.experts_zoo import sequential
+from helpers.training import BF16, CLASSES, HIDDEN, NUM_EXPERTS, Model, config, train, zero
 from torch import Tensor, nn
-from training import BF16, CLASSES, HIDDEN, NUM_EXPERTS, Model, config, train, zero
 
 import comet_ds
 from comet_ds.__main__ import main

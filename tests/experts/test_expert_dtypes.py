@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
-from distributed import error_of
-from experts_zoo import HandWrittenMLP, NormMLP, randomize
-from parity import FFN, HIDDEN, VARIANTS, tokens
-from tolerance import assert_close
+from helpers.distributed import error_of
+from helpers.experts_zoo import HandWrittenMLP, NormMLP, randomize
+from helpers.parity import FFN, HIDDEN, VARIANTS, tokens
+from helpers.tolerance import assert_close
 from torch import Tensor, nn
 
 from comet_ds import MoE

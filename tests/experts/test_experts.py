@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from experts_zoo import (
+from helpers.experts_zoo import (
     ClampedMLP,
     DropoutInTraining,
     GatedMLP,
@@ -20,7 +20,7 @@ from experts_zoo import (
     randomize,
     sequential,
 )
-from tolerance import assert_close
+from helpers.tolerance import assert_close
 from torch import nn
 
 from comet_ds import MoE
@@ -153,7 +153,11 @@ def test_tracing_draws_no_random_number() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("counts", [[3, 0, 4, 1], [0, 0, 0, 8], [2, 2, 2, 2]])
+@pytest.mark.parametrize(
+    "counts",
+    [[3, 0, 4, 1], [0, 0, 0, 8], [2, 2, 2, 2]],
+    ids=["one without rows", "all rows to one", "as many rows each"],
+)
 @pytest.mark.parametrize("name", RECOGNISED)
 def test_grouped_equals_one_by_one(name: str, counts: list[int]) -> None:
     """Values and gradients, with and without biases, with experts without rows."""
@@ -250,15 +254,13 @@ def test_wrong_output_shape() -> None:
 
 
 @pytest.mark.parametrize(
-    ("x", "grouped", "phrase"),
-    [
-        (torch.randn(4, HIDDEN).bfloat16(), False, "off in the configuration"),
-        (torch.randn(4, HIDDEN).bfloat16(), True, "needs a CUDA device, not cpu"),
-    ],
+    ("grouped", "phrase"),
+    [(False, "off in the configuration"), (True, "needs a CUDA device, not cpu")],
+    ids=["configured", "on a CPU"],
 )
-def test_grouped_gemm_says_why_not(x: torch.Tensor, grouped: bool, phrase: str) -> None:
+def test_grouped_gemm_says_why_not(grouped: bool, phrase: str) -> None:
     runner = ExpertRunner([GatedMLP(HIDDEN, FFN)], grouped_gemm=grouped)
-    runner.refresh(x, expected_rows=1)
+    runner.refresh(torch.randn(4, HIDDEN).bfloat16(), expected_rows=1)
     assert phrase in runner.reason
     assert phrase in runner.describe()
 
@@ -274,7 +276,9 @@ def test_forms_that_differ_are_not_grouped() -> None:
 
 @pytest.mark.gpu(1)
 @pytest.mark.parametrize("name", RECOGNISED)
-@pytest.mark.parametrize("counts", [[300, 0, 5, 1], [0, 0, 0, 700]])
+@pytest.mark.parametrize(
+    "counts", [[300, 0, 5, 1], [0, 0, 0, 700]], ids=["one without rows", "all rows to one"]
+)
 def test_grouped_on_gpu(name: str, counts: list[int]) -> None:
     torch.manual_seed(0)
     experts = [make(name, i).to("cuda", torch.bfloat16) for i in range(4)]

@@ -8,8 +8,8 @@ import functools
 import pytest
 import torch
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
-from experts_zoo import GatedMLP, sequential
-from layouts import (
+from helpers.experts_zoo import GatedMLP, sequential
+from helpers.layouts import (
     assert_same,
     assert_trains_alike,
     both,
@@ -21,8 +21,8 @@ from layouts import (
     stacks,
     values,
 )
+from helpers.training import FFN, HIDDEN, NUM_EXPERTS, Model
 from torch import nn
-from training import FFN, HIDDEN, NUM_EXPERTS, Model
 
 import comet_ds
 

@@ -8,8 +8,8 @@ import itertools
 
 import pytest
 import torch
-from experts_zoo import TiedMLP
-from layouts import (
+from helpers.experts_zoo import TiedMLP
+from helpers.layouts import (
     COPIES,
     MARGIN_BYTES,
     assert_same,
@@ -23,9 +23,9 @@ from layouts import (
     stacks,
     values,
 )
+from helpers.training import HIDDEN, Model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from training import HIDDEN, Model
 
 import comet_ds
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.utils import logger
-from experts_zoo import HandWrittenMLP, sequential
-from layouts import (
+from helpers.experts_zoo import HandWrittenMLP, sequential
+from helpers.layouts import (
     UNSTACKED,
     assert_same,
     assert_trains_alike,
@@ -23,9 +23,9 @@ from layouts import (
     stacks,
     values,
 )
-from odd_experts import PER_EXPERT, STACKED
+from helpers.odd_experts import PER_EXPERT, STACKED
+from helpers.training import FFN, HIDDEN
 from torch import Tensor, nn
-from training import FFN, HIDDEN
 
 import comet_ds
 

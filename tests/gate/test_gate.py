@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from deepspeed.moe import sharded_moe
-from tolerance import relative_error
+from helpers.tolerance import relative_error
 
 from comet_ds.gate.routing import Routing
 from comet_ds.gate.topk_gate import TopKGate
@@ -29,9 +29,16 @@ OPTIONS = list(
         (True, False),  # training
     )
 )
-# 0.4 drops most routes, 3.0 none; 63 tokens divide by nothing; the last three have capacities that
-# differ between fp32 and fp64 rounding, for k = 4 and 8, 2, and 8.
-SIZES = [(64, 1.0), (63, 1.1), (129, 0.4), (40, 3.0), (45, 1.2), (50, 1.2), (90, 1.1)]
+# Tokens and capacity factor.
+SIZES: dict[str, tuple[int, float]] = {
+    "even": (64, 1.0),
+    "tokens divide by nothing": (63, 1.1),
+    "most routes are dropped": (129, 0.4),
+    "no route is dropped": (40, 3.0),
+    "capacity rounds otherwise in fp64, k=4 and 8": (45, 1.2),
+    "capacity rounds otherwise in fp64, k=2": (50, 1.2),
+    "capacity rounds otherwise in fp64, k=8": (90, 1.1),
+}
 
 
 def gates(k, drop, noise, rts, sampling, factor) -> tuple[TopKGate, sharded_moe.TopKGate]:
@@ -111,13 +118,13 @@ def check_routing(num_tokens: int, factor: float, device: str) -> None:
     assert num_dropped > 0
 
 
-@pytest.mark.parametrize(("num_tokens", "factor"), SIZES)
+@pytest.mark.parametrize(("num_tokens", "factor"), SIZES.values(), ids=SIZES)
 def test_routing_is_deepspeeds(num_tokens: int, factor: float) -> None:
     check_routing(num_tokens, factor, "cpu")
 
 
 @pytest.mark.gpu(1)
-@pytest.mark.parametrize(("num_tokens", "factor"), SIZES)
+@pytest.mark.parametrize(("num_tokens", "factor"), SIZES.values(), ids=SIZES)
 def test_routing_is_deepspeeds_on_gpu(num_tokens: int, factor: float) -> None:
     check_routing(num_tokens, factor, "cuda")
 
@@ -125,7 +132,9 @@ def test_routing_is_deepspeeds_on_gpu(num_tokens: int, factor: float) -> None:
 @pytest.mark.gpu(1)
 @pytest.mark.parametrize("k", [1, 2, 4, 8])
 @pytest.mark.parametrize(
-    ("num_tokens", "num_experts"), [(8192, 64), (5000, 128), (20000, 12), (2000, 200), (2000, 320)]
+    ("num_tokens", "num_experts"),
+    [(8192, 64), (5000, 128), (20000, 12), (2000, 200), (2000, 320)],
+    ids=["powers of two", "128 experts", "many tokens an expert", "200 experts", "320 experts"],
 )
 @pytest.mark.parametrize("factor", [0.3, 1.0, 2.0])
 def test_large_routing_is_deepspeeds(
@@ -148,7 +157,7 @@ def test_large_routing_is_deepspeeds(
 
 
 @pytest.mark.gpu(1)
-@pytest.mark.parametrize("has_reader", [False, True])
+@pytest.mark.parametrize("has_reader", [False, True], ids=["x read once", "x read twice"])
 @pytest.mark.parametrize(("hidden", "num_experts"), [(2048, 64), (4096, 8), (2048, 128)])
 def test_fast_logits_are_as_close_as_deepspeeds(
     hidden: int, num_experts: int, has_reader: bool
@@ -187,10 +196,11 @@ def test_fast_logits_are_as_close_as_deepspeeds(
 
 @pytest.mark.gpu(1)
 @pytest.mark.parametrize(
-    ("num_tokens", "hidden", "num_experts"), [(1, 64, 8), (100, 72, 200), (129, 1032, 12)]
+    ("num_tokens", "hidden", "num_experts"),
+    [(1, 64, 8), (100, 72, 200), (129, 1032, 12)],
+    ids=["one token, one step", "tiles of experts in part", "seventeen steps, the last in part"],
 )
 def test_fast_logits_of_odd_sizes(num_tokens: int, hidden: int, num_experts: int) -> None:
-    """One step and seventeen, a step, tile of tokens and tile of experts in part."""
     x = torch.randn(num_tokens, hidden, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(num_experts, hidden, device="cuda", dtype=torch.bfloat16)
     logits = load_kernels(x.device).gate_logits(x, weight)
@@ -264,7 +274,7 @@ def test_gradient_of_one_result_alone(result: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
-@pytest.mark.parametrize("drop", [True, False])
+@pytest.mark.parametrize("drop", [True, False], ids=["dropping", "dropless"])
 def test_no_tokens(k: int, drop: bool) -> None:
     """A rank without tokens routes nothing; its loss is zero, not NaN, and carries grad."""
     gate, _ = gates(k, drop, None, True, True, 1.0)

@@ -11,10 +11,10 @@ import weakref
 import pytest
 import torch
 from deepspeed.moe import sharded_moe
-from experts_zoo import sequential
-from parity import FFN, HIDDEN, VARIANTS, build, tokens
+from helpers.experts_zoo import sequential
+from helpers.parity import FFN, HIDDEN, VARIANTS, build, tokens
+from helpers.training import batches, build_engine, config, train
 from torch import nn
-from training import batches, build_engine, config, train
 
 from comet_ds import MoE
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from parity import HIDDEN, build
-from tolerance import assert_close
+from helpers.parity import HIDDEN, build
+from helpers.tolerance import assert_close
 from torch import Tensor, nn
 
 from comet_ds import MoE

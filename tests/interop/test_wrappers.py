@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from parity import HIDDEN, build, named_grads, tokens
-from tolerance import assert_close
+from helpers.parity import HIDDEN, build, named_grads, tokens
+from helpers.tolerance import assert_close
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel

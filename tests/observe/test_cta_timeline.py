@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from parity import build
-from recording import make_records
+from helpers.parity import build
+from helpers.recording import make_records
 
 from comet_ds import MoE
 from comet_ds.observe import cta_timeline as recorder
@@ -59,7 +59,7 @@ def test_trace_and_picture(tmp_path: Path) -> None:
 
 RUN = """
 import sys; sys.path.insert(0, {tests!r})
-from recording import record_layer
+from helpers.recording import record_layer
 record_layer()
 """
 

@@ -40,8 +40,21 @@ def test_one_expert_a_rank_is_cut_by_tokens() -> None:
 @pytest.mark.parametrize(
     ("ep_size", "num_local_experts", "num_chunks"),
     [(1, 8, 1), (2, 4, 1), (2, 4, 3), (2, 5, 4), (4, 1, 3), (2, 3, 4), (8, 16, 2)],
+    ids=[
+        "one rank",
+        "one chunk",
+        "chunks of unequal size",
+        "experts no multiple of chunks",
+        "one expert a rank, cut by tokens",
+        "more chunks than experts",
+        "many ranks and experts",
+    ],
 )
-@pytest.mark.parametrize(("num_tokens", "top_k"), [(0, 2), (1, 1), (63, 3), (129, 1)])
+@pytest.mark.parametrize(
+    ("num_tokens", "top_k"),
+    [(0, 2), (1, 1), (63, 3), (129, 1)],
+    ids=["no tokens", "one token", "several routes", "one route"],
+)
 def test_rows_are_grouped_by_segment(
     ep_size: int, num_local_experts: int, num_chunks: int, num_tokens: int, top_k: int
 ) -> None:
@@ -96,9 +109,15 @@ def test_expert_major_order() -> None:
 
 
 @pytest.mark.gpu(1)
-@pytest.mark.parametrize(("num_tokens", "top_k"), [(0, 2), (1, 1), (63, 3), (129, 8), (8192, 4)])
 @pytest.mark.parametrize(
-    ("ep_size", "num_local_experts", "num_chunks"), [(1, 8, 1), (2, 5, 4), (4, 1, 3), (8, 128, 2)]
+    ("num_tokens", "top_k"),
+    [(0, 2), (1, 1), (63, 3), (129, 8), (8192, 4)],
+    ids=["no tokens", "one token", "several routes", "many routes", "many blocks"],
+)
+@pytest.mark.parametrize(
+    ("ep_size", "num_local_experts", "num_chunks"),
+    [(1, 8, 1), (2, 5, 4), (4, 1, 3), (8, 128, 2)],
+    ids=["one rank", "uneven chunks", "one expert a rank", "many segments"],
 )
 def test_plan_kernels(num_tokens, top_k, ep_size, num_local_experts, num_chunks) -> None:
     """The kernels give what the PyTorch version gives on the CPU, entry for entry."""
@@ -115,9 +134,14 @@ def test_plan_kernels(num_tokens, top_k, ep_size, num_local_experts, num_chunks)
 
 
 @pytest.mark.gpu(1)
-@pytest.mark.parametrize("shape", [(1, 1), (2, 16), (3, 5), (8, 128)])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1), (2, 16), (3, 5), (8, 128)],
+    ids=["one rank and expert", "a warp of counts", "less than a warp", "many counts"],
+)
 @pytest.mark.parametrize("most", [0, 1, 3, 400])
 def test_arrival_kernel(shape: tuple[int, int], most: int) -> None:
+    """Ranks and experts, and at most so many rows of each: also none at all."""
     torch.manual_seed(0)
     padded = torch.randint(0, most + 1, (shape[0], shape[1] + 2))
     counts, num_rows = padded[:, 2:], int(padded[:, 2:].sum())

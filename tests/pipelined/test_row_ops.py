@@ -9,8 +9,13 @@ import torch
 from comet_ds.pipelined import row_ops
 from comet_ds.pipelined.row_ops import sum_rows, sum_rows_backward
 
-# One token; odd width (no 16-byte vectors); K = 8; a width that is no multiple of a block's stride.
-SHAPES = [(1, 1, 8), (7, 3, 21), (129, 8, 2048), (64, 2, 1000), (5, 6, 4104)]
+SHAPES: dict[str, tuple[int, int, int]] = {  # num_tokens, K, hidden
+    "one token": (1, 1, 8),
+    "odd width, no 16-byte vectors": (7, 3, 21),
+    "K = 8": (129, 8, 2048),
+    "width ends within a block's stride": (64, 2, 1000),
+    "width of several strides": (5, 6, 4104),
+}
 
 
 def case(num_tokens: int, top_k: int, hidden: int, dtype: torch.dtype, device: str) -> tuple:
@@ -52,7 +57,7 @@ def check(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
     assert got_weights.dtype == torch.float32 and got_rows.dtype == dtype
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_pytorch_version(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     check(shape, dtype, "cpu")
@@ -67,7 +72,7 @@ def test_no_rows() -> None:
 
 
 @pytest.mark.gpu(1)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kernels(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     assert row_ops.describe(torch.empty(0, device="cuda")) == "CUDA row kernels"

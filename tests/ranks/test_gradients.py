@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
-from parity import FFN, HIDDEN, VARIANTS, build, named_grads, tokens
-from tolerance import assert_close, relative_error
+from helpers.parity import FFN, HIDDEN, VARIANTS, build, named_grads, tokens
+from helpers.tolerance import assert_close, relative_error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

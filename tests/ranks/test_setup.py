@@ -8,9 +8,9 @@ from datetime import timedelta
 import pytest
 import torch
 from deepspeed.moe.utils import is_moe_param
-from distributed import error_of
-from experts_zoo import HandWrittenMLP, sequential
-from parity import FFN, HIDDEN, VARIANTS, build
+from helpers.distributed import error_of
+from helpers.experts_zoo import HandWrittenMLP, sequential
+from helpers.parity import FFN, HIDDEN, VARIANTS, build
 from torch import nn
 
 from comet_ds import MoE
@@ -49,22 +49,36 @@ def check_disagreement(rank: int, size: int, options: list[dict]) -> str:
     return error_of(lambda: build(MoE, rank, parallel=True, **options[rank]))
 
 
-DISAGREEMENTS = [
-    ([dict(k=1), dict(k=2)], "k must be the same on all ranks, got 1 on rank 0 and 2 on rank 1"),
-    ([dict(ep_size=1), dict(ep_size=2)], "ep_size must be the same"),
-    ([dict(), dict(num_experts=16)], "num_experts must be the same"),
-    ([dict(), dict(drop_tokens=False)], "drop_tokens must be the same"),
-    ([dict(), dict(expert=sequential(HIDDEN, FFN + 8))], "expert parameters must be the same"),
-    ([dict(), dict(dtype=torch.bfloat16)], "expert parameters must be the same"),
-    ([dict(), dict(expert=HandWrittenMLP(HIDDEN, FFN))], "expert class must be the same"),
-    ([dict(), dict(comet_ds={"path": "reference"})], "path must be the same"),
-    ([dict(), dict(comet_ds={"num_chunks": 3})], "num_chunks must be the same"),
-    ([dict(ep_size=4)] * 2, r"ep_size must divide the number of ranks that hold the layer (2)"),
-]
+# The options of either rank, and what both say.
+DISAGREEMENTS: dict[str, tuple[list[dict], str]] = {
+    "k": (
+        [dict(k=1), dict(k=2)],
+        "k must be the same on all ranks, got 1 on rank 0 and 2 on rank 1",
+    ),
+    "ep_size": ([dict(ep_size=1), dict(ep_size=2)], "ep_size must be the same"),
+    "number of experts": ([dict(), dict(num_experts=16)], "num_experts must be the same"),
+    "dropping": ([dict(), dict(drop_tokens=False)], "drop_tokens must be the same"),
+    "size of an expert": (
+        [dict(), dict(expert=sequential(HIDDEN, FFN + 8))],
+        "expert parameters must be the same",
+    ),
+    "dtype": ([dict(), dict(dtype=torch.bfloat16)], "expert parameters must be the same"),
+    "class of an expert": (
+        [dict(), dict(expert=HandWrittenMLP(HIDDEN, FFN))],
+        "expert class must be the same",
+    ),
+    "path": ([dict(), dict(comet_ds={"path": "reference"})], "path must be the same"),
+    "chunks": ([dict(), dict(comet_ds={"num_chunks": 3})], "num_chunks must be the same"),
+    "ep_size larger than the world": (
+        [dict(ep_size=4)] * 2,
+        "ep_size must divide the number of ranks that hold the layer (2)",
+    ),
+}
 
 
-@pytest.mark.parametrize(("options", "message"), DISAGREEMENTS, ids=lambda v: str(v)[:60])
-def test_bad_setup_is_an_error_on_all(world, options: list[dict], message: str) -> None:
+@pytest.mark.parametrize("name", DISAGREEMENTS)
+def test_bad_setup_is_an_error_on_all(world, name: str) -> None:
+    options, message = DISAGREEMENTS[name]
     for answer in world(2).run(check_disagreement, options, timeout=60):
         assert message in answer
 

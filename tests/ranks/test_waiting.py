@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from distributed import World
-from parity import HIDDEN, build, tokens
+from helpers.distributed import World
+from helpers.parity import HIDDEN, build, tokens
 from torch import Tensor
 
 from comet_ds import MoE

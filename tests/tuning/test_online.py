@@ -106,7 +106,7 @@ def alone(medians: dict) -> list[dict]:
     return [medians]
 
 
-@pytest.mark.parametrize("is_pushed", [False, True])
+@pytest.mark.parametrize("is_pushed", [False, True], ids=["tokens pulled", "tokens pushed"])
 def test_trials_find_the_fastest(is_pushed: bool) -> None:
     """All candidates of all fields are tried, the fastest beside the default once more; each
     field's GEMM decides for itself. Whether tokens are sent stays as it is."""

@@ -13,7 +13,8 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
-from checkpointing import (
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
+from helpers.checkpointing import (
     EP1,
     EP2,
     MUON,
@@ -25,10 +26,9 @@ from checkpointing import (
     load,
     machine,
 )
-from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
-from tolerance import assert_few_steps
+from helpers.tolerance import assert_few_steps
+from helpers.training import BF16, CLASSES, Model, config, train, zero
 from torch import nn
-from training import BF16, CLASSES, Model, config, train, zero
 
 from comet_ds.zero import optimizer_choice
 from comet_ds.zero.optimizer_choice import stacked_experts

@@ -10,10 +10,10 @@ import pytest
 import torch
 from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
 from deepspeed.utils import logger
-from tolerance import assert_few_steps
+from helpers.tolerance import assert_few_steps
+from helpers.training import CLASSES, Model, config, train
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, SequentialLR, StepLR
-from training import CLASSES, Model, config, train
 
 import comet_ds
 

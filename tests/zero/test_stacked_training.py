@@ -14,8 +14,8 @@ import pytest
 import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
 from deepspeed.profiling.flops_profiler import FlopsProfiler
-from experts_zoo import GatedMLP
-from layouts import (
+from helpers.experts_zoo import GatedMLP
+from helpers.layouts import (
     LAYOUTS,
     assert_same,
     assert_trains_alike,
@@ -27,10 +27,10 @@ from layouts import (
     trained,
     values,
 )
-from odd_experts import STACKED
-from parity import VARIANTS
+from helpers.odd_experts import STACKED
+from helpers.parity import VARIANTS
+from helpers.training import FFN, HIDDEN, NUM_EXPERTS, Model, config, train
 from torch import nn
-from training import FFN, HIDDEN, NUM_EXPERTS, Model, config, train
 
 import comet_ds
 from comet_ds.experts import stackable

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ZeRO is spared for stacked experts changes no bit."""
+"""Shortcuts past ZeRO for stacked experts change no bit.
+
+Gradients that no other rank has are not reduced, norms are summed once: weights, losses and norms
+are those without the shortcuts, also where training is interrupted.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from tolerance import assert_close, assert_few_steps
-from training import batches, build_engine, config, train
+from helpers.tolerance import assert_close, assert_few_steps
+from helpers.training import batches, build_engine, config, train
 
 from comet_ds.zero import hooks as engine_hooks
 from comet_ds.zero import norm as zero_norm
@@ -84,6 +88,7 @@ def count_reductions(optimizer: Any, stacks: set[int]) -> dict[str, list[int]]:
 @pytest.mark.parametrize(
     ("ep_size", "precision", "overlap_comm"),
     [(2, "fp32", False), (2, "bf16", False), (1, "fp32", False), (2, "fp32", True)],
+    ids=["fp32", "bf16", "replicas", "overlap_comm"],
 )
 def test_same_bits(world, stage: int, ep_size: int, precision: str, overlap_comm: bool) -> None:
     """8 stacks are reduced once in each of 4 steps with ZeRO 1, three times with ZeRO 2.
@@ -181,6 +186,7 @@ def check_reduced(rank: int, size: int, ep_size: int, options: dict) -> None:
         (2, {"gradient_predivide_factor": 2.0}),
         (2, {"communication_data_type": "bf16"}),
     ],
+    ids=["parallel experts", "replicas", "prescaled", "divided before", "sent in bf16"],
 )
 def test_reduced_without_zero(world, ep_size: int, options: dict) -> None:
     world(2).run(check_reduced, ep_size, options)

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from experts_zoo import randomize
 from torch import Tensor, nn
-from training import HIDDEN, Model
 
 import comet_ds
+from helpers.experts_zoo import randomize
+from helpers.training import HIDDEN, Model
 
 torch.set_num_threads(1)  # the tensors are tiny
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from parity import build
-from tolerance import relative_error
 
 from comet_ds import MoE
 from comet_ds.fused.weights import Pass
@@ -18,6 +16,8 @@ from comet_ds.observe.cta_timeline import (
     LayerRecorder,
     TimelineRecorder,
 )
+from helpers.parity import build
+from helpers.tolerance import relative_error
 
 
 def make_records() -> np.ndarray:

@@ -68,3 +68,23 @@ def assert_close(got: Tensor, expected: Tensor, what: str) -> None:
         raise AssertionError(
             f"{what}: relative error {error:.1e} > {limit:.1e}, worst at {worst}: {pair}"
         )
+
+
+def assert_as_accurate(got: Tensor, same_dtype: Tensor, truth: Tensor, what: str) -> None:
+    """Assert that an error against fp64 is at most 1.5 times that of a computation in one dtype.
+
+    Args:
+        got: what is tested.
+        same_dtype: what PyTorch or DeepSpeed computes in the same dtype.
+        truth: in fp64.
+        what: begins the message, which names the worst entry.
+    """
+    assert got.shape == truth.shape, f"{what}: shape {got.shape}, expected {truth.shape}"
+    error, reference = relative_error(got, truth), relative_error(same_dtype, truth)
+    if not error <= ERROR_RATIO * reference:
+        worst = (got.double() - truth).abs().nan_to_num(torch.inf).flatten().argmax().item()
+        values = [t.flatten()[worst].item() for t in (got, same_dtype, truth)]
+        raise AssertionError(
+            f"{what}: relative error {error:.1e} > {ERROR_RATIO} * {reference:.1e}, worst at "
+            f"{worst}: {values[0]}, in the same dtype {values[1]}, in fp64 {values[2]}"
+        )

@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
 from deepspeed import comm as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.utils import groups
-from parity import HIDDEN, build, run, tokens
-from tolerance import assert_close
+from helpers.parity import HIDDEN, build, run, tokens
+from helpers.tolerance import assert_close
 
 from comet_ds import MoE
 
@@ -90,11 +89,16 @@ def compare_tensor_parallel(rank: int, expert_tp: bool, drop: bool, k: int) -> N
             assert_close(got[name], value, f"rank {rank}: {name}")
 
 
-TENSOR_PARALLEL = list(itertools.product((False, True), (True,), (1, 2, 4)))
+# Whether experts are tensor parallel, too, whether tokens are dropped, and k.
+TENSOR_PARALLEL = {
+    f"{what}, k={k}": (expert_tp, True, k)
+    for expert_tp, what in ((False, "whole experts"), (True, "experts in parts"))
+    for k in (1, 2, 4)
+}
 # Without dropping DeepSpeed's expert tensor parallelism needs capacities that happen to be even.
-TENSOR_PARALLEL += [(False, False, 2)]
+TENSOR_PARALLEL["whole experts, no dropping"] = (False, False, 2)
 
 
-@pytest.mark.parametrize(("expert_tp", "drop", "k"), TENSOR_PARALLEL)
-def test_tensor_parallelism(world, expert_tp: bool, drop: bool, k: int) -> None:
-    world(4).run(check_tensor_parallel, expert_tp, drop, k)
+@pytest.mark.parametrize("name", TENSOR_PARALLEL)
+def test_tensor_parallelism(world, name: str) -> None:
+    world(4).run(check_tensor_parallel, *TENSOR_PARALLEL[name])

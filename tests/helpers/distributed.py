@@ -17,6 +17,7 @@ import torch.multiprocessing as mp
 from torch.distributed import TCPStore
 
 CALL_TIMEOUT_S = 240
+KILLED_TIMEOUT_S = 60  # far below what a rank would wait for another
 GRACE_S = 10
 MANY_THREADS = 300  # of a rank; a gloo group has three, for as long as the process lives
 
@@ -148,9 +149,22 @@ def _reset_deepspeed() -> None:
     groups.expert_tensor_parallel_world_size = 1
 
 
-def error_of(function, *args: Any) -> str:
+def assert_killed_rank_is_named(check: Callable[..., Any], backend: str = "gloo") -> None:
+    """Assert that rank 0 says so in time where rank 1 of two kills itself in ``check``."""
+    world, start = World(2, backend), time.monotonic()
+    try:
+        world.run(check, timeout=KILLED_TIMEOUT_S)
+    except AssertionError as failure:
+        assert "rank 1 of the expert parallel group: its process has ended" in str(failure)
+    else:
+        raise AssertionError("nobody missed the rank that was killed")
+    assert time.monotonic() - start < KILLED_TIMEOUT_S
+
+
+def error_of(function: Callable[..., Any], *args: Any) -> str:
+    """Return the message of the ValueError or RuntimeError that a call raises."""
     try:
         function(*args)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         return str(error)
     return "no error"

@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from experts_zoo import GatedMLP, HandWrittenMLP, NormMLP, TiedMLP, TupleMLP, sequential
 from torch import Tensor, nn
-from training import FFN, HIDDEN
+
+from helpers.experts_zoo import GatedMLP, HandWrittenMLP, NormMLP, TiedMLP, TupleMLP, sequential
+from helpers.training import FFN, HIDDEN
 
 
 class Direct(nn.Module):

@@ -13,12 +13,12 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
 from deepspeed.utils import safe_get_full_fp32_param
-from experts_zoo import TiedMLP, sequential
 from torch import Tensor, nn
 from torch import distributed as dist
-from training import CLASSES, HIDDEN, Model, config, train
 
 from comet_ds.experts import stackable
+from helpers.experts_zoo import TiedMLP, sequential
+from helpers.training import CLASSES, HIDDEN, Model, config, train
 
 HAS_ALIGNMENT = hasattr(deepspeed.runtime.zero.config.DeepSpeedZeroConfig(), "parameter_alignment")
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 8}}

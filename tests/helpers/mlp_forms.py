@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from experts_zoo import GatedMLP, HandWrittenMLP, UpFirstMLP
 from torch import nn
+
+from helpers.experts_zoo import GatedMLP, HandWrittenMLP, UpFirstMLP
 
 BF16, FP16 = torch.bfloat16, torch.float16
 

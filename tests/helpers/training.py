@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
-from experts_zoo import randomize, sequential
 from torch import Tensor, nn
 
 import comet_ds
+from helpers.experts_zoo import randomize, sequential
 
 HIDDEN, FFN, NUM_EXPERTS = 16, 32, 4
 CLASSES = {"deepspeed": DeepSpeedMoE, "comet_ds": comet_ds.MoE}

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from deepspeed.moe.experts import Experts
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
-from experts_zoo import randomize, sequential
 from torch import Tensor, nn
 
 from comet_ds.reference import reference_moe
+from helpers.experts_zoo import randomize, sequential
 
 HIDDEN, FFN = 16, 24
 VARIANTS = {

@@ -13,7 +13,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from parity import build, named_grads
 from torch import Tensor
 
 from comet_ds import MoE
@@ -21,6 +20,7 @@ from comet_ds.fused.call import CallSizes
 from comet_ds.fused.peer.exchange import Exchange
 from comet_ds.kernels import load_kernels
 from comet_ds.tuning.cost_model import CtaSplit, GemmSplit
+from helpers.parity import build, named_grads
 
 SENT = GemmSplit(0, 0, 0.0)
 BLOCK_BYTES = 2**26
