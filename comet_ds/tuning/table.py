@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from deepspeed.utils import logger
 
-from comet_ds.tuning.cost_model import CtaSplit, GemmSplit, LayerShape, token_points
+from comet_ds.tuning.cost_model import CtaSplit, GemmSplit, LayerShape, forward_splits
 
 VERSION = 2
 # Tokens a rank may have this many times more or fewer than where an entry was measured.
@@ -131,7 +131,7 @@ def candidates(cta_split: CtaSplit, shape: LayerShape) -> dict[str, list[CtaSpli
         return sorted((found | {num_ctas + 2, num_ctas + 4, num_ctas + 8}) - {num_ctas})
 
     result: dict[str, list[CtaSplit]] = {}
-    pulled, sent = token_points(shape)
+    pulled, sent = forward_splits(shape)
     for field, choice in cta_split._asdict().items():
         others = []
         if field == "pull":

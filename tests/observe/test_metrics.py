@@ -28,8 +28,9 @@ import comet_ds
 from comet_ds.fused.peer.exchange import ExposureMeter
 from comet_ds.observe import metrics as monitor
 from comet_ds.observe.cta_timeline import LayerRecorder, Timeline
+from comet_ds.observe.flops import flop_per_token
 from comet_ds.observe.layer_timer import LayerTimer
-from comet_ds.observe.metrics import RUN_METRICS, TokenCounter, flop_per_token
+from comet_ds.observe.metrics import RUN_METRICS, TokenCounter
 from comet_ds.tuning.cost_model import LayerShape
 
 INTERVAL, STEPS, TIMELINE_STEP = 2, 6, 3
