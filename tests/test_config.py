@@ -11,6 +11,7 @@ from pathlib import Path
 import deepspeed
 import pytest
 from torch import nn
+from training import config
 
 import comet_ds
 from comet_ds.config import (
@@ -47,12 +48,12 @@ def test_bad_block(block: object, message: str) -> None:
 
 
 def test_read_from_every_form(tmp_path: Path) -> None:
-    config = {"train_batch_size": 1, "comet_ds": BLOCK}
+    settings = {"train_batch_size": 1, "comet_ds": BLOCK}
     file = tmp_path / "ds.json"
     # DeepSpeed reads hjson: comments are allowed.
-    file.write_text("# comment\n" + json.dumps(config))
-    encoded = base64.urlsafe_b64encode(json.dumps(config).encode()).decode()
-    for form in (config, str(file), file, encoded):
+    file.write_text("# comment\n" + json.dumps(settings))
+    encoded = base64.urlsafe_b64encode(json.dumps(settings).encode()).decode()
+    for form in (settings, str(file), file, encoded):
         assert CometConfig.parse(read_block(form)) == CometConfig(**BLOCK)
     assert read_block({"train_batch_size": 1}) is None and read_block(None) is None
     with pytest.raises(ValueError, match=r"no DeepSpeed configuration at 'missing\.json'"):
@@ -97,13 +98,13 @@ def test_block_merges_over_a_layers_own_options() -> None:
 
 def check_engine(rank: int, size: int) -> list[CometConfig]:
     """Both ways to an engine merge, and both check what the layers of a group share."""
-    settings = {"train_batch_size": 1, "optimizer": {"type": "Adam"}}
-    settings["comet_ds"] = {"num_chunks": 2, "metrics": False}
+    settings = config(size, comet_ds={"num_chunks": 2, "metrics": False})
     found = []
     for initialize in (comet_ds.initialize, deepspeed.initialize):
         options = {"path": "reference", "num_chunks": 4}
         layer = comet_ds.MoE(16, nn.Linear(16, 16), 2, comet_ds=options)
-        initialize(model=nn.Sequential(layer), config=settings)
+        model = nn.Sequential(layer)
+        initialize(model=model, model_parameters=model.parameters(), config=settings)
         found.append(layer.config)
     return found
 
@@ -127,9 +128,9 @@ def check_shared(rank: int, size: int) -> str:
         comet_ds.MoE(16, nn.Linear(16, 16), 2, ep_size=2, comet_ds={"refine": refine})
         for refine in (True, False)
     ]
-    settings = {"train_batch_size": 2, "optimizer": {"type": "Adam"}}
+    model = nn.Sequential(*layers)
     with pytest.raises(ValueError) as caught:
-        deepspeed.initialize(model=nn.Sequential(*layers), config=settings)
+        deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config(size))
     return str(caught.value)
 
 
