@@ -49,7 +49,7 @@ from comet_ds.layer import MoE
 from comet_ds.reference import reference_moe
 from comet_ds.tuning.hardware import H200
 
-# Our error against fp32 may be this many times DeepSpeed's.
+# Largest ratio of our error against fp32 to DeepSpeed's.
 ERROR_RATIO = 1.5
 MIB = 2**20
 
@@ -58,7 +58,10 @@ def check(layers: dict[str, DeepSpeedMoE], shape: Shape, x: Tensor, grad: Tensor
     """Compare our layer's and DeepSpeed's output and expert gradients with fp32.
 
     Returns:
-        relative errors by layer. Raises AssertionError where ours is too large.
+        relative errors by layer.
+
+    Raises:
+        AssertionError: our error is too large.
     """
     errors: dict[str, Any] = {}
     for name, layer in layers.items():
@@ -139,7 +142,7 @@ def time_layers(
 def time_hidden(
     layer: MoE, shape: Shape, x: Tensor, grad: Tensor, num_runs: int, options: dict[str, Any]
 ) -> dict[str, dict[str, float]] | None:
-    """Return the parts of the hidden share and it, by "forward" and "both".
+    """Return the hidden share and the times it is made of, for "forward" and for "both".
 
     None where a rank has fewer experts than a token has routes.
     """
@@ -194,11 +197,11 @@ def time_gates(ours: MoE, theirs: DeepSpeedMoE, x: Tensor, num_runs: int) -> dic
 
 
 def time_kernels(layer: MoE, shape: Shape, x: Tensor, num_runs: int) -> list[dict[str, Any]]:
-    """Time every pass of the grouped GEMM beside torch's, on an even routing.
+    """Time every pass of our grouped GEMM and of torch's, on an even routing.
 
     Returns:
-        one record a pass: FLOP, the limit, ms and TFLOP/s of both. torch's has no activation in
-        it, and of gated experts' two equal matrices it is given one; its rate is compared.
+        one record for each pass: FLOP, the limit, our ms, TFLOP/s of both. torch's computes no
+        activation, and only one of a gated expert's two matrices, so rates are to be compared.
     """
     weights, num_tokens = layer.deepspeed_moe.fused.weights, x.shape[0]
     routing = _even_routing(shape, num_tokens)
@@ -261,7 +264,7 @@ def time_kernels(layer: MoE, shape: Shape, x: Tensor, num_runs: int) -> list[dic
 
 
 def _even_routing(shape: Shape, num_tokens: int) -> Routing:
-    """Return a routing that gives every expert as many tokens."""
+    """Return a routing that gives all experts the same number of tokens."""
     routes = torch.arange(num_tokens * shape.top_k, device="cuda").view(num_tokens, shape.top_k)
     ids = routes % shape.num_experts
     counts = torch.bincount(ids.flatten(), minlength=shape.num_experts)
@@ -289,13 +292,13 @@ def bench(
     """Check and time one shape; return all figures, and print them on rank 0.
 
     Args:
-        name: printed.
+        name: name of the shape, to print.
         shape: the layer's.
-        num_tokens: of a rank.
-        num_runs: medians are taken of these.
+        num_tokens: tokens of a rank.
+        num_runs: runs to take medians of.
         with_autoep: whether DeepSpeed's AutoEP is timed too.
         skew: standard deviation of the experts' shares of the routes; 0 leaves the gates alone.
-        options: of our layer and, but for ``comet_ds``, of DeepSpeed's.
+        options: more arguments of our layer and, except ``comet_ds``, of DeepSpeed's.
     """
     x, grad = draw_tokens(shape, num_tokens)
     ours = build(MoE, shape, **options)
@@ -325,7 +328,7 @@ def bench(
     layers.clear()
     if is_fused and not has_peers:
         record["kernels"] = time_kernels(ours, shape, x, num_runs)
-    elif is_fused and not skew:  # with it, a rank's load would be another alone
+    elif is_fused and not skew:  # with a skew, a rank would have another load when alone
         record["hidden_share"] = time_hidden(ours, shape, x, grad, num_runs, options)
     if dist.get_rank() == 0:
         print("\n".join(_lines(record)), flush=True)

@@ -47,8 +47,8 @@ from comet_ds.observe.flops import device_peak_flops
 
 NUM_CHECKED_STEPS = 10
 # Relative differences allowed between training with our layer and with DeepSpeed's: in the loss
-# before the first update, the norm of its gradients, and later losses, which rounding drives apart:
-# by this or, where that is more, by some times what it does to DeepSpeed's own training.
+# before the first update, in the norm of its gradients, and in later losses. Rounding drives later
+# losses apart: they may also differ by NOISE_FACTOR times what rounding does to DeepSpeed's own.
 FIRST_TOLERANCE, NORM_TOLERANCE, CURVE_TOLERANCE = 2e-3, 2e-2, 3e-2
 NOISE_FACTOR = 2
 GIB = 2**30
@@ -56,18 +56,18 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Plan:
-    """How often things run. See the module's docstring."""
+    """Numbers of rounds, blocks and steps; the module's docstring says what they are."""
 
     rounds: int = 2
-    blocks: int = 3  # of a round
-    steps: int = 4  # of a block
-    warmup: int = 3  # steps
+    blocks: int = 3  # timed blocks of a round
+    steps: int = 4  # steps of a block
+    warmup: int = 3  # steps before the blocks
     phases: bool = False  # whether to time forward, backward and optimizer too
     config: Path = EXAMPLES / "ds_config_large.json"
 
     @property
     def num_steps(self) -> int:
-        """Steps that an engine takes at most."""
+        """Largest number of steps that an engine takes."""
         return self.warmup + self.blocks * self.steps + 2
 
 
@@ -86,11 +86,11 @@ def check_training(
         ours: ``losses`` by step and, optionally, the first step's ``grad_norm``.
         theirs: the same of DeepSpeed's layer.
         what: names the pair in errors.
-        noise: ``curve_difference`` of two trainings with DeepSpeed's layer that rounding alone
-            tells apart.
+        noise: ``curve_difference`` of two trainings with DeepSpeed's layer that differ by
+            rounding alone.
 
     Returns:
-        what was found, to print.
+        the differences, as text.
 
     Raises:
         AssertionError: losses or norm differ by more than the tolerances, or are not finite.
@@ -119,7 +119,10 @@ def check_small_model(
     """Check the training of every variant of ours on a small model, against DeepSpeed's layer.
 
     Returns:
-        what was found, by label; raises as ``check_training``.
+        the differences as text, by label.
+
+    Raises:
+        AssertionError: as ``check_training``.
     """
     small = replace(work, layers=min(work.layers, 2), micro_batches=1)
     found: dict[str, Any] = {}
@@ -140,7 +143,7 @@ def check_small_model(
         found[variant.label] = train(variant)
     differences = [curve_difference(found[v.label], found["deepspeed"]) for v in ours]
     if max(differences, default=0.0) > CURVE_TOLERANCE:
-        # About half of all weights are rounded to their neighbour in bf16.
+        # With this factor about half of all weights round to their neighbour in bf16.
         noise = curve_difference(train(theirs, scale=1 + 2**-9), found["deepspeed"])
     return {
         variant.label: check_training(
@@ -151,7 +154,7 @@ def check_small_model(
 
 
 def measure(run: Run, plan: Plan, with_profile: bool) -> dict[str, Any]:
-    """Warm an engine up and time it; return all that was found. Collective."""
+    """Warm an engine up and time it; return all figures. Collective."""
     device = torch.device(run.engine.device)
     is_cuda = device.type == "cuda"
     run.train(plan.warmup)
@@ -203,7 +206,7 @@ def bench(
 
 
 def summarise(rounds: list[dict[str, Any]], work: Workload, flop: int) -> dict[str, Any]:
-    """Return one variant's figures from what its rounds found."""
+    """Return one variant's figures, from the figures of its rounds."""
     blocks = [ms for found in rounds for ms in found["blocks_ms"]]
     step_ms, last = statistics.median(blocks), rounds[-1]
     tflops = flop / step_ms / 1e9
@@ -230,7 +233,7 @@ def table(record: dict[str, Any], title: str) -> Iterator[str]:
     """Yield the lines to print of one workload."""
     yield f"\n{title}"
     for label, check in record["checks"].items():
-        yield f"  {label} beside deepspeed, relative differences: {check}"
+        yield f"  {label} against deepspeed, relative differences: {check}"
     variants = record["variants"]
     width = max(map(len, variants))
     yield (
