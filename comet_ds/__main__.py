@@ -7,21 +7,21 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-# Each module of comet_ds.cli has main(arguments); its docstring's first line describes the command.
+# Each is a module of comet_ds.cli with main(arguments), described by its docstring's first line.
 COMMANDS = ("report", "bench", "tune", "simulate", "timeline", "dashboard", "checkpoint")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; without one, list them."""
+    """Run a command, or list the commands where none is given."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in COMMANDS:
         _module(command).main(rest)
         return
-    lines = [f"  {name:<12} {_summary(name)}" for name in COMMANDS]
-    text = "\n".join(["usage: python -m comet_ds COMMAND ...", "", *lines])
     if command not in ("-h", "--help"):
-        sys.exit(f"unknown command {command!r}\n{text}")
-    print(f"{text}\n\npython -m comet_ds COMMAND --help shows a command's options and examples.")
+        sys.exit(f"unknown command {command!r}, known: {', '.join(COMMANDS)}")
+    lines = [f"  {name:<12} {_summary(name)}" for name in COMMANDS]
+    print("\n".join(["usage: python -m comet_ds COMMAND ...", "", *lines, ""]))
+    print("python -m comet_ds COMMAND --help shows a command's options and examples.")
 
 
 def _module(command: str):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""comet_ds.initialize: deepspeed.initialize that also reads the "comet_ds" block."""
+"""comet_ds.initialize: deepspeed.initialize that also applies the "comet_ds" block of the JSON."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ from comet_ds.zero.optimizer_groups import split_expert_groups, splitting
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
     """Initialize a DeepSpeed engine; apply the "comet_ds" block to the model's MoE layers.
 
-    Signature and result are ``deepspeed.initialize``'s. Experts in the groups of a given optimizer
-    get groups of their own (``split_expert_groups``), and a scheduler that is given too. Metrics
-    are attached when the configuration enables a monitor (W&B, TensorBoard, CSV) and does not
+    Signature and result are ``deepspeed.initialize``'s. The block's options of layers and groups
+    replace a layer's own where the block sets them. Experts get parameter groups of their own in an
+    optimizer and scheduler that the caller has built (``split_expert_groups``). Metrics are
+    attached when the configuration enables a monitor (W&B, TensorBoard, CSV) and the block does not
     switch them off.
 
     Raises:
-        ValueError: unknown key or bad value in the block, before the engine is built; ranks that
-            disagree about it; a timeline without a monitor.
+        ValueError: an unknown key or bad value in the block, before the engine is built; ranks that
+            disagree about the block; layers of an expert parallel group that have different options
+            of a group; a timeline without a monitor.
     """
     call = inspect.signature(deepspeed.initialize).bind(*args, **kwargs)
     given = call.arguments
@@ -55,17 +57,19 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
     engine = result[0]
     agree_on_setup(options.model_dump(), range(dist.get_world_size()))
     if options.metrics and getattr(engine, "monitor", None) and engine.monitor.enabled:
-        intervals = {"interval": options.metrics_interval, "timeline_step": options.timeline_step}
-        attach_metrics(engine, **intervals)
+        attach_metrics(
+            engine, interval=options.metrics_interval, timeline_step=options.timeline_step
+        )
     elif options.timeline_step is not None:
         raise ValueError('"timeline_step" needs metrics and a monitor: enable one in the JSON')
     return result
 
 
 def _split_groups(given: dict[str, Any]) -> None:
-    """Split the experts off the groups of a user's optimizer, and its scheduler's."""
+    """Give experts groups of their own in the caller's optimizer and scheduler."""
     optimizer, scheduler = given.get("optimizer"), given.get("lr_scheduler")
     if isinstance(optimizer, torch.optim.Optimizer):
+        # A callable makes the scheduler later, from the groups it finds then.
         is_made = not callable(scheduler) or hasattr(scheduler, "step")
         split_expert_groups(optimizer, scheduler if is_made else None)
     elif callable(optimizer):

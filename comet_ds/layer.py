@@ -46,8 +46,8 @@ class MoE(deepspeed_layer.MoE):
             drop_tokens, use_rts, enable_expert_tensor_parallelism, top2_2nd_expert_sampling: as in
             DeepSpeed.
         use_tutel: accepted and ignored: Tutel's kernels serve the padded layout, which is not used.
-        comet_ds: options, see ``CometConfig``; the "comet_ds" block of the DeepSpeed JSON, read by
-            ``comet_ds.initialize``, replaces them.
+        comet_ds: options of a layer and of its group, see ``CometConfig``. Those that the
+            "comet_ds" block of the DeepSpeed JSON sets too are the block's.
 
     Raises:
         AssertionError: ``num_experts`` not divisible by ``ep_size``, unknown noise policy.
@@ -60,6 +60,7 @@ class MoE(deepspeed_layer.MoE):
     """
 
     loaded_ep_rank: int | None = None  # whose experts were loaded before the groups existed
+    json_block: CometConfig | None = None  # the block of the DeepSpeed JSON, once it is applied
 
     def __init__(
         self,
@@ -106,7 +107,7 @@ class MoE(deepspeed_layer.MoE):
         )
         if use_tutel:
             log_dist("comet_ds: use_tutel is ignored", [0])
-        config = CometConfig.parse(comet_ds)
+        config = self.own_options = CometConfig.parse_layer(comet_ds)
         sizes = (self.num_local_experts, self.expert_group_name)
         experts_class = class_for("Experts", StackedExperts)
         if experts_class is StackedExperts:
@@ -133,15 +134,22 @@ class MoE(deepspeed_layer.MoE):
         if use_residual:
             self.mlp = expert
             self.coefficient = nn.Linear(hidden_size, 2)
-        self.configure(config)
+        self._set_options(config)
 
     @property
     def config(self) -> CometConfig | None:
         """The options; None where the user has put another module in for the MOELayer."""
         return getattr(self.deepspeed_moe, "config", None)
 
-    def configure(self, config: CometConfig) -> None:
-        """Set the options; before ``set_deepspeed_parallelism``, the same on all ranks."""
+    def configure(self, block: CometConfig) -> None:
+        """Apply the block of the DeepSpeed JSON; options it does not set stay the layer's own.
+
+        Call it before ``set_deepspeed_parallelism``, with the same block on all ranks.
+        """
+        self.json_block = block
+        self._set_options(self.own_options.merge(block))
+
+    def _set_options(self, config: CometConfig) -> None:
         if isinstance(self.deepspeed_moe, MOELayer):
             self.deepspeed_moe.configure(config)
         else:

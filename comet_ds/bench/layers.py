@@ -1,44 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check one layer, then time its gate, its kernels and all of it.
+"""One layer beside DeepSpeed's: checked, then timed with its gate and its kernels.
 
-    python -m comet_ds bench --shapes qwen2-moe,mixtral-8x7b
-    python -m comet_ds bench --hidden 1024 --ffn 512 --experts 32 --top-k 4 --num-tokens 2048
-    python -m comet_ds bench --ranks 2 --json result.json
-    python -m comet_ds bench --ranks 2 --shapes mixtral-8x7b --no-drop --skew 0.01,0.05
-    python -m comet_ds bench train --ranks 2        # a whole model: comet_ds.bench.train
+Layers are bf16, in one expert parallel group over all ranks. DeepSpeed's layer gets the same input
+and weights as ours. Nothing is timed before our output and gradients are as close to fp32 as
+DeepSpeed's; with several ranks, before output and input gradient agree with DeepSpeed's. Runs are
+interleaved. Figures are medians; with several ranks, the slowest rank's.
 
-bf16, one expert parallel group over all ranks, gate included, DeepSpeed's layer beside ours with
-the same input and weights. Nothing is timed before our output and gradients are as close to fp32
-as DeepSpeed's; with several ranks, before output and input gradient agree with DeepSpeed's. Runs
-are interleaved; printed are medians, with several ranks the slowest one's.
-
-Two times are taken of a layer: `wall` from an idle GPU, host included, and `device` with the GPU
-kept busy until the host has enqueued everything, as in a model that is not bound by its host.
-Kernels and gate are timed on the device, on one rank only. The limit is the FLOP of the experts'
-GEMMs at ``PEAK_FLOPS``. Memory is above what is allocated before the step: `saved` between forward
-and backward, `peak` at most, which includes the parameters' gradients (`grads`).
+A layer has two times. `wall` starts on an idle GPU and includes the host. For `device` the GPU is
+kept busy until the host has enqueued everything, as in a model that is not bound by its host. Both
+include the gate. Kernels and the gate alone are timed on the device, on one rank only. The limit
+is the time of the experts' GEMMs at ``limit_flops`` (comet_ds/tuning/hardware.py). Memory is what
+a step allocates: `saved` is held between forward and backward; `peak` is the maximum, with the
+parameters' gradients (`grads`).
 
 With several ranks on the fused path, `hidden` is the share of communication that computation hides:
-1 - (T - T_compute) / T_exchange. T_compute is a layer with the same gate, whose experts are all on
-its rank, as many as a rank has of the real one; T_exchange is what ranks add to a layer that has
-nothing to hide it behind: no gate, and experts with next to nothing to compute (F = 8).
+1 - (T - T_compute) / T_exchange. T is the layer's time. T_compute is that of a layer with the same
+gate whose experts are all on its own rank, as many as a rank has of the real layer. T_exchange is
+what the other ranks add to the time of a layer that has nothing to hide communication behind: it
+has no gate, and its experts have F = 8.
 
-With ``--skew`` gates prefer some experts, so much that the shares of the routes in our layer and
-DeepSpeed's have that standard deviation; there is no `hidden` then. AutoEP's gate prefers them as
-much, but where k is 2 the layers draw second experts at random: its shares deviate more.
+A skew makes gates prefer some experts, until the shares of the routes have that standard deviation
+in our layer and DeepSpeed's; there is no `hidden` then. AutoEP's gate gets the same preference, but
+where k is 2 the other layers draw second experts at random, so AutoEP's shares deviate more.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
-import itertools
-import json
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,16 +40,16 @@ from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from torch import Tensor
 
 from comet_ds.bench.peers import AutoEP, build, draw_tokens, fix_routing, skew_routing, step
-from comet_ds.bench.ranks import launch_ranks
-from comet_ds.bench.shapes import PEAK_FLOPS, Shape, add_shape_arguments, parse_shapes
+from comet_ds.bench.shapes import Shape
 from comet_ds.bench.timing import Timer, slowest_rank, time_functions
 from comet_ds.fused.call import CallSizes, plan_of, prepare_call
 from comet_ds.fused.peer.exchange import TABLES
 from comet_ds.gate.routing import Routing
 from comet_ds.layer import MoE
 from comet_ds.reference import reference_moe
+from comet_ds.tuning.hardware import H200
 
-# Our error against fp32 may be this many times DeepSpeed's.
+# Largest ratio of our error against fp32 to DeepSpeed's.
 ERROR_RATIO = 1.5
 MIB = 2**20
 
@@ -66,7 +58,10 @@ def check(layers: dict[str, DeepSpeedMoE], shape: Shape, x: Tensor, grad: Tensor
     """Compare our layer's and DeepSpeed's output and expert gradients with fp32.
 
     Returns:
-        relative errors by layer. Raises AssertionError where ours is too large.
+        relative errors by layer.
+
+    Raises:
+        AssertionError: our error is too large.
     """
     errors: dict[str, Any] = {}
     for name, layer in layers.items():
@@ -147,7 +142,7 @@ def time_layers(
 def time_hidden(
     layer: MoE, shape: Shape, x: Tensor, grad: Tensor, num_runs: int, options: dict[str, Any]
 ) -> dict[str, dict[str, float]] | None:
-    """Return the parts of the hidden share and it, by "forward" and "both".
+    """Return the hidden share and the times it is made of, for "forward" and for "both".
 
     None where a rank has fewer experts than a token has routes.
     """
@@ -202,11 +197,11 @@ def time_gates(ours: MoE, theirs: DeepSpeedMoE, x: Tensor, num_runs: int) -> dic
 
 
 def time_kernels(layer: MoE, shape: Shape, x: Tensor, num_runs: int) -> list[dict[str, Any]]:
-    """Time every pass of the grouped GEMM beside torch's, on an even routing.
+    """Time every pass of our grouped GEMM and of torch's, on an even routing.
 
     Returns:
-        one record a pass: FLOP, the limit, ms and TFLOP/s of both. torch's has no activation in
-        it, and of gated experts' two equal matrices it is given one; its rate is compared.
+        one record for each pass: FLOP, the limit, our ms, TFLOP/s of both. torch's computes no
+        activation, and only one of a gated expert's two matrices, so rates are to be compared.
     """
     weights, num_tokens = layer.deepspeed_moe.fused.weights, x.shape[0]
     routing = _even_routing(shape, num_tokens)
@@ -259,7 +254,7 @@ def time_kernels(layer: MoE, shape: Shape, x: Tensor, num_runs: int) -> list[dic
         {
             "pass": name,
             "flop": count * flop,
-            "limit_ms": 1e3 * count * flop / PEAK_FLOPS,
+            "limit_ms": 1e3 * count * flop / H200.limit_flops,
             "ms": times[f"{name} c"],
             "tflops": count * flop / times[f"{name} c"] / 1e9,
             "torch_tflops": flop / times[f"{name} t"] / 1e9,
@@ -269,7 +264,7 @@ def time_kernels(layer: MoE, shape: Shape, x: Tensor, num_runs: int) -> list[dic
 
 
 def _even_routing(shape: Shape, num_tokens: int) -> Routing:
-    """Return a routing that gives every expert as many tokens."""
+    """Return a routing that gives all experts the same number of tokens."""
     routes = torch.arange(num_tokens * shape.top_k, device="cuda").view(num_tokens, shape.top_k)
     ids = routes % shape.num_experts
     counts = torch.bincount(ids.flatten(), minlength=shape.num_experts)
@@ -297,13 +292,13 @@ def bench(
     """Check and time one shape; return all figures, and print them on rank 0.
 
     Args:
-        name: printed.
+        name: name of the shape, to print.
         shape: the layer's.
-        num_tokens: of a rank.
-        num_runs: medians are taken of these.
+        num_tokens: tokens of a rank.
+        num_runs: runs to take medians of.
         with_autoep: whether DeepSpeed's AutoEP is timed too.
         skew: standard deviation of the experts' shares of the routes; 0 leaves the gates alone.
-        options: of our layer and, but for ``comet_ds``, of DeepSpeed's.
+        options: more arguments of our layer and, except ``comet_ds``, of DeepSpeed's.
     """
     x, grad = draw_tokens(shape, num_tokens)
     ours = build(MoE, shape, **options)
@@ -333,7 +328,7 @@ def bench(
     layers.clear()
     if is_fused and not has_peers:
         record["kernels"] = time_kernels(ours, shape, x, num_runs)
-    elif is_fused and not skew:  # with it, a rank's load would be another alone
+    elif is_fused and not skew:  # with a skew, a rank would have another load when alone
         record["hidden_share"] = time_hidden(ours, shape, x, grad, num_runs, options)
     if dist.get_rank() == 0:
         print("\n".join(_lines(record)), flush=True)
@@ -379,43 +374,3 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
             f"{r['ms'] / r['limit_ms']:.2f} x limit; "
             f"torch {r['torch_tflops']:4.0f}, ratio {r['tflops'] / r['torch_tflops']:.2f}"
         )
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Parse the command line and run every shape."""
-    parser = argparse.ArgumentParser(
-        prog="comet_ds bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_shape_arguments(parser)
-    parser.add_argument("--num-tokens", type=int, default=8192, help="tokens a rank")
-    parser.add_argument("--num-runs", type=int, default=20)
-    parser.add_argument("--path", default="auto", choices=("auto", "fused", "pipelined"))
-    parser.add_argument("--no-drop", action="store_true", help="drop_tokens=False")
-    parser.add_argument(
-        "--skew",
-        type=lambda text: [float(std) for std in text.split(",")],
-        default=[0.0],
-        help="comma-separated standard deviations of the experts' shares of the routes",
-    )
-    parser.add_argument("--autoep", action="store_true", help="time DeepSpeed's AutoEP too")
-    parser.add_argument("--ranks", type=int, default=1, help="GPUs of this host, a rank each")
-    parser.add_argument("--json", type=Path, help="write all figures there")
-    args = parser.parse_args(arguments)
-    shapes = parse_shapes(parser, args)
-    if not torch.cuda.is_available():
-        parser.error("timing needs a CUDA device")
-    launch_ranks(["bench", *arguments], args.ranks)
-    device, num_ranks = torch.cuda.get_device_name(), dist.get_world_size()
-    if dist.get_rank() == 0:
-        print(f"{num_ranks} x {device}, torch {torch.__version__}, medians of {args.num_runs}")
-    records = []
-    for (name, shape), skew in itertools.product(shapes.items(), args.skew):
-        options = {"comet_ds": {"path": args.path}, "drop_tokens": not args.no_drop}
-        sizes = (shape, args.num_tokens, args.num_runs)
-        records.append(bench(name, *sizes, with_autoep=args.autoep, skew=skew, **options))
-        torch.cuda.empty_cache()
-    if args.json and dist.get_rank() == 0:
-        facts = {"device": device, "num_ranks": num_ranks, "torch": torch.__version__}
-        args.json.write_text(json.dumps({**facts, "shapes": records}, indent=1))

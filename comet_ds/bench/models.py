@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models that ``comet_ds.bench train`` trains: the example's, with one layer or another."""
+"""The models that ``comet_ds bench train`` trains: the example's, with one layer or another."""
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib.util
 import json
@@ -11,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,13 +22,13 @@ import comet_ds
 from comet_ds.config import CometConfig
 
 EXAMPLES = Path(comet_ds.__file__).parent.parent / "examples"
-# A layer's block of the configuration, by the example's name of the layer.
+# The block of the configuration that has a layer's options, by the example's name of the layer.
 BLOCKS = {"comet_ds": "comet_ds", "autoep": "expert_parallel", "deepspeed": None}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained, and how. Most names are those of the example's options."""
+    """A model and its training; most names are those of the example's options."""
 
     shape: str
     hidden: int
@@ -39,9 +38,9 @@ class Workload:
     layers: int
     heads: int
     seq_len: int
-    batch: int  # sequences of a rank's micro-batch
-    micro_batches: int  # of a step
-    zero: int
+    batch: int  # sequences of a rank in a micro-batch
+    micro_batches: int  # micro-batches of a step
+    zero: int  # ZeRO stage
     capacity_factor: float = 1.0
     no_drop: bool = False
 
@@ -51,14 +50,14 @@ class Workload:
         return self.batch * self.seq_len * self.micro_batches
 
     def flop_per_token(self, vocabulary: int) -> int:
-        """Return the FLOP of forward and backward; the module's docstring says what counts."""
+        """Return the FLOP of forward and backward; ``bench/train.py`` says what counts."""
         expert = 3 * self.hidden * self.ffn
         matrices = 4 * self.hidden**2 + self.hidden * self.experts + self.top_k * expert
         scores = self.hidden * self.seq_len
         return 6 * (self.layers * (matrices + scores) + self.hidden * vocabulary)
 
     def describe(self) -> str:
-        """Return a line that tells what it is."""
+        """Return a line with all sizes."""
         dropping = "no dropping" if self.no_drop else f"capacity factor {self.capacity_factor:g}"
         return (
             f"{self.shape}: {self.layers} layers, H {self.hidden}, F {self.ffn}, E {self.experts}, "
@@ -72,9 +71,9 @@ class Variant:
     """A layer with options.
 
     Attributes:
-        label: as given and printed.
+        label: the text it was read from, which is printed.
         moe: the example's name of the layer.
-        options: of its block of the configuration.
+        options: values for the layer's block of the configuration.
     """
 
     label: str
@@ -134,17 +133,17 @@ class Run:
     """An engine in training, on batches that are on the device before it begins.
 
     Args:
-        example: as loaded.
-        work: what it trains.
+        example: the example's module.
+        work: the model and its training.
         variant: the layer.
-        config: file of the DeepSpeed configuration, but for what ``work`` says.
-        num_steps: steps there are batches for.
+        config: file of the DeepSpeed configuration; ``work`` replaces its batch and ZeRO stage.
+        num_steps: number of steps to draw batches for.
         draw_experts: whether every expert gets weights of its own; DeepSpeed's layer and ours give
             all experts of a layer the same.
-        scale: what the initial weights are multiplied by.
+        scale: factor of the initial weights.
 
     Attributes:
-        losses: of every step's last micro-batch, on this rank.
+        losses: loss of each step's last micro-batch, on this rank.
     """
 
     def __init__(
@@ -158,7 +157,7 @@ class Run:
         draw_experts: bool = False,
         scale: float = 1.0,
     ) -> None:
-        args = argparse.Namespace(**asdict(work), moe=variant.moe, ep_size=dist.get_world_size())
+        args = SimpleNamespace(**asdict(work), moe=variant.moe, ep_size=dist.get_world_size())
         settings = json.loads(config.read_text())
         settings["train_micro_batch_size_per_gpu"] = work.batch
         settings["gradient_accumulation_steps"] = work.micro_batches
@@ -203,7 +202,7 @@ class Run:
         return 1e3 * (time.perf_counter() - start) / num_steps
 
     def time_phases(self) -> dict[str, float]:
-        """Return the ms of a step's forwards, backwards and optimizer, each waited for."""
+        """Return the ms of a step's forwards, backwards and optimizer; waits after each."""
         times = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
 
         def run(phase: str, function: Callable[[], Any]) -> Any:
@@ -232,7 +231,7 @@ class Run:
         return float(self.engine.get_global_grad_norm())
 
     def free(self) -> None:
-        """Give all memory back."""
+        """Free the engine's memory."""
         self.engine.destroy()
         del self.engine, self._batches
         gc.collect()
@@ -240,7 +239,7 @@ class Run:
 
 
 def _draw_experts(model: nn.Module) -> None:
-    """Give every expert other weights, which do not depend on the class of the layer."""
+    """Give every expert weights of its own, the same in every class of layer."""
     torch.manual_seed(1 + dist.get_rank())
     weights = {name: w for name, w in model.state_dict().items() if ".deepspeed_experts." in name}
     drawn = {name: torch.randn_like(w) * w.shape[-1] ** -0.5 for name, w in weights.items()}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers that are timed: ours, DeepSpeed's MoE and its AutoEP, with the same weights."""
+"""The layers that are timed: ours, DeepSpeed's MoE and its AutoEP, built with the same weights."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class GatedMLP(nn.Module):
 def build(
     cls: type[DeepSpeedMoE], shape: Shape, ep_size: int | None = None, **options: Any
 ) -> DeepSpeedMoE:
-    """Build a layer with weights that do not depend on its class; every expert has its own.
+    """Build a layer whose weights differ between experts, but not between the classes.
 
     Args:
         cls: DeepSpeed's layer or ours.
-        shape: its sizes.
+        shape: the layer's sizes.
         ep_size: ranks the experts are spread over, all unless given.
-        options: of the layer.
+        options: more arguments of ``cls``.
     """
     torch.manual_seed(0)
     with torch.device("cuda"):
@@ -75,7 +75,7 @@ def draw_tokens(shape: Shape, num_tokens: int) -> tuple[Tensor, Tensor]:
 def step(
     layer: DeepSpeedMoE, x: Tensor, grad: Tensor, middle: Callable[[], Any] = lambda: None
 ) -> list[Tensor]:
-    """Run forward and backward, call ``middle`` between; return output and input gradient."""
+    """Run forward, ``middle`` and backward; return the output and the input's gradient."""
     x = x.detach().requires_grad_()
     output, l_aux, _ = layer(x)
     middle()
@@ -88,8 +88,8 @@ def fix_routing(layer: MoE, router: nn.Linear | None = None) -> None:
 
     Args:
         layer: has run once.
-        router: ``gate.wg`` of another layer with as many routes per token; a gate with a copy of it
-            runs for its time and gives the routes' weights.
+        router: ``gate.wg`` of another layer with the same ``top_k``. A gate with a copy of it runs,
+            so that its time counts, and gives the routes their weights. None runs no gate.
     """
     moe = layer.deepspeed_moe
     found, run = moe.routing, moe.gate.route
@@ -108,18 +108,19 @@ def fix_routing(layer: MoE, router: nn.Linear | None = None) -> None:
 
 
 def skew_routing(layer: MoE, others: Sequence[nn.Module], x: Tensor, std: float) -> None:
-    """Give experts unequal loads: a constant in every token, to which gates respond unequally.
+    """Give experts unequal loads, through gates that prefer some of them.
 
-    Collective.
+    The first element of every token becomes 1, and the gates' weights for it differ between
+    experts. Collective.
 
     Args:
-        layer: whose routing decides; its gate is changed.
-        others: layers, also ``AutoEP``, whose gates are changed likewise.
+        layer: its routing is brought to ``std``, by changing its gate.
+        others: other layers, also ``AutoEP``; their gates are changed in the same way.
         x: [T, H], this rank's tokens; changed.
         std: standard deviation of the experts' shares of all ranks' routes, before dropping.
 
     Raises:
-        ValueError: it is more than any gate gives.
+        ValueError: no gate can reach ``std``.
     """
     weights = [gate_weight(layer) for layer in (layer, *others)]
     generator = torch.Generator().manual_seed(0)
@@ -145,7 +146,7 @@ def skew_routing(layer: MoE, others: Sequence[nn.Module], x: Tensor, std: float)
 
 
 def gate_weight(layer: nn.Module) -> Tensor:
-    """Return [E, H], what a layer multiplies tokens with to route them."""
+    """Return the weight of a layer's gate, [E, H]."""
     if isinstance(layer, AutoEP):
         return layer.layer.router.gate.weight
     return layer.deepspeed_moe.gate.wg.weight
@@ -154,10 +155,11 @@ def gate_weight(layer: nn.Module) -> Tensor:
 class AutoEP(nn.Module):
     """DeepSpeed's AutoEP layer behind the interface of its MoE.
 
-    All-to-all by NCCL, grouped GEMM by torch; no route is dropped and no loss computed.
+    It communicates by NCCL's all-to-all and computes by torch's grouped GEMM. It drops no route and
+    computes no auxiliary loss.
 
     Args:
-        shape: gated.
+        shape: the layer's, with gated experts.
 
     Raises:
         ImportError: this DeepSpeed has no AutoEP.
@@ -204,6 +206,6 @@ class AutoEP(nn.Module):
         self.layer.to("cuda", torch.bfloat16).set_deepspeed_parallelism()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Return output [T, H], a loss of zero, no counts."""
+        """Return the output [T, H], an auxiliary loss of zero, and no counts."""
         output = self.layer(x[None])[0]
         return output, output.new_zeros(()).requires_grad_(), None

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a GPU does during a training step: its activities, by kind, and how long it is idle.
+"""A GPU's time in a training step, by kind of activity, and how long it is idle.
 
-An activity is a kernel, a copy or a fill, of any stream. Kinds are told by names, the first of
-``KINDS`` that fits. Where activities overlap, the time is given to the kind that comes first there:
-times of kinds and idle time add up to the step, and ``communication`` is what nothing hides.
+An activity is a kernel, a copy or a fill, in any stream. Its name decides its kind: the first of
+``KINDS`` that matches. Where activities overlap, the time goes to the kind that comes first in
+``KINDS``. So the times of all kinds and the idle time add up to the step, and ``communication`` is
+the communication that nothing hides.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import torch
 from deepspeed import comm as dist
 from torch.profiler import ProfilerActivity, profile
 
-# "moe" is all of comet_ds, and of the other layers what has a name of its own: DeepSpeed's MoE
-# computes experts by cuBLAS, found in "gemm"; sorting and gathering routes are in "other".
+# "moe" has all kernels of comet_ds except barriers, and kernels of other MoE layers that a name
+# tells. DeepSpeed's MoE computes experts by cuBLAS, which counts as "gemm"; sorting and gathering
+# of routes count as "other".
 KINDS = {
     "moe": r"^(void )?comet_ds::(?![^<(]*barrier)|GroupProblemShape|grouped_(mm|gemm)"
     r"|^_(group_|gather_rows|fill_indices|invert_index|weighted_restore|row_weighting|swiglu)",
@@ -33,12 +35,12 @@ KINDS = {
     "other": "",
 }
 DEVICE_CATEGORIES = {"kernel", "gpu_memcpy", "gpu_memset"}
-NUM_OTHERS = 5  # names shown of kind "other", the longest
+NUM_OTHERS = 5  # names of kind "other" to show, those with the longest times
 
 
 @dataclass(frozen=True)
 class Activity:
-    """Something a GPU did."""
+    """A kernel, copy or fill."""
 
     name: str
     start_us: float
@@ -47,14 +49,14 @@ class Activity:
 
 @dataclass(frozen=True)
 class StepProfile:
-    """A step on one GPU, from its first activity to the end of its last.
+    """A step on one GPU, from the start of its first activity to the end of its last.
 
     Attributes:
         span_ms: length of the step, under the profiler.
-        busy_ms: in which there is an activity; a barrier of the ranks is one.
+        busy_ms: time in which there is an activity; a barrier between ranks is one.
         num_activities: kernels, copies and fills.
         kinds_ms: time by kind; with ``idle``, they add up to ``span_ms``.
-        others_ms: summed durations by name, of what ``KINDS`` does not know, the longest first.
+        others_ms: summed durations by name of activities of kind "other", the longest first.
     """
 
     span_ms: float
@@ -70,7 +72,7 @@ def classify(name: str) -> str:
 
 
 def covered_us(activities: Iterable[Activity]) -> float:
-    """Return the time in which there is at least one activity."""
+    """Return the time in us in which there is at least one activity."""
     total, end = 0.0, float("-inf")
     for activity in sorted(activities, key=lambda a: a.start_us):
         total += max(0.0, activity.end_us - max(activity.start_us, end))
@@ -122,11 +124,11 @@ def read_trace(path: Path) -> list[Activity]:
 
 
 def profile_step(run: Callable[[], object]) -> StepProfile | None:
-    """Run a step, profiled on rank 0; return its profile there, None elsewhere. Collective."""
+    """Run a step; return its profile on rank 0, None on other ranks. Collective."""
     is_profiled = dist.get_rank() == 0
     activities = [ProfilerActivity.CUDA]
     if is_profiled:
-        with profile(activities=activities):  # the first time takes long
+        with profile(activities=activities):  # the first use takes long
             torch.ones(1, device="cuda")
     dist.barrier()
     torch.cuda.synchronize()

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes of MoE layers that are timed, and the arguments that choose them."""
+"""Shapes of MoE layers that are timed."""
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 
-# Dense bf16 rate large matrix products reach on an H200, FLOP/s: what "limit" divides by.
-PEAK_FLOPS = 760e12
+from comet_ds.tuning.hardware import H200
 
 
 @dataclass(frozen=True)
@@ -25,8 +23,8 @@ class Shape:
         return 2 * num_tokens * self.top_k * self.hidden * self.ffn
 
     def forward_limit_ms(self, num_tokens: int) -> float:
-        """Return the time the expert GEMMs of a rank take at ``PEAK_FLOPS``."""
-        return 1e3 * (3 if self.gated else 2) * self.gemm_flop(num_tokens) / PEAK_FLOPS
+        """Return the time the expert GEMMs of a rank take at an H200's ``limit_flops``."""
+        return 1e3 * (3 if self.gated else 2) * self.gemm_flop(num_tokens) / H200.limit_flops
 
 
 SHAPES = {
@@ -37,25 +35,3 @@ SHAPES = {
     "qwen3-30b": Shape(2048, 768, 128, 8),
     "gelu-k1": Shape(4096, 14336, 8, 1, gated=False),
 }
-
-
-def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what ``parse_shapes`` reads."""
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="comma-separated names")
-    parser.add_argument("--hidden", type=int, help="H of a shape of your own")
-    parser.add_argument("--ffn", type=int, help="F")
-    parser.add_argument("--experts", type=int, help="E")
-    parser.add_argument("--top-k", type=int, help="K")
-    parser.add_argument("--gelu", action="store_true", help="two-matrix GELU experts with biases")
-
-
-def parse_shapes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Shape]:
-    """Return the shapes asked for by name or by sizes."""
-    sizes = {"hidden": args.hidden, "ffn": args.ffn, "experts": args.experts, "top-k": args.top_k}
-    if any(sizes.values()):
-        if missing := [f"--{key}" for key, size in sizes.items() if not size]:
-            parser.error(f"a shape of your own also needs {', '.join(missing)}")
-        return {"given": Shape(*sizes.values(), gated=not args.gelu)}
-    if unknown := set(args.shapes.split(",")) - set(SHAPES):
-        parser.error(f"unknown shapes {sorted(unknown)}, known: {', '.join(SHAPES)}")
-    return {name: SHAPES[name] for name in args.shapes.split(",")}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Timing functions on a device, the host hidden behind other work."""
+"""Timing on a GPU that is kept busy until the host has enqueued everything."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from deepspeed import comm as dist
 
 
 class Timer:
-    """Events around a piece of work, optionally behind enough device work to hide the host."""
+    """Events around a piece of work.
+
+    Collective: all ranks start together.
+
+    Args:
+        hide_host_ms: time for which the GPU is kept busy first, so that the host enqueues the work
+            meanwhile; 0 starts on an idle GPU.
+    """
 
     def __init__(self, hide_host_ms: float = 0.0) -> None:
         dist.barrier()
@@ -30,7 +37,7 @@ class Timer:
         self._events[-1].record()
 
     def read(self) -> list[float]:
-        """Return the ms from the start to every mark; waits."""
+        """Return the ms from the start to every mark; waits for the GPU."""
         torch.cuda.synchronize()
         return [self._events[0].elapsed_time(event) for event in self._events[1:]]
 
@@ -51,10 +58,7 @@ def time_functions(
 
 
 def slowest_rank(times: list[list[float]], device: torch.device) -> list[list[float]]:
-    """Return the largest of all ranks' values, each by itself; on ``device`` meanwhile.
-
-    Collective.
-    """
+    """Return the largest value of all ranks for each time. Collective, through ``device``."""
     largest = torch.tensor(times, dtype=torch.float64, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest.tolist()

@@ -1,42 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a whole model with each of several MoE layers, in turn, and compare their steps.
+"""A whole model with each of several MoE layers: its training checked, then its steps timed.
 
-    python -m comet_ds bench train --ranks 2
-    python -m comet_ds bench train --ranks 2 --shapes qwen3-30b --moe comet_ds,autoep --no-drop
-    python -m comet_ds bench train --ranks 2 --moe comet_ds,comet_ds:path=pipelined --zero 1,2
+Model, text and training step are those of ``examples/train_gpt_moe.py``. The configuration is
+``examples/ds_config_large.json`` with another ZeRO stage and batch. A layer's options follow its
+name, ``layer:key=value:key=value``, and go into its block of the configuration: ``comet_ds``, or
+AutoEP's ``expert_parallel``. AutoEP never drops a route; the other layers drop those that exceed
+the capacity, unless they are told not to.
 
-Model, text and training step are those of ``examples/train_gpt_moe.py`` and the configuration is
-``examples/ds_config_large.json``, with the ZeRO stage and the batch asked for. A layer's options
-follow its name, ``layer:key=value:key=value``, and go into its block of the configuration:
-``comet_ds``, or AutoEP's ``expert_parallel``. AutoEP never drops a route; the others drop what
-exceeds the capacity, unless ``--no-drop`` is given.
-
-Nothing is timed before a model of two such layers trains with ours as with DeepSpeed's: from the
-same weights, with the same batches and random numbers, ``check_training`` says how closely. Where
-DeepSpeed's layer is timed, the curves of the whole models are held to the same.
+Nothing is timed before a model of two such layers trains with ours as with DeepSpeed's, from the
+same weights, with the same batches and random numbers; ``check_training`` says how closely. Where
+DeepSpeed's layer is timed, the loss curves of the whole models must agree as closely.
 
 All layers run in the same processes. An engine is built, warmed up, timed and freed, then the next
-layer's; then all over again, ``--rounds`` times. A block is ``--steps`` steps, enqueued without
-waiting, from a barrier of the ranks until the GPU is done; the slowest rank counts. Figures are
+layer's; all of it again in every round. A block is several steps, enqueued without waiting; its
+time lasts from a barrier of the ranks until the GPU is done. The slowest rank counts. Figures are
 medians over the blocks of all rounds.
 
-FLOP are counted per token: 6 for each weight of the matrices of attention, router and head and of
-``top_k`` experts, dropped or not, and 6 H L a layer for attention among L tokens, each of which
-attends to half of them on average. Embeddings and norms count nothing.
+FLOP are counted for each token: 6 for each weight in the matrices of attention, router, head and
+``top_k`` experts, dropped or not, and 6 H L in each layer for attention in a sequence of L tokens,
+of which a token attends to half on average. Embeddings and norms count nothing.
 
-Activities and times by kind are of one further step on rank 0, under the profiler
+Activities and times by kind are those of one more step on rank 0, under the profiler
 (``comet_ds.bench.profile``). The busy share is the time in which that step has an activity, over
-the time of a step without the profiler, which slows down the host but not the GPU.
-Peak memory is that of torch's allocator after the warm-up; `outside` is device memory in use beside
-the allocator's: contexts, NCCL, and what comet_ds shares between ranks, which stays once allocated.
-Without a GPU all runs but what needs one: for trying things out.
+the time of a step without the profiler, which slows down the host but not the GPU. Peak memory is
+that of torch's allocator after the warm-up. `outside` is device memory in use that the allocator
+does not hold: contexts, NCCL, and the memory that ranks share, which comet_ds keeps once allocated.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -45,23 +37,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import deepspeed
 import torch
 from deepspeed import comm as dist
 
-from comet_ds.bench.models import EXAMPLES, Run, Variant, Workload, load_example
+from comet_ds.bench.models import EXAMPLES, Run, Variant, Workload
 from comet_ds.bench.profile import profile_step
-from comet_ds.bench.ranks import launch_ranks
-from comet_ds.bench.shapes import Shape, add_shape_arguments, parse_shapes
 from comet_ds.bench.timing import slowest_rank
-from comet_ds.observe.metrics import device_flops
+from comet_ds.observe.flops import device_peak_flops
 
-DEFAULT_SHAPES = "qwen3-30b,qwen2-moe,mixtral-8x7b"
-DEFAULT_LAYERS = {"mixtral-8x7b": 2, "phi-3.5-moe": 4}  # of others 8, which fit two GPUs
 NUM_CHECKED_STEPS = 10
 # Relative differences allowed between training with our layer and with DeepSpeed's: in the loss
-# before the first update, the norm of its gradients, and later losses, which rounding drives apart:
-# by this or, where that is more, by some times what it does to DeepSpeed's own training.
+# before the first update, in the norm of its gradients, and in later losses. Rounding drives later
+# losses apart: they may also differ by NOISE_FACTOR times what rounding does to DeepSpeed's own.
 FIRST_TOLERANCE, NORM_TOLERANCE, CURVE_TOLERANCE = 2e-3, 2e-2, 3e-2
 NOISE_FACTOR = 2
 GIB = 2**30
@@ -69,18 +56,18 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Plan:
-    """How often things run. See the module's docstring."""
+    """Numbers of rounds, blocks and steps; the module's docstring says what they are."""
 
     rounds: int = 2
-    blocks: int = 3  # of a round
-    steps: int = 4  # of a block
-    warmup: int = 3  # steps
+    blocks: int = 3  # timed blocks of a round
+    steps: int = 4  # steps of a block
+    warmup: int = 3  # steps before the blocks
     phases: bool = False  # whether to time forward, backward and optimizer too
     config: Path = EXAMPLES / "ds_config_large.json"
 
     @property
     def num_steps(self) -> int:
-        """Steps that an engine takes at most."""
+        """Largest number of steps that an engine takes."""
         return self.warmup + self.blocks * self.steps + 2
 
 
@@ -99,11 +86,11 @@ def check_training(
         ours: ``losses`` by step and, optionally, the first step's ``grad_norm``.
         theirs: the same of DeepSpeed's layer.
         what: names the pair in errors.
-        noise: ``curve_difference`` of two trainings with DeepSpeed's layer that rounding alone
-            tells apart.
+        noise: ``curve_difference`` of two trainings with DeepSpeed's layer that differ by
+            rounding alone.
 
     Returns:
-        what was found, to print.
+        the differences, as text.
 
     Raises:
         AssertionError: losses or norm differ by more than the tolerances, or are not finite.
@@ -132,7 +119,10 @@ def check_small_model(
     """Check the training of every variant of ours on a small model, against DeepSpeed's layer.
 
     Returns:
-        what was found, by label; raises as ``check_training``.
+        the differences as text, by label.
+
+    Raises:
+        AssertionError: as ``check_training``.
     """
     small = replace(work, layers=min(work.layers, 2), micro_batches=1)
     found: dict[str, Any] = {}
@@ -153,7 +143,7 @@ def check_small_model(
         found[variant.label] = train(variant)
     differences = [curve_difference(found[v.label], found["deepspeed"]) for v in ours]
     if max(differences, default=0.0) > CURVE_TOLERANCE:
-        # About half of all weights are rounded to their neighbour in bf16.
+        # With this factor about half of all weights round to their neighbour in bf16.
         noise = curve_difference(train(theirs, scale=1 + 2**-9), found["deepspeed"])
     return {
         variant.label: check_training(
@@ -164,7 +154,7 @@ def check_small_model(
 
 
 def measure(run: Run, plan: Plan, with_profile: bool) -> dict[str, Any]:
-    """Warm an engine up and time it; return all that was found. Collective."""
+    """Warm an engine up and time it; return all figures. Collective."""
     device = torch.device(run.engine.device)
     is_cuda = device.type == "cuda"
     run.train(plan.warmup)
@@ -216,11 +206,11 @@ def bench(
 
 
 def summarise(rounds: list[dict[str, Any]], work: Workload, flop: int) -> dict[str, Any]:
-    """Return one variant's figures from what its rounds found."""
+    """Return one variant's figures, from the figures of its rounds."""
     blocks = [ms for found in rounds for ms in found["blocks_ms"]]
     step_ms, last = statistics.median(blocks), rounds[-1]
     tflops = flop / step_ms / 1e9
-    peak = device_flops(torch.device("cuda")) if torch.cuda.is_available() else None
+    peak = device_peak_flops(torch.device("cuda")) if torch.cuda.is_available() else None
     summary = {
         "step_ms": step_ms,
         "min_ms": min(blocks),
@@ -239,11 +229,11 @@ def summarise(rounds: list[dict[str, Any]], work: Workload, flop: int) -> dict[s
     return summary | {key: last[key] for key in ("profile", "phases_ms") if last.get(key)}
 
 
-def _lines(record: dict[str, Any], title: str) -> Iterator[str]:
-    """Yield the printed table of one workload."""
+def table(record: dict[str, Any], title: str) -> Iterator[str]:
+    """Yield the lines to print of one workload."""
     yield f"\n{title}"
     for label, check in record["checks"].items():
-        yield f"  {label} beside deepspeed, relative differences: {check}"
+        yield f"  {label} against deepspeed, relative differences: {check}"
     variants = record["variants"]
     width = max(map(len, variants))
     yield (
@@ -289,124 +279,3 @@ def ratios(records: Sequence[dict[str, Any]]) -> Iterator[str]:
             f"{record['shape']}, ZeRO {record['zero']}, {record['micro_batches']} micro-batches: "
             f"tokens/s of {ours} are {others}"
         )
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
-
-
-def _file(text: str) -> Path:
-    if not Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"no file {text!r}")
-    return Path(text)
-
-
-def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Workload], list[Variant]]:
-    """Read the command line; exit where something does not fit."""
-    parser = argparse.ArgumentParser(
-        prog="comet_ds bench train",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_shape_arguments(parser)
-    parser.set_defaults(shapes=DEFAULT_SHAPES)
-    parser.add_argument("--moe", default="comet_ds,autoep,deepspeed", help="layers, with options")
-    parser.add_argument("--layers", type=int, help="default: 8; Mixtral 2, Phi-3.5 4")
-    parser.add_argument("--heads", type=int, default=16, help="of the attention")
-    parser.add_argument("--seq-len", type=int, default=1024)
-    parser.add_argument("--batch", type=int, default=8, help="sequences a GPU and micro-batch")
-    parser.add_argument("--micro-batches", type=_numbers, default=[4], help="of a step; a list")
-    parser.add_argument("--zero", type=_numbers, default=[1], help="stages, comma-separated")
-    parser.add_argument("--capacity-factor", type=float, default=1.0)
-    parser.add_argument("--no-drop", action="store_true", help="drop_tokens=False")
-    parser.add_argument("--ranks", type=int, default=1, help="GPUs of this host, a rank each")
-    parser.add_argument("--rounds", type=int, default=Plan.rounds, help="in which all have a turn")
-    parser.add_argument("--blocks", type=int, default=Plan.blocks, help="timed in a round")
-    parser.add_argument("--steps", type=int, default=Plan.steps, help="of a block")
-    parser.add_argument("--warmup", type=int, default=Plan.warmup, help="steps before the blocks")
-    parser.add_argument("--phases", action="store_true", help="time forward, backward, optimizer")
-    parser.add_argument("--config", type=_file, default=Plan.config, help="DeepSpeed configuration")
-    parser.add_argument("--json", type=Path, help="write all figures there")
-    args = parser.parse_args(argv)
-    try:
-        works = read_workloads(args, parse_shapes(parser, args))
-        variants = [Variant.parse(label) for label in args.moe.split(",")]
-    except ValueError as error:
-        parser.error(str(error))
-    return args, works, variants
-
-
-def read_workloads(args: argparse.Namespace, shapes: dict[str, Shape]) -> list[Workload]:
-    """Return all workloads asked for.
-
-    Raises:
-        ValueError: sizes or counts do not fit.
-    """
-    works = [
-        Workload(
-            shape=name,
-            hidden=shape.hidden,
-            ffn=shape.ffn,
-            experts=shape.num_experts,
-            top_k=shape.top_k,
-            layers=DEFAULT_LAYERS.get(name, 8) if args.layers is None else args.layers,
-            heads=args.heads,
-            seq_len=args.seq_len,
-            batch=args.batch,
-            micro_batches=micro_batches,
-            zero=zero,
-            capacity_factor=args.capacity_factor,
-            no_drop=args.no_drop,
-        )
-        for name, shape in shapes.items()
-        for zero, micro_batches in itertools.product(args.zero, args.micro_batches)
-    ]
-    if ungated := [name for name, shape in shapes.items() if not shape.gated]:
-        raise ValueError(f"the example's experts are gated, those of {', '.join(ungated)} are not")
-    counts = ("layers", "heads", "seq_len", "batch", "micro_batches")
-    for work in works:
-        if work.experts % args.ranks:
-            raise ValueError(f"{work.experts} experts cannot be spread over {args.ranks} ranks")
-        if small := [name for name in counts if getattr(work, name) < 1]:
-            raise ValueError(f"must be at least 1: {', '.join(small)}")
-        if work.hidden % work.heads:
-            raise ValueError(f"hidden must be a multiple of heads, got {work.hidden}, {work.heads}")
-        if work.zero not in (0, 1, 2):
-            raise ValueError(f"the ZeRO stage must be 0, 1 or 2, got {work.zero}")
-    if small := [n for n in ("ranks", "rounds", "blocks", "steps", "warmup") if vars(args)[n] < 1]:
-        raise ValueError(f"must be at least 1: {', '.join(small)}")
-    if torch.cuda.is_available() and args.ranks > torch.cuda.device_count():
-        raise ValueError(f"{args.ranks} ranks need as many GPUs, got {torch.cuda.device_count()}")
-    return works
-
-
-def main(argv: Sequence[str]) -> None:
-    """Run every workload; ``argv`` is what follows ``train``."""
-    args, works, variants = parse_args(argv)
-    example = load_example()
-    launch_ranks(["bench", "train", *argv], args.ranks)
-    names = ("rounds", "blocks", "steps", "warmup", "phases", "config")
-    plan = Plan(**{name: vars(args)[name] for name in names})
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    is_first = dist.get_rank() == 0
-    if is_first:
-        versions = f"torch {torch.__version__}, deepspeed {deepspeed.__version__}"
-        blocks = f"medians of {plan.rounds} x {plan.blocks} blocks of {plan.steps} steps"
-        print(f"{dist.get_world_size()} x {device}, {versions}, {blocks}", flush=True)
-    records = []
-    for work in works:
-        records.append(bench(example, work, variants, plan))
-        if is_first:
-            print("\n".join(_lines(records[-1], work.describe())), flush=True)
-    if is_first:
-        print("\n".join(["", *ratios(records)]), flush=True)
-    if args.json and is_first:
-        facts = {
-            "device": device,
-            "num_ranks": dist.get_world_size(),
-            "torch": torch.__version__,
-            "deepspeed": deepspeed.__version__,
-            "plan": {**asdict(plan), "config": str(plan.config)},
-        }
-        args.json.write_text(json.dumps({**facts, "workloads": records}, indent=1))
-    dist.destroy_process_group()  # its threads must not outlive the interpreter

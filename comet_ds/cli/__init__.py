@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands of ``python -m comet_ds``, a module each."""
+"""The commands of ``python -m comet_ds``, one module each, and what they share."""

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inspect, consolidate or reshard a checkpoint, without an engine or a GPU.
 
-python -m comet_ds checkpoint inspect FOLDER
-python -m comet_ds checkpoint consolidate FOLDER model.safetensors --dtype bf16
-python -m comet_ds checkpoint reshard FOLDER NEW_FOLDER --ep-size 4 --num-ranks 16
+Examples:
+    python -m comet_ds checkpoint inspect FOLDER
+    python -m comet_ds checkpoint consolidate FOLDER model.safetensors --dtype bf16
+    python -m comet_ds checkpoint reshard FOLDER NEW_FOLDER --ep-size 4 --num-ranks 16
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from comet_ds.checkpoints.consolidate import DTYPES, consolidate
 from comet_ds.checkpoints.files import BF16, FP16_FLAT, FP16_UNFUSED, PLAIN, ZERO, Checkpoint
 from comet_ds.checkpoints.reshard import reshard
+from comet_ds.cli.arguments import existing_file, make_parser, positive_int
 
 _STATES = {ZERO: "partitioned", BF16: "partitioned", FP16_FLAT: "flat"}
 
@@ -80,25 +82,38 @@ def _describe_optimizer(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="comet_ds checkpoint", description=__doc__.split("\n")[0])
+    parser = make_parser("checkpoint", __doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    inspect = verbs.add_parser("inspect", help="say what a checkpoint holds")
-    single = verbs.add_parser("consolidate", help="write the whole model into one file")
-    other = verbs.add_parser("reshard", help="write a checkpoint for other ranks or ep_size")
-    for verb in (inspect, single, other):
-        verb.add_argument("folder", type=Path, help="given to save_checkpoint, or a tag's in it")
-        verb.add_argument("--tag", help="of the checkpoint; the latest without")
-        verb.add_argument("--config", type=Path, help="DeepSpeed JSON of the run that saved it")
-    single.add_argument("file", type=Path, help="to write: *.safetensors, or torch's format")
-    single.add_argument("--dtype", choices=DTYPES, default="fp32", help="of parameters")
+
+    def add(verb: str, what: str, example: str) -> argparse.ArgumentParser:
+        example = f"Example: python -m comet_ds checkpoint {verb} {example}"
+        made = verbs.add_parser(
+            verb, help=what, description=f"{what.capitalize()}.", epilog=example
+        )
+        made.add_argument("folder", type=Path, help="folder given to save_checkpoint, or a tag's")
+        made.add_argument("--tag", help="tag of the checkpoint (default: the latest)")
+        made.add_argument(
+            "--config", type=existing_file, help="DeepSpeed configuration of the run that saved it"
+        )
+        return made
+
+    add("inspect", "say what a checkpoint holds", "FOLDER")
+    example = "FOLDER model.safetensors --dtype bf16"
+    single = add("consolidate", "write the whole model into one file", example)
+    single.add_argument("file", type=Path, help="file to write: *.safetensors, or torch's format")
+    single.add_argument("--dtype", choices=DTYPES, default="fp32", help="dtype of parameters")
+    example = "FOLDER NEW_FOLDER --ep-size 4 --num-ranks 16"
+    other = add("reshard", "write a checkpoint for other ranks or another ep_size", example)
     other.add_argument("target", type=Path, help="folder to write, for load_checkpoint")
-    other.add_argument("--ep-size", type=int, help="of the run that will resume")
-    other.add_argument("--num-ranks", type=int, help="data parallel ranks of that run")
+    other.add_argument("--ep-size", type=positive_int, help="ep_size of the run that will resume")
+    other.add_argument(
+        "--num-ranks", type=positive_int, help="data parallel ranks of the run that will resume"
+    )
     return parser
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the command; exits with a message where a checkpoint or an argument does not fit."""
+    """Run the command; exit with a message where a checkpoint or an argument does not fit."""
     args = _parser().parse_args(arguments)
     try:
         checkpoint = Checkpoint.open(args.folder, args.tag, args.config)

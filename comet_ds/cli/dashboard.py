@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make a W&B workspace with the panels a team that trains MoE models wants.
+"""Make a W&B workspace with the panels that a team which trains MoE models wants.
 
+Examples:
     python -m comet_ds dashboard --entity my-team --project my-project
     python -m comet_ds dashboard --entity my-team --project my-project --print
 
-It shows all runs of the project, one colour for each kind of MoE layer (DeepSpeed's or ours), so
-that runs compare at a glance: throughput and loss on top, then every layer's routing and cta_split
-points. ``--print`` writes the specification as JSON instead and needs no login.
+It shows all runs of the project with one colour for each kind of MoE layer (DeepSpeed's or ours),
+so that runs compare at a glance. Throughput and loss come first, then the times, the routing and
+the CTA splits of every layer. ``--print`` writes the specification as JSON and needs no login.
 
 Needs ``pip install wandb-workspaces``, and ``wandb login`` to save.
 """
@@ -17,6 +18,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from comet_ds.cli.arguments import make_parser
 from comet_ds.observe.metrics import LAYER_METRICS, RUN_METRICS
 
 try:
@@ -42,7 +44,7 @@ def workspace(entity: str, project: str, name: str = NAME) -> Any:
     Args:
         entity: W&B user or team.
         project: whose runs it shows.
-        name: shown.
+        name: of the workspace.
 
     Raises:
         ImportError: wandb-workspaces is not installed.
@@ -57,7 +59,7 @@ def workspace(entity: str, project: str, name: str = NAME) -> Any:
         _section("Time, by layer", [_by_layer(metric) for metric in TIMES]),
         _section("Timeline", _timeline()),
         _section("Routing, by layer", [_by_layer(metric) for metric in routing]),
-        _section("CtaSplit points, by layer", [_by_layer(metric) for metric in CTA_SPLIT]),
+        _section("CTA splits, by layer", [_by_layer(metric) for metric in CTA_SPLIT]),
     ]
     settings = workspaces.RunsetSettings(groupby=[workspaces.Config("comet_ds.moe")])
     return workspaces.Workspace(
@@ -75,7 +77,7 @@ def _line(label: str, title: str) -> Any:
 
 
 def _timeline() -> list[Any]:
-    """Return panels of what a run with a ``timeline_step`` has written."""
+    """Return the panels of a timeline, which a run with a ``timeline_step`` writes."""
     return [
         reports.MediaBrowser(media_keys=["comet_ds/timeline"]),
         reports.WeavePanelSummaryTable(table_name="comet_ds/timeline_launches"),
@@ -89,17 +91,18 @@ def _by_layer(metric: str) -> Any:
     return reports.LinePlot(title=title, metric_regex=pattern, title_x=SAMPLES)
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Parse the command line, then save or print."""
-    parser = argparse.ArgumentParser(
-        prog="comet_ds dashboard",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser("dashboard", __doc__)
     parser.add_argument("--entity", required=True, help="W&B user or team")
     parser.add_argument("--project", required=True, help="W&B project, as in the DeepSpeed JSON")
-    parser.add_argument("--name", default=NAME, help="of the workspace")
-    parser.add_argument("--print", action="store_true", help="print it as JSON, save nothing")
+    parser.add_argument("--name", default=NAME, help="name of the workspace (default: %(default)s)")
+    parser.add_argument("--print", action="store_true", help="print it as JSON and save nothing")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse the command line, then save or print."""
+    parser = _parser()
     args = parser.parse_args(arguments)
     try:
         made = workspace(args.entity, args.project, args.name)

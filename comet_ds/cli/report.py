@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Say what this machine is, and which path a layer would take on it.
+"""Say which software and GPUs this machine has, and which path a layer takes on it.
 
-python -m comet_ds report
+Examples:
+    python -m comet_ds report
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import deepspeed
 import torch
 
 from comet_ds import __version__
+from comet_ds.cli.arguments import make_parser
 from comet_ds.fused.peer.memory import describe_link
 from comet_ds.op_builder.comet_moe import CometMoEBuilder, cuda_version, find_nvcc
 from comet_ds.op_builder.locks import (
@@ -42,7 +43,7 @@ def describe_versions() -> Iterator[str]:
 
 
 def describe_gpus() -> Iterator[str]:
-    """Yield one line per GPU and one for what links them."""
+    """Yield one line per GPU, and one for the links between them."""
     count = torch.cuda.device_count()
     if count == 0:
         yield "GPU          none"
@@ -61,7 +62,7 @@ def describe_gpus() -> Iterator[str]:
 
 
 def describe_kernels() -> Iterator[str]:
-    """Yield where the kernels come from, and the path a layer takes."""
+    """Yield lines about where the kernels come from and which path a layer takes."""
     builder = CometMoEBuilder()
     reason = builder.why_not()
     if reason is not None:
@@ -73,9 +74,9 @@ def describe_kernels() -> Iterator[str]:
         is_cached = any(folder.glob("*.so"))
         yield f"kernels      {'compiled' if is_cached else 'compiled at first use'} in {folder}"
         if is_held(folder):
-            yield f"             {holder(folder / OWN_LOCK)} compiles them now"
+            yield f"             {holder(folder / OWN_LOCK)} is compiling them now"
         elif is_stale(folder / TORCH_LOCK):
-            yield "             whoever compiled them was killed: the next run does it again"
+            yield "             their compilation was killed: the next run compiles them again"
     if reason is None:
         yield "path         fused with bf16 or fp16, MLP experts, and expert parallel groups of one"
         yield "             host's GPUs with peer access; else pipelined"
@@ -84,20 +85,16 @@ def describe_kernels() -> Iterator[str]:
 
 
 def describe_locks() -> Iterator[str]:
-    """Yield a line for each of DeepSpeed's operations that later runs would wait for, for ever."""
+    """Yield a line for each stale lock, for which a run that compiles would wait forever."""
     for lock in find_stale_locks():
-        if (lock.parent / OWN_LOCK).exists():  # ours: the next run clears it
+        if (lock.parent / OWN_LOCK).exists():  # ours, which the next run removes
             continue
         yield f"stale lock   {describe_stale_lock(lock)}"
 
 
 def main(arguments: Sequence[str]) -> None:
     """Print the report."""
-    argparse.ArgumentParser(
-        prog="comet_ds report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args(arguments)
+    make_parser("report", __doc__).parse_args(arguments)
     for describe in (describe_versions, describe_gpus, describe_kernels, describe_locks):
         for line in describe():
             print(line)

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Predict a layer's time on clusters that are not at hand.
 
+Examples:
     python -m comet_ds simulate --shapes qwen3-30b,mixtral-8x7b --ep-sizes 2,8,64,1024
     python -m comet_ds simulate --hidden 1024 --ffn 512 --experts 32 --top-k 4 --nic-gbit 200
 
-One H200 a rank, bf16, an even routing. The fused path runs where the expert parallel group lies in
-one NVLink domain, the pipelined one elsewhere. Printed are forward and forward + backward, what of
-it is communication that computation does not hide ("exposed"), and the CTA splits: CTAs that
-communicate beside up, down and backward through down and up, or the chunks that are fastest. The
-limit is the larger of FLOP at ``PEAK_FLOPS`` and bytes at the link's rate.
+A rank has one GPU; layers are bf16 and the routing is even. The path is fused where the expert
+parallel group lies in one NVLink domain, pipelined elsewhere. The table shows the times of forward
+and of forward + backward, how much of them is communication that computation does not hide
+("exposed"), and the CTA splits: CTAs that communicate during up, down, down's backward and a weight
+gradient. On the pipelined path the same column shows the number of chunks. The limit is the larger
+of the GEMMs' time at ``limit_flops`` and the bytes' time on the link (comet_ds/tuning/hardware.py).
 
-Measured are the rates of one H200, and of the fused path with 2 and 4; the rest is simulated, also
-the fused path on domains of several hosts or more than 32 ranks, where it does not run yet. What
-``comet_ds.tuning.cost_model`` decides at run time comes from the same model.
+The rates are measured on one H200, and the fused path on 2 and 4. Everything else is simulated,
+also an H100, and the fused path on domains of several hosts or more than 32 ranks, where it does
+not run yet. The same cost model chooses CTA splits and chunks at run time.
 """
 
 from __future__ import annotations
@@ -21,44 +23,45 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
-from comet_ds.bench.shapes import PEAK_FLOPS, Shape, add_shape_arguments, parse_shapes
-from comet_ds.tuning.cost_model import (
-    LINK_BYTES,
-    MEMORY_BYTES,
-    NIC_BYTES,
-    PIPELINED_FLOPS,
-    ChunkedLayer,
-    LayerShape,
-    Traffic,
-    choose_split,
+from comet_ds.bench.shapes import Shape
+from comet_ds.cli.arguments import (
+    add_json,
+    add_num_tokens,
+    add_shapes,
+    make_parser,
+    positive_float,
+    positive_int,
+    positive_ints,
+    read_shapes,
 )
+from comet_ds.tuning.cost_model import ChunkedLayer, LayerShape, Traffic, choose_split
+from comet_ds.tuning.hardware import H100, H200, NIC_BYTES_PER_S, Hardware
 
-NUM_SMS = 132
-# What the grouped GEMM kernels reach on large shapes under their own load, FLOP/s.
-GEMM_FLOPS = 735e12
-# Share of the time it takes to move a pass's operands and results that its products do not hide.
+GPUS = {"h200": H200, "h100": H100}
+# Share of the time to read a pass's operands and write its results that its products do not hide.
 MEMORY_SHARE = {"up": 0.1, "down": 0.1, "down_grad": 0.37, "up_grad": 0.1, "weight_grad": 0.2}
 LAUNCH_SECONDS = 1.5e-6  # between two kernels
-MEETING_SECONDS = 8e-6
-GATE_SECONDS_PER_ELEMENT = 1.3e-12  # of [T, H], logits and their part of backward alike
+BARRIER_SECONDS = 8e-6
+GATE_SECONDS_PER_ELEMENT = 1.3e-12  # of [T, H]; three times that in backward
 GATE_SECONDS_PER_SCORE = 3.6e-11  # of [T, E]
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where a group's ranks are.
+    """The GPUs of an expert parallel group and their links.
 
     Attributes:
         num_ranks: W, a GPU each.
         domain: GPUs that reach each other by NVLink.
-        nic_bytes: over the network, one direction and one GPU, bytes/s.
+        nic_bytes_per_s: the network, one direction and one GPU.
+        hardware: every GPU's rates.
     """
 
     num_ranks: int
     domain: int = 8
-    nic_bytes: float = NIC_BYTES
+    nic_bytes_per_s: float = NIC_BYTES_PER_S
+    hardware: Hardware = H200
 
     @property
     def is_one_domain(self) -> bool:
@@ -71,12 +74,12 @@ class Prediction:
     """Times of one layer, ms.
 
     Attributes:
-        path: that was simulated.
-        cta_split: CTAs that communicate beside up, down, and backward through down and up; or
-            chunks.
-        limit_forward_ms, limit_both_ms: no layer is faster.
-        forward_ms, both_ms: its times.
-        exposed_forward_ms, exposed_both_ms: of these, communication that is not hidden.
+        path: the path that was simulated.
+        cta_split: CTAs that communicate during up, down, down's backward and a weight gradient;
+            on the pipelined path the number of chunks alone.
+        limit_forward_ms, limit_both_ms: limits of forward and of forward + backward.
+        forward_ms, both_ms: times of forward and of forward + backward.
+        exposed_forward_ms, exposed_both_ms: the part of these that communication adds.
     """
 
     path: str
@@ -98,7 +101,7 @@ def predict(shape: Shape, num_tokens: int, cluster: Cluster) -> Prediction:
         cluster: where the ranks are.
 
     Raises:
-        ValueError: the experts do not.
+        ValueError: the experts do not spread evenly.
     """
     if shape.num_experts % cluster.num_ranks:
         raise ValueError(
@@ -116,6 +119,7 @@ class _Layer:
 
     def __init__(self, shape: Shape, num_tokens: int, cluster: Cluster) -> None:
         self.shape, self.cluster, self.num_tokens = shape, cluster, num_tokens
+        self.hardware = cluster.hardware
         self.num_ups = 1 + shape.gated
         self.num_local = shape.num_experts // cluster.num_ranks
         self.rows = num_tokens * shape.top_k
@@ -131,23 +135,27 @@ class _Layer:
             shape.hidden,
             shape.ffn,
             "bfloat16",
-            NUM_SMS,
+            cluster.hardware.num_sms,
         )
-        self.traffic = Traffic.expected(self.layer_shape)
+        self.traffic = Traffic.expected(self.layer_shape, cluster.hardware)
 
     def limits(self) -> tuple[float, float]:
-        """Return the least time of forward and of both."""
-        flop = (self.num_ups + 1) * self.rows * self.flop_per_row / PEAK_FLOPS
-        bytes_a_way = self.traffic.tokens * self.token_bytes  # once a rank, whatever the experts
+        """Return the limits of forward and of forward + backward."""
+        flop = (self.num_ups + 1) * self.rows * self.flop_per_row / self.hardware.limit_flops
+        # A token crosses the link once for all its experts on a rank, and comes back as one sum.
+        one_way_bytes = self.traffic.tokens * self.token_bytes
         beyond = 1 - (min(self.cluster.domain, self.cluster.num_ranks) - 1) / max(
             self.cluster.num_ranks - 1, 1
         )
-        rates = (1 - beyond) / LINK_BYTES, beyond / self.cluster.nic_bytes
-        wire = 2 * bytes_a_way * max(rates)
+        seconds_per_byte = (
+            (1 - beyond) / self.hardware.link_bytes_per_s,
+            beyond / self.cluster.nic_bytes_per_s,
+        )
+        wire = 2 * one_way_bytes * max(seconds_per_byte)
         return max(flop, wire), max(3 * flop, 2 * wire)
 
-    def gemm(self, kind: str, num_matrices: int, rate: float = GEMM_FLOPS) -> float:
-        """Return the time of a pass over all rows."""
+    def gemm(self, kind: str, num_matrices: int, flops: float) -> float:
+        """Return the time of a pass over all rows, its products at this many FLOP/s."""
         flop = self.rows * self.flop_per_row * num_matrices
         wide = 2 * self.rows * self.shape.ffn  # bytes of an [R, F] tensor
         weights = 2 * self.num_local * self.shape.hidden * self.shape.ffn
@@ -159,16 +167,16 @@ class _Layer:
             "weight_grad": 1,
         }[kind]
         moved = self.row_bytes + num_matrices * weights + num_wide * wide
-        return flop / rate + MEMORY_SHARE[kind] * moved / MEMORY_BYTES
+        return flop / flops + MEMORY_SHARE[kind] * moved / self.hardware.memory_bytes_per_s
 
-    def gemms(self, rate: float = GEMM_FLOPS) -> tuple[float, float]:
-        """Return the time of all passes, forward and backward."""
-        forward = self.gemm("up", self.num_ups, rate) + self.gemm("down", 1, rate)
-        backward = self.gemm("down_grad", 1, rate) + self.gemm("up_grad", self.num_ups, rate)
-        return forward, backward + (self.num_ups + 1) * self.gemm("weight_grad", 1, rate)
+    def gemms(self, flops: float) -> tuple[float, float]:
+        """Return the time of all passes, forward and backward, products at this many FLOP/s."""
+        forward = self.gemm("up", self.num_ups, flops) + self.gemm("down", 1, flops)
+        backward = self.gemm("down_grad", 1, flops) + self.gemm("up_grad", self.num_ups, flops)
+        return forward, backward + (self.num_ups + 1) * self.gemm("weight_grad", 1, flops)
 
     def gate(self) -> tuple[float, float]:
-        """Return the gate's time, forward and backward, with the sum of x's two gradients."""
+        """Return the gate's time in forward and in backward, which adds up x's two gradients."""
         shape = self.shape
         logits = GATE_SECONDS_PER_ELEMENT * self.num_tokens * shape.hidden
         scores = GATE_SECONDS_PER_SCORE * self.num_tokens * shape.num_experts
@@ -176,30 +184,31 @@ class _Layer:
 
 
 def _fused(layer: _Layer) -> tuple[str, tuple[int, ...], float, float, tuple[float, float]]:
-    traffic = layer.traffic
+    traffic, hardware = layer.traffic, layer.hardware
     is_alone = layer.cluster.num_ranks == 1
-    cta_split = choose_split(layer.layer_shape)
+    cta_split = choose_split(layer.layer_shape, hardware)
     own_rows = layer.row_bytes / layer.cluster.num_ranks
     own = layer.num_tokens * layer.token_bytes
     slots = traffic.tokens * layer.token_bytes
-    # A direction: tokens to where peers read them, own tokens to rows, rows and slots to sums.
+    # In a direction tokens are copied to where peers read them, own tokens are copied to their
+    # rows, and rows and the peers' sums are added up.
     moves = (own + own_rows) + (own_rows + slots + own)
-    publish = 2 * own / MEMORY_BYTES
-    exchange = 0.0 if is_alone else publish + 2 * MEETING_SECONDS
-    moves = moves / MEMORY_BYTES
+    publish = 2 * own / hardware.memory_bytes_per_s
+    exchange = 0.0 if is_alone else publish + 2 * BARRIER_SECONDS
+    moves = moves / hardware.memory_bytes_per_s
     plan = 13e-6 + 1e-10 * layer.rows
     launches = 12 * LAUNCH_SECONDS
-    beside = (0.0, 0.0)
+    overlapped = (0.0, 0.0)  # what communication adds to the GEMMs it overlaps with
     if not is_alone:
-        beside = (
+        overlapped = (
             cta_split.pull.seconds + cta_split.push.seconds - cta_split.is_pushed * publish,
             cta_split.pull_grad.seconds + cta_split.push_grad.seconds,
         )
-    gemms, gate = layer.gemms(), layer.gate()
-    forward = gate[0] + plan + moves + gemms[0] + launches + exchange + beside[0]
+    gemms, gate = layer.gemms(hardware.product_flops), layer.gate()
+    forward = gate[0] + plan + moves + gemms[0] + launches + exchange + overlapped[0]
     dots = 2e-10 * layer.rows
-    backward = gate[1] + dots + moves + gemms[1] + launches + exchange + beside[1]
-    exposed = exchange + beside[0], exchange + beside[1]
+    backward = gate[1] + dots + moves + gemms[1] + launches + exchange + overlapped[1]
+    exposed = exchange + overlapped[0], exchange + overlapped[1]
     num_comm_ctas = () if is_alone else tuple(choice.num_comm_ctas for choice in cta_split)
     return "fused", num_comm_ctas, forward, backward, exposed
 
@@ -207,47 +216,69 @@ def _fused(layer: _Layer) -> tuple[str, tuple[int, ...], float, float, tuple[flo
 def _pipelined(
     layer: _Layer, num_chunks: int | None = None
 ) -> tuple[str, tuple[int, ...], float, float, tuple[float, float]]:
-    cluster, gemms, gate = layer.cluster, layer.gemms(PIPELINED_FLOPS), layer.gate()
-    domain, nic_bytes = cluster.domain, cluster.nic_bytes
-    chunked = ChunkedLayer(
-        layer.rows, layer.token_bytes, gemms, cluster.num_ranks, domain, nic_bytes
-    )
+    cluster, hardware = layer.cluster, layer.hardware
+    gemms, gate = layer.gemms(hardware.grouped_mm_flops), layer.gate()
+    sizes = (layer.rows, layer.token_bytes, gemms, cluster.num_ranks, cluster.domain)
+    chunked = ChunkedLayer(*sizes, cluster.nic_bytes_per_s, hardware)
     num_chunks = num_chunks or chunked.best()
     busy = chunked.seconds(num_chunks)
-    moves = 6 * layer.row_bytes / MEMORY_BYTES  # rows in order of destination, and of expert
+    # Rows are put into the order of their destinations, and there into that of the experts.
+    moves = 6 * layer.row_bytes / hardware.memory_bytes_per_s
     forward, backward = (time + g + moves for time, g in zip(busy, gate, strict=True))
     on_device = chunked.device_seconds(num_chunks)
     exposed = on_device[0] - gemms[0], on_device[1] - gemms[1]
     return "pipelined", (num_chunks,), forward, backward, exposed
 
 
+HEADER = (
+    "layer             W  path       cta_split     limit fwd    f+b    fwd (x)      f+b (x)"
+    "     exposed fwd    f+b ms"
+)
+
+
+def _line(name: str, num_ranks: int, r: Prediction) -> str:
+    cta_split = "/".join(map(str, r.cta_split))
+    ratios = r.forward_ms / r.limit_forward_ms, r.both_ms / r.limit_both_ms
+    return (
+        f"{name:14s} {num_ranks:4d}  {r.path:9s}  {cta_split:12s} "
+        f"{r.limit_forward_ms:8.2f} "
+        f"{r.limit_both_ms:6.2f} {r.forward_ms:8.2f} {ratios[0]:.2f} {r.both_ms:8.2f} "
+        f"{ratios[1]:.2f} {r.exposed_forward_ms:10.2f} {r.exposed_both_ms:8.2f}"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser("simulate", __doc__)
+    add_shapes(parser)
+    add_num_tokens(parser)
+    parser.add_argument(
+        "--ep-sizes",
+        type=positive_ints,
+        default="1,2,4,8,16,32,64,128",
+        help="ranks of the expert parallel group, comma-separated (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--experts-per-rank",
+        type=positive_int,
+        help="experts of every rank, in place of the shape's experts of all ranks",
+    )
+    parser.add_argument("--gpu", choices=GPUS, default="h200", help="every rank's GPU")
+    parser.add_argument("--domain", type=positive_int, default=8, help="GPUs of an NVLink domain")
+    parser.add_argument(
+        "--nic-gbit", type=positive_float, default=400, help="network rate of a GPU, Gbit/s"
+    )
+    add_json(parser)
+    return parser
+
+
 def main(arguments: Sequence[str]) -> None:
     """Parse the command line and print a table."""
-    parser = argparse.ArgumentParser(
-        prog="comet_ds simulate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_shape_arguments(parser)
-    parser.add_argument("--num-tokens", type=int, default=8192, help="tokens a rank")
-    parser.add_argument("--ep-sizes", default="1,2,4,8,16,32,64,128", help="W, comma-separated")
-    parser.add_argument(
-        "--experts-per-rank", type=int, help="have so many on every rank, not the shape's in all"
-    )
-    parser.add_argument("--domain", type=int, default=8, help="GPUs of an NVLink domain")
-    parser.add_argument("--nic-gbit", type=float, default=400, help="network a GPU has, Gbit/s")
-    parser.add_argument("--json", type=Path, help="write all figures there")
+    parser = _parser()
     args = parser.parse_args(arguments)
-    ranks = [int(count) for count in args.ep_sizes.split(",")]
     records = []
-    print(
-        "layer             W  path       cta_split     limit fwd    f+b    fwd (x)      f+b (x)"
-        "     exposed fwd    f+b ms"
-    )
-    for name, shape in parse_shapes(parser, args).items():
-        for num_ranks in ranks:
-            if num_ranks < 1 or args.domain < 1 or args.num_tokens < 1 or args.nic_gbit <= 0:
-                parser.error("ranks, domain, tokens and the network's rate must be positive")
+    print(HEADER)
+    for name, shape in read_shapes(parser, args).items():
+        for num_ranks in args.ep_sizes:
             if args.experts_per_rank is not None:
                 num_experts = args.experts_per_rank * num_ranks
                 if num_experts < shape.top_k:
@@ -257,16 +288,10 @@ def main(arguments: Sequence[str]) -> None:
             if shape.num_experts % num_ranks:
                 print(f"{name:14s} {num_ranks:4d}  no even spread of {shape.num_experts} experts")
                 continue
-            cluster = Cluster(num_ranks, args.domain, args.nic_gbit * 1e9 / 8)
-            r = predict(shape, args.num_tokens, cluster)
-            records.append({"shape": name, **asdict(shape), **asdict(cluster), **asdict(r)})
-            cta_split = "/".join(map(str, r.cta_split))
-            ratios = r.forward_ms / r.limit_forward_ms, r.both_ms / r.limit_both_ms
-            print(
-                f"{name:14s} {num_ranks:4d}  {r.path:9s}  {cta_split:12s} "
-                f"{r.limit_forward_ms:8.2f} "
-                f"{r.limit_both_ms:6.2f} {r.forward_ms:8.2f} {ratios[0]:.2f} {r.both_ms:8.2f} "
-                f"{ratios[1]:.2f} {r.exposed_forward_ms:10.2f} {r.exposed_both_ms:8.2f}"
-            )
+            nic_bytes_per_s = args.nic_gbit * 1e9 / 8
+            cluster = Cluster(num_ranks, args.domain, nic_bytes_per_s, GPUS[args.gpu])
+            found = predict(shape, args.num_tokens, cluster)
+            records.append({"shape": name, **asdict(shape), **asdict(cluster), **asdict(found)})
+            print(_line(name, num_ranks, found))
     if args.json:
         args.json.write_text(json.dumps(records, indent=1))

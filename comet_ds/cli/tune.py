@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure the CTA splits of layers on this host's GPUs, ahead of a run.
 
+Examples:
     python -m comet_ds tune --ranks 2 --hidden 2048 --ffn 768 --experts 128 --top-k 8
     python -m comet_ds tune --ranks 8 --config ds_config.json --shapes qwen3-30b --num-tokens 4096
 
-Each GEMM's points are varied in turn, from the cost model's on, and the fastest kept: forward alone
-decides for its two, forward and backward for the other two. Choices are timed interleaved; the
-slowest rank counts. The result goes to the table the configuration names (``tuning_table``), by
-default the user's, where every run with the same layer on as many ranks finds it.
+The CTA split of each GEMM is varied in turn, beginning with the cost model's, and the fastest is
+kept. The time of forward decides for the two GEMMs of forward, the time of forward and backward for
+the other two. Candidates are timed interleaved; the slowest rank counts. The result goes to the
+table that the configuration names (``tuning_table``), by default the user's, where every run with
+the same layer on as many ranks finds it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,9 +25,20 @@ from deepspeed import comm as dist
 from torch import Tensor
 
 from comet_ds.bench.peers import build, draw_tokens, step
-from comet_ds.bench.ranks import launch_ranks
-from comet_ds.bench.shapes import Shape, add_shape_arguments, parse_shapes
+from comet_ds.bench.shapes import Shape
 from comet_ds.bench.timing import Timer, slowest_rank
+from comet_ds.cli.arguments import (
+    add_num_tokens,
+    add_ranks,
+    add_shapes,
+    check_gpu,
+    check_ranks,
+    existing_file,
+    make_parser,
+    positive_int,
+    read_shapes,
+)
+from comet_ds.cli.ranks import launch_ranks
 from comet_ds.config import CometConfig, read_block
 from comet_ds.fused.peer.exchange import exchange_of
 from comet_ds.layer import MoE
@@ -34,16 +46,15 @@ from comet_ds.tuning.cost_model import CtaSplit, LayerShape, choose_split
 from comet_ds.tuning.table import candidates, default_path, write
 
 FORWARD_FIELDS = ("pull", "push")
-# A choice must be this much faster to replace another.
-GAIN = 0.005
+GAIN = 0.005  # a candidate must be faster by this share to be taken
 
 
 def time_splits(
     layer: MoE, cta_splits: list[CtaSplit], x: Tensor, grad: Tensor, num_runs: int
 ) -> list[tuple[float, float]]:
-    """Return the ms of forward, and of forward and backward, with every cta_split.
+    """Return the ms of forward, and of forward and backward, with every CTA split.
 
-    Medians over interleaved runs, the slowest rank's. Collective.
+    They are medians over interleaved runs, on the slowest rank. Collective.
     """
     exchange = exchange_of(layer.deepspeed_moe.ep_group)
     samples: list[list[list[float]]] = [[] for _ in cta_splits]
@@ -61,11 +72,13 @@ def time_splits(
 
 
 class Tuned(NamedTuple):
-    """Points found, and the ms of forward and backward with them.
+    """The fastest CTA split of a layer.
 
     Attributes:
-        cta_split: the best.
-        ms, default_ms, worst_ms: with these, with the cost model's, with the worst that was tried.
+        cta_split: the split.
+        ms: forward and backward with it.
+        default_ms: forward and backward with the cost model's split.
+        worst_ms: forward and backward with the slowest split that was tried.
     """
 
     cta_split: CtaSplit
@@ -75,13 +88,13 @@ class Tuned(NamedTuple):
 
 
 def tune(layer: MoE, shape: LayerShape, x: Tensor, grad: Tensor, num_runs: int) -> Tuned:
-    """Find the best points; all ranks return the same.
+    """Find the fastest CTA split; all ranks return the same. Collective.
 
     Args:
         layer: has run once.
-        shape: of the layer, on this rank.
+        shape: the layer's, on this rank.
         x, grad: [T, H] input and gradient of the output.
-        num_runs: medians are taken of these.
+        num_runs: runs to take a median of.
     """
     best, worst_ms = (default := choose_split(shape)), 0.0
     for field in CtaSplit._fields:
@@ -103,7 +116,7 @@ def tune_shape(
 ) -> None:
     """Tune one shape; write the result and print it, on rank 0."""
     x, grad = draw_tokens(shape, num_tokens)
-    layer = build(MoE, shape, comet_ds=config.model_copy(update={"path": "fused"}))
+    layer = build(MoE, shape, comet_ds={**config.layer_options(), "path": "fused"})
     step(layer, x, grad)
     exchange = exchange_of(layer.deepspeed_moe.ep_group)
     layer_shape = layer.deepspeed_moe.fused.shape
@@ -111,34 +124,35 @@ def tune_shape(
     if dist.get_rank() == 0:
         path = Path(config.tuning_table or default_path())
         write(path, layer_shape, exchange.origin, found.cta_split, found.ms)
-        choices = found.cta_split._asdict().items()
-        points = ", ".join(f"{field} {'/'.join(map(str, v[:2]))}" for field, v in choices)
         times = f"{found.default_ms:7.3f} -> {found.ms:7.3f} ms, worst {found.worst_ms:7.3f}"
-        print(f"{name:14s} {times}  {points}  {path}", flush=True)
+        print(f"{name:14s} {times}  {found.cta_split.describe()}  {path}", flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser("tune", __doc__)
+    add_shapes(parser)
+    parser.add_argument(
+        "--config", type=existing_file, help="DeepSpeed configuration, for its comet_ds block"
+    )
+    add_num_tokens(parser)
+    parser.add_argument("--num-runs", type=positive_int, default=7, help="runs to take medians of")
+    add_ranks(parser, default=2)
+    return parser
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parse the command line and tune every shape."""
-    parser = argparse.ArgumentParser(
-        prog="comet_ds tune",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_shape_arguments(parser)
-    parser.add_argument("--config", type=Path, help="DeepSpeed JSON, for its comet_ds block")
-    parser.add_argument("--num-tokens", type=int, default=8192, help="tokens a rank")
-    parser.add_argument("--num-runs", type=int, default=7)
-    parser.add_argument("--ranks", type=int, default=2, help="GPUs of this host, a rank each")
+    parser = _parser()
     args = parser.parse_args(arguments)
-    shapes = parse_shapes(parser, args)
+    shapes = read_shapes(parser, args)
     try:
         config = CometConfig.parse(read_block(args.config and str(args.config)))
-    except (ValueError, json.JSONDecodeError) as error:
+    except ValueError as error:
         parser.error(str(error))
     if args.ranks < 2:
-        parser.error(f"--ranks must be at least 2, got {args.ranks}: points are between ranks")
-    if not torch.cuda.is_available():
-        parser.error("timing needs CUDA devices")
+        parser.error(f"--ranks must be at least 2, got {args.ranks}: one rank has nothing to tune")
+    check_ranks(parser, args.ranks, {name: s.num_experts for name, s in shapes.items()})
+    check_gpu(parser)
     launch_ranks(["tune", *arguments], args.ranks)
     for name, shape in shapes.items():
         tune_shape(name, shape, args.num_tokens, args.num_runs, config)

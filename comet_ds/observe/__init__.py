@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run shows: metrics, layer times, the timeline of CTAs."""
+"""What a training run shows of itself: metrics, FLOP, layer times, the timeline of CTAs."""

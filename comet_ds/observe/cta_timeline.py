@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every CTA of the GEMM kernels does when: recorded, summed up, drawn (``comet_ds timeline``).
+"""The timeline of the GEMM kernels' CTAs: recorded, summed up, drawn (``comet_ds timeline``).
 
-The kernels that record are compiled beside the ones a layer normally runs, which have nothing of
-it. Times are the clock's of this rank's GPU.
+Kernels that record are compiled separately; those that a layer normally runs have no code for it.
+Times are those of this rank's GPU clock.
 
-A launch's hidden share is taken over the time in which any CTA communicates: of the CTAs which do
-not, the part that computes, on average. 1 is communication beside full computation; waiting for
-rows and a tail with nothing left to compute lower it. What the exchange does in other kernels
-(publishing, meetings, the final sum) lies between the launches and is not in it;
-``comet_ds bench`` has that.
+The hidden share of a launch is a mean over the time in which any CTA communicates: of the CTAs that
+do not communicate, the share that computes. It is 1 where all of them compute. CTAs that wait for
+rows lower it, and so does a tail with nothing left to compute. Parts of the exchange in other
+kernels (publishing, barriers, the final sum) lie between the launches and do not count;
+``comet_ds bench`` measures the exchange as a whole.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ RECORD = np.dtype(
         ("reserved", "<u2"),
     ]
 )
-MAX_LAUNCHES = 16  # of a layer's forward and backward, also where forward runs again
-MAX_PAUSE_US = 60.0  # between launches, in a picture
-# Those that record in a CTA, as csrc/gemm/timeline.h numbers them.
+MAX_LAUNCHES = 16  # of a layer's forward and backward, and of a forward that is repeated
+MAX_PAUSE_US = 60.0  # a picture shortens longer pauses between launches
+# Threads of a CTA that record, as csrc/gemm/timeline.h numbers them.
 THREAD_NAMES = ("communication", "tiles", "math 0", "math 1")
 THREADS = len(THREAD_NAMES)
-RESOLUTION_US = 0.25  # of sums over time
+RESOLUTION_US = 0.25  # sums over time count steps of this length
 
 
 @dataclass(frozen=True)
 class Span:
-    """What one CTA did for a while.
+    """One activity of one CTA.
 
     Attributes:
-        launch: which kernel launch, counted from 0.
+        launch: index of the kernel launch.
         gemm: the kernel's pass, a name of ``Pass`` in lower case.
-        cta: which CTA.
-        row: which of its recording threads: 0 communication, 1 the finder of tiles, 2 and 3 the
-            math warpgroups.
+        cta: index of the CTA.
+        row: index of the recording thread in ``THREAD_NAMES``: 0 communicates, 1 finds tiles, 2
+            and 3 are the math warpgroups.
         activity: one of ``ACTIVITIES``.
-        start_us, end_us: since the first record of all.
+        start_us, end_us: time since the first record of the timeline.
     """
 
     launch: int
@@ -76,14 +76,14 @@ class Span:
 
 @dataclass(frozen=True)
 class LaunchSummary:
-    """Where the time of a launch's SMs went.
+    """How a launch's CTAs spent their time.
 
     Attributes:
-        gemm: its pass.
-        start_us, end_us: its first record and its last.
-        computing, communicating: shares of the time of all its CTAs, 0 to 1.
-        exchange_us: time in which any of them communicates.
-        hidden_us: of that, what computation hides.
+        gemm: the kernel's pass.
+        start_us, end_us: start of the first record, end of the last.
+        computing, communicating: shares of the time of all CTAs, 0 to 1.
+        exchange_us: time in which any CTA communicates.
+        hidden_us: the part of ``exchange_us`` that computation hides.
     """
 
     gemm: str
@@ -105,7 +105,7 @@ class Timeline:
 
     Args:
         spans: in any order.
-        num_ctas: of every launch.
+        num_ctas: CTAs of every launch.
     """
 
     def __init__(self, spans: list[Span], num_ctas: int) -> None:
@@ -113,10 +113,10 @@ class Timeline:
 
     @classmethod
     def from_records(cls, records: np.ndarray) -> Timeline:
-        """Return what kernels have recorded.
+        """Return the timeline of kernels' records.
 
         Args:
-            records: [launches, CTAs, lists, records] ``RECORD``; a start of 0 is no record.
+            records: [launches, CTAs, threads, records] ``RECORD``; a start of 0 is no record.
         """
         found = np.argwhere(records["start_ns"] > 0)
         first = records["start_ns"][records["start_ns"] > 0].min() if len(found) else 0
@@ -130,7 +130,7 @@ class Timeline:
         return cls(spans, records.shape[1])
 
     def trace(self) -> dict[str, Any]:
-        """Return a Chrome trace: a process a launch, a thread a recording thread of a CTA."""
+        """Return a Chrome trace: launches are its processes, recording threads its threads."""
         events: list[dict[str, Any]] = []
         names = {span.launch: span.gemm for span in self.spans}
         for launch, gemm in sorted(names.items()):
@@ -148,7 +148,7 @@ class Timeline:
 
     @classmethod
     def from_trace(cls, trace: dict[str, Any]) -> Timeline:
-        """Return what ``trace`` was made of."""
+        """Return the timeline that ``trace`` was called on."""
         spans = [
             Span(
                 event["pid"],
@@ -250,16 +250,16 @@ def _box(span: Span, shift_us: float) -> list[tuple[float, float]]:
 
 
 class TimelineRecorder:
-    """Has the GEMM kernels launched from now on record, between ``resume`` and ``pause``.
+    """Makes GEMM kernels record that are launched between ``resume`` and ``pause``.
 
     Args:
-        kernels: compiled for it (``use_timeline_kernels``).
-        num_ctas: of a launch; SMs of the GPU.
+        kernels: the kernels that can record (``use_timeline_kernels``).
+        num_ctas: CTAs of a launch, one for each SM of the GPU.
     """
 
     def __init__(self, kernels: ModuleType, num_ctas: int) -> None:
         if not kernels.has_timeline:
-            raise ValueError("the kernels were compiled without timeline")
+            raise ValueError("the kernels cannot record: call use_timeline_kernels first")
         self.kernels = kernels
         size = (MAX_LAUNCHES, num_ctas, kernels.record_lists, kernels.max_records)
         num_bytes = int(np.prod(size)) * RECORD.itemsize
@@ -267,19 +267,19 @@ class TimelineRecorder:
         self._size, self._left, self._is_on = size, num_bytes, False
 
     def resume(self) -> None:
-        """Record."""
+        """Make kernels that are launched from now on record."""
         self._is_on = True
         end = self._records.data_ptr() + self._records.numel()
         self.kernels.set_timeline_room(end - self._left, self._left)
 
     def pause(self) -> None:
-        """Stop; launches that are under way still record."""
+        """Stop; kernels that were launched before still record."""
         if self._is_on:
             self._left, self._is_on = self.kernels.set_timeline_room(0, 0), False
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Record what is launched inside."""
+        """Record kernels that are launched inside the context."""
         self.resume()
         try:
             yield
@@ -287,7 +287,7 @@ class TimelineRecorder:
             self.pause()
 
     def read(self) -> Timeline:
-        """Return what was recorded; waits for the device."""
+        """Return the timeline that was recorded; waits for the device."""
         torch.cuda.synchronize(self._records.device)
         records = self._records.cpu().numpy().view(RECORD).reshape(self._size)
         if (records["start_ns"][..., -1] > 0).any():
@@ -301,7 +301,7 @@ class LayerRecorder(LayerTimer):
 
     Args:
         layer: a comet_ds.MoE.
-        is_wanted: whether the forward to record begins now.
+        is_wanted: asked at each forward until it returns True: that forward is recorded.
     """
 
     def __init__(self, layer: nn.Module, is_wanted: Callable[[], bool]) -> None:
@@ -315,7 +315,7 @@ class LayerRecorder(LayerTimer):
         return (is_next or self._num_marks == 1) and super()._is_timed(layer)
 
     def mark(self, tensor: Tensor) -> float:
-        """Begin or end to record: forward and backward call it in turns."""
+        """Begin or stop to record: called at the begin and the end of forward, then of backward."""
         kernels = load_kernels(tensor.device)
         if kernels is not None and kernels.has_timeline:
             if self._recorder is None:
@@ -325,7 +325,7 @@ class LayerRecorder(LayerTimer):
         return 0.0
 
     def read_timeline(self) -> Timeline | None:
-        """Return what was recorded and forget it, None if nothing was; waits for the device."""
+        """Return the timeline and forget it, None if nothing was recorded; waits for the device."""
         recorder, self._recorder = self._recorder, None
         if recorder is None:
             return None
@@ -348,10 +348,15 @@ def describe(timeline: Timeline) -> str:
 
 
 def write(timeline: Timeline, path: Path, title: str) -> list[Path]:
-    """Write a trace, ``path`` with .json behind it, and a picture where matplotlib is installed.
+    """Write a trace, and a picture where matplotlib is installed.
+
+    Args:
+        timeline: what to write.
+        path: of the files, without .json and .png.
+        title: of the picture.
 
     Returns:
-        what was written.
+        the paths of the files.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     written = [path.with_name(path.name + ".json")]

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 
 class LayerTimer:
-    """Times the forward and backward of a layer, while it is asked to.
+    """Times the forward and backward of a layer, while it is armed.
 
-    On a GPU by events, which wait for nothing. A layer whose input or, at first under reentrant
-    checkpointing, output needs no gradient has no backward time; a captured one has none at all.
+    On a GPU it records events and waits for nothing. Backward is timed only if the layer's input
+    and output need gradients; under reentrant checkpointing the output of the first forward does
+    not. Nothing is timed while a CUDA graph is captured.
 
     Attributes:
-        is_armed: whether forwards are timed that begin now.
+        is_armed: whether to time the forwards that begin from now on.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -27,7 +28,7 @@ class LayerTimer:
         layer.register_forward_hook(self._end, with_kwargs=True)
 
     def read(self) -> dict[str, float]:
-        """Return mean times in ms of what has ended, and forget them; waits for the device."""
+        """Return the mean ms of forward and backward, and forget them; waits for the device."""
         result = {}
         for name, spans in self._spans.items():
             times = [_milliseconds(*span) for span in spans if len(span) == 2]
@@ -37,7 +38,7 @@ class LayerTimer:
         return result
 
     def mark(self, tensor: Tensor) -> Any:
-        """Return the time on a tensor's device, which may be to come."""
+        """Return the time on the CPU in s, or an event on the GPU, which may be reached later."""
         if tensor.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -45,7 +46,7 @@ class LayerTimer:
         return event
 
     def _is_timed(self, layer: nn.Module) -> bool:
-        if not self.is_armed or not layer.training:  # as in most steps
+        if not self.is_armed or not layer.training:  # most steps end here
             return False
         is_run_again = torch._C._current_graph_task_id() != -1  # by activation checkpointing
         # A captured event has no time.

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Throughput and per-layer metrics, written through DeepSpeed's own monitor.
+"""Throughput and metrics of layers, written through DeepSpeed's own monitor.
 
 Labels are ``comet_ds/<name>`` for ``RUN_METRICS`` and ``comet_ds_layer_<i>/<name>`` for
-``LAYER_METRICS``, at the x-axis value DeepSpeed uses (``engine.global_samples``). <i> counts the
-MoE layers of rank 0's pipeline stage.
+``LAYER_METRICS``; the x-axis is DeepSpeed's (``engine.global_samples``). <i> counts the MoE layers
+of rank 0's pipeline stage.
 
-Throughput is the mean since the last write; tokens are counted at the first MoE layer, of either
-class, and are not written where there is none. Layer values are those of comet_ds layers in the
-last forward before the write, over rank 0's expert parallel group. Times are rank 0's, of layers of
-either class, means over the forwards of the step before the write.
+Throughput is the mean since the last write. Tokens are counted at the first MoE layer, DeepSpeed's
+or ours; without an MoE layer they are not written. Times are rank 0's, of both classes of layer,
+means over the forwards of the step before the write. The other values of a layer are written for
+comet_ds layers only: those of the last forward before the write, over rank 0's expert parallel
+group.
 
-A W&B run is also told which MoE layer it has (``comet_ds`` in its config), to group and compare by.
+A W&B run's config also says which MoE layer the run has (``comet_ds``), to group and compare by.
 """
 
 from __future__ import annotations
@@ -31,44 +32,33 @@ from torch import Tensor, nn
 from comet_ds.fused.peer.exchange import ExposureMeter
 from comet_ds.layer import MOELayer
 from comet_ds.observe.cta_timeline import LayerRecorder, Timeline, describe, write
+from comet_ds.observe.flops import device_peak_flops, flop_per_token
 from comet_ds.observe.layer_timer import LayerTimer
 from comet_ds.ranks.setup import agree_on_setup
 from comet_ds.tuning.cost_model import Traffic
 
 RUN_METRICS = {
-    "tokens_per_s": "tokens of all data parallel ranks per second",
+    "tokens_per_s": "tokens per second, all data parallel ranks",
     "tflops_per_gpu": "TFLOP/s of a GPU: 6 FLOP a token and active parameter, no attention scores",
-    "model_flop_utilisation": "tflops_per_gpu over the GPU's dense bf16 peak, where that is known",
+    "model_flop_utilisation": "tflops_per_gpu over the data sheet's dense bf16 peak of the GPU",
     "step_time_ms": "wall time of a step, ms",
 }
 LAYER_METRICS = {
-    "forward_ms": "time of the layer's forward, gate included, ms",
-    "backward_ms": "time of its backward, ms",
-    "exposed_forward_ms": "fused between ranks: of forward, communication not hidden, ms",
-    "exposed_backward_ms": "of backward, ms",
-    "hidden_share_forward": "1 - exposed over the link's time alone; below 0 if a rank is late",
-    "hidden_share_backward": "the same of backward",
+    "forward_ms": "time of the layer's forward with its gate, ms",
+    "backward_ms": "time of the layer's backward, ms",
+    "exposed_forward_ms": "fused, several ranks: communication not hidden in forward, ms",
+    "exposed_backward_ms": "fused, several ranks: communication not hidden in backward, ms",
+    "hidden_share_forward": "1 - exposed_forward_ms / the link's time; below 0 if a rank is late",
+    "hidden_share_backward": "1 - exposed_backward_ms / the link's time; below 0 if a rank is late",
     "path": "0 reference, 1 pipelined, 2 fused, 3 DeepSpeed's own",
     "l_aux": "auxiliary loss, mean over the ranks",
     "load_imbalance": "rows of the fullest expert over the mean",
-    "dropped_share": "routes dropped over routes wanted",
+    "dropped_share": "dropped routes over all routes",
     "rows_received": "rows that reached this rank's experts",
-    "pull_ctas": "fused between ranks: CTAs that begin with pulling tokens, forward; 0: sent",
-    "push_ctas": "fused between ranks: CTAs set apart to push outputs",
-    "pull_grad_ctas": "fused between ranks: as pull_ctas, backward",
-    "push_grad_ctas": "fused between ranks: CTAs that begin with pushing gradients",
-}
-
-# Dense bf16 peak by what a device's name has in it, the first that fits, FLOP/s. Source: NVIDIA's
-# data sheets.
-DEVICE_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,  # and GH200
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "A100": 312e12,
+    "pull_ctas": "fused, several ranks: CTAs that pull tokens in forward; 0: they are pushed",
+    "push_ctas": "fused, several ranks: CTAs that push outputs in forward",
+    "pull_grad_ctas": "fused, several ranks: CTAs that pull gradients in backward",
+    "push_grad_ctas": "fused, several ranks: CTAs that push gradients in backward",
 }
 
 TIMELINE_FOLDER = Path("comet_ds_timeline")
@@ -81,15 +71,15 @@ def attach_metrics(
 ) -> MetricsWriter:
     """Write metrics of an engine's MoE layers to its monitor from now on.
 
-    Call it on all ranks. ``comet_ds.initialize`` does where a monitor is enabled.
+    ``comet_ds.initialize`` calls it where a monitor is enabled. Collective over all ranks.
 
     Args:
         engine: a DeepSpeed engine whose configuration enables a monitor.
         interval: optimizer steps between two writes; None takes ``steps_per_print``, or 10 where
             that is not set either.
-        timeline_step: optimizer step of which rank 0 records its first MoE layer's timeline, into
+        timeline_step: optimizer step in which rank 0 records its first MoE layer's timeline, into
             ``TIMELINE_FOLDER`` and the W&B run; needs ``kernels.use_timeline_kernels`` before the
-            first forward.
+            first forward. None records nothing.
 
     Raises:
         ValueError: no monitor is enabled, the engine has metrics already, or the ranks disagree
@@ -108,8 +98,7 @@ class TokenCounter:
     """Counts the tokens that enter a layer in training, on this rank.
 
     Attributes:
-        num_tokens: tokens so far. A forward that activation checkpointing runs again, in backward,
-            is not counted again.
+        num_tokens: tokens so far, without those of forwards that activation checkpointing repeats.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -122,46 +111,16 @@ class TokenCounter:
             self.num_tokens += hidden_states.shape[:-1].numel()
 
 
-def flop_per_token(module: nn.Module) -> float:
-    """Return the FLOP of forward and backward a token takes in a rank's part of a model.
-
-    2 a parameter forward, 2 for its gradient, 2 for the input's; of experts as many as a token is
-    routed to. Embeddings that no linear layer shares, biases and norms count nothing, nor do
-    attention scores and what activation checkpointing runs again.
-    """
-    share: dict[int, float] = {}
-    # The ranks of a tensor parallel group share a token's routes where they have whole experts.
-    is_whole = groups._get_expert_model_parallel_world_size() == 1
-    num_sharing = bwc_tensor_model_parallel_world_size(groups.mpu) if is_whole else 1
-    linears = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)}
-    for child in module.modules():
-        if isinstance(child, nn.Embedding) and id(child.weight) not in linears:
-            share[id(child.weight)] = 0.0
-        if isinstance(child, DeepSpeedMoE):
-            per_expert = child.deepspeed_moe.gate.k / child.num_local_experts / num_sharing
-            share |= {id(p): per_expert for p in child.deepspeed_moe.experts.parameters()}
-    matrices = [p for p in module.parameters() if p.dim() >= 2]
-    return sum((4 + 2 * p.requires_grad) * p.numel() * share.get(id(p), 1.0) for p in matrices)
-
-
-def device_flops(device: torch.device) -> float | None:
-    """Return a device's dense bf16 peak in FLOP/s, None where it is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for key, flops in DEVICE_FLOPS.items() if key in name), None)
-
-
 def layer_label(index: int) -> str:
-    """Return what a layer's labels begin with: W&B gives each such prefix a section, by name."""
+    """Return the prefix of a layer's labels, of which W&B makes a section."""
     return f"comet_ds_layer_{index:02d}"
 
 
 class MetricsWriter:
     """Writes every metric every ``interval`` optimizer steps.
 
-    Steps in between cost some integer arithmetic on the host and never wait for the device; a step
-    that writes does, and issues a small all-reduce a layer and one more.
+    A step that writes waits for the device, and issues one small all-reduce for each layer and one
+    more. Steps in between cost some integer arithmetic on the host and never wait.
     """
 
     def __init__(self, engine: Any, interval: int, timeline_step: int | None = None) -> None:
@@ -171,7 +130,7 @@ class MetricsWriter:
         self._counter = TokenCounter(modules[0]) if modules else None
         self._timers = [LayerTimer(m) for m in modules]
         self._flop_per_token = flop_per_token(engine.module)
-        self._device_flops = device_flops(torch.device(engine.device))
+        self._peak_flops = device_peak_flops(torch.device(engine.device))
         self._recorder = None
         if modules and dist.get_rank() == 0:
             self._describe_run(modules[0])
@@ -196,7 +155,7 @@ class MetricsWriter:
         return result
 
     def _arm(self) -> None:
-        """Have the layers timed in the step before a write."""
+        """Time the layers in the step before a write, and in no other."""
         is_armed = self._num_steps == self.interval - 1
         for layer, timer in zip(self.layers, self._timers, strict=True):
             timer.is_armed = is_armed
@@ -218,7 +177,7 @@ class MetricsWriter:
         counted = self._counter.num_tokens if self._counter else 0
         num_tokens = torch.tensor([counted], device=self.engine.device)
         dist.all_reduce(num_tokens, group=groups._get_data_parallel_group())
-        total = int(num_tokens)  # waits for the device, so the time is read behind it
+        total = int(num_tokens)  # waits for the device, so the time is read after it
         now = time.perf_counter()
         seconds = now - self._since
         values = {"step_time_ms": 1e3 * seconds / max(self._num_steps, 1)}
@@ -226,8 +185,8 @@ class MetricsWriter:
             num_replicas = dist.get_world_size(group=groups._get_data_parallel_group())
             flops = self._flop_per_token * total / num_replicas / seconds
             values |= {"tokens_per_s": total / seconds, "tflops_per_gpu": flops / 1e12}
-            if self._device_flops:
-                values["model_flop_utilisation"] = flops / self._device_flops
+            if self._peak_flops:
+                values["model_flop_utilisation"] = flops / self._peak_flops
         metrics |= {f"comet_ds/{name}": value for name, value in values.items()}
         self._since, self._num_steps = now, 0
         if self._counter:
@@ -235,9 +194,9 @@ class MetricsWriter:
         self._log(metrics)
 
     def _log(self, metrics: dict[str, float]) -> None:
-        """Hand the metrics to every monitor.
+        """Hand the metrics to every monitor, to W&B in one record.
 
-        W&B gets all in one record; ``write_events`` would send it each by itself.
+        DeepSpeed's ``write_events`` would send W&B a record for each metric.
         """
         monitor, step = self.engine.monitor, self.engine.global_samples
         events = [(name, value, step) for name, value in metrics.items()]
@@ -250,7 +209,7 @@ class MetricsWriter:
                 other.write_events(events)
 
     def _wandb(self) -> ModuleType | None:
-        """Return wandb where a run is under way."""
+        """Return the module wandb where this process has a W&B run, else None."""
         monitor = self.engine.monitor.wandb_monitor
         if monitor is None or not monitor.enabled:
             return None
@@ -259,7 +218,7 @@ class MetricsWriter:
         return wandb
 
     def _write_timeline(self, timeline: Timeline | None) -> None:
-        """Write what the first layer's CTAs did in a step."""
+        """Write the first layer's timeline to files, and to the W&B run if there is one."""
         step = self.timeline_step
         if timeline is None or not timeline.spans:
             path = getattr(self.layers[0], "path", "DeepSpeed's own")
@@ -289,7 +248,7 @@ class MetricsWriter:
         wandb.log(logged, step=self.engine.global_samples)
 
     def _describe_run(self, moe: DeepSpeedMoE) -> None:
-        """Tell a W&B run what it runs."""
+        """Write the kind and sizes of the MoE layers into the W&B run's config."""
         if (wandb := self._wandb()) is None:
             return
         facts = {
@@ -334,7 +293,7 @@ def _layer_metrics(layer: MOELayer) -> dict[str, float]:
 
 
 def _exposure(layer: MOELayer) -> dict[str, float]:
-    """Return what communication took from computation, where that was measured; waits."""
+    """Return the communication that was not hidden, where it was measured; waits for the device."""
     fused = layer.fused
     if fused.meter is None or fused.shape is None:
         return {}
@@ -348,7 +307,7 @@ def _exposure(layer: MOELayer) -> dict[str, float]:
 
 
 def _cta_split(layer: MOELayer) -> dict[str, float]:
-    """Return the CTAs that communicate, where the last forward had any."""
+    """Return the last forward's communication CTAs of each GEMM, where there were any."""
     cta_split = layer.fused.cta_split
     if layer.path != "fused" or cta_split is None:
         return {}

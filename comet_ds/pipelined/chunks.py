@@ -13,7 +13,8 @@ from comet_ds.config import CometConfig
 from comet_ds.gate.topk_gate import TopKGate
 from comet_ds.pipelined.plan import ChunkSchedule
 from comet_ds.ranks.setup import agree_on_largest
-from comet_ds.tuning.cost_model import PIPELINED_FLOPS, ChunkedLayer
+from comet_ds.tuning.cost_model import ChunkedLayer
+from comet_ds.tuning.hardware import H200
 from comet_ds.validation import InputRules
 
 
@@ -73,7 +74,7 @@ class ChunkChoice:
         rows = agree_on_largest(num_tokens, group, device) * getattr(self.gate, "k", 1)
         params = [p for p in self.experts.parameters() if p.is_floating_point()]
         numel = sum(p.numel() for p in params) / self.num_local_experts
-        seconds = 2 * rows * numel / PIPELINED_FLOPS
+        seconds = 2 * rows * numel / H200.grouped_mm_flops
         token_bytes = rules.hidden * (params[0].element_size() if params else 2)
         domain = torch.cuda.device_count()  # of this host, others may have more
         layer = ChunkedLayer(rows, token_bytes, (seconds, 2 * seconds), self.ep_size, domain)

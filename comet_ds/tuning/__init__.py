@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CTA splits and chunks: a cost model, a table of measured ones, measuring while a model trains."""
+"""CTA splits and chunks: hardware rates, a cost model, measured splits, measuring in training."""

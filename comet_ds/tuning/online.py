@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure CTA splits while a model trains.
 
-In its first forwards that have a backward a layer runs with one candidate after the other
-(``tuning.candidates``). Each CTA split has a GEMM of its own, whose kernel is timed by events,
-so all four are tried at once and nothing waits. Then the ranks of the group compare, the slowest
-counts, and the fastest candidates run in turns with the cost model's points, once more compared.
-What is not clearly faster then is not taken. All ranks go on with the same points. Layers of one
-shape share their trials. Whether tokens are sent stays as it is: what that takes, no GEMM's time
-tells.
+In its first forwards that have a backward, a layer runs with one candidate after the other
+(``tuning.table.candidates``). Each field of a CTA split concerns one GEMM, which is timed by
+events: all four fields are tried at once, and nothing waits. Then the ranks of the group compare
+times; the slowest rank counts. The fastest candidates run in turns with the cost model's split and
+are compared again, and only a candidate that is clearly faster is taken. All ranks continue with
+the same split. Layers of one shape share their trials.
+
+Whether tokens are pushed or pulled stays as the cost model has it: no GEMM's time shows the
+difference.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from comet_ds.fused.weights import Pass
 from comet_ds.tuning.cost_model import CtaSplit, GemmSplit, LayerShape, choose_split
 from comet_ds.tuning.table import Origin, TuningKey, candidates, write
 
-# The GEMM beside which what a field of ``CtaSplit`` divides goes on.
+# The GEMM that each field of ``CtaSplit`` concerns.
 GEMMS = {
     Pass.UP: "pull",
     Pass.DOWN: "push",
@@ -36,34 +38,35 @@ GEMMS = {
     Pass.WEIGHT_GRAD: "push_grad",
 }
 WARM_UP = 4  # forwards that do not count
-SAMPLES = 4  # of every candidate
-FINAL_SAMPLES = 12  # of the fastest, and of the cost model's points beside them
-MIN_SAMPLES = 3
-GAIN = 0.02  # a candidate must be this much faster to replace the cost model's
+SAMPLES = 4  # of each candidate
+FINAL_SAMPLES = 12  # of the fastest candidate and of the cost model's choice
+MIN_SAMPLES = 3  # with fewer, a candidate counts as not measured
+GAIN = 0.02  # a candidate must be faster than the cost model's choice by this share
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The time of a launch that is under way, for so many tokens of all ranks."""
+    """Events around a launch that may still run; ``num_tokens`` are those of all ranks."""
 
     start: torch.cuda.Event
     end: torch.cuda.Event
     num_tokens: int
 
     def ms_per_token(self) -> float:
-        """Return it; waits."""
+        """Return the time of the launch; waits until it has ended."""
         self.end.synchronize()
         return self.start.elapsed_time(self.end) / max(self.num_tokens, 1)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """The CTA splits of one forward and its backward.
+    """The CTA split of one forward and its backward.
 
     Attributes:
-        cta_split: the points.
-        samples: by field of ``CtaSplit``, where to note its GEMM's time; empty to note nothing.
-        num_tokens: of all ranks.
+        cta_split: the split.
+        samples: by field of ``CtaSplit``, the list that its GEMM's time is added to; empty where
+            nothing is timed.
+        num_tokens: tokens of all ranks.
     """
 
     cta_split: CtaSplit
@@ -71,12 +74,12 @@ class Trial:
     num_tokens: int = 0
 
     def events(self, gemm: Pass) -> tuple[int, int]:
-        """Return the events to record before and behind a launch, 0 where it is no sample."""
+        """Return the events to record before and after a launch, 0 where it is not timed."""
         found = self.samples.get(GEMMS[gemm])
         if found is None:
             return 0, 0
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for event in (start, end):  # an event exists from its first record on
+        for event in (start, end):  # torch creates an event when it is first recorded
             event.record()
         found.append(Sample(start, end, self.num_tokens))
         return start.cuda_event, end.cuda_event
@@ -86,12 +89,12 @@ Medians = dict[str, list[float]]
 
 
 class Trials:
-    """Choices for every field of a cta_split, run in turns, all fields at once.
+    """Choices for every field of a CTA split, run in turns, all fields at once.
 
     Args:
-        choices: by field, the first being what the others must beat.
-        num_samples: of each.
-        num_idle: forwards with the first choices that do not count.
+        choices: by field; the first is the one to beat.
+        num_samples: samples of each choice.
+        num_idle: forwards at first, with the first choices, that are not timed.
     """
 
     def __init__(
@@ -106,7 +109,11 @@ class Trials:
         self._turns = iter([None] * num_idle + turns)
 
     def next(self, num_tokens: int) -> Trial | None:
-        """Return the next forward's, for so many tokens of all ranks; None behind the last."""
+        """Return the next forward's trial, None after the last.
+
+        Args:
+            num_tokens: tokens of all ranks.
+        """
         for turn in self._turns:
             at = {name: (turn or 0) % len(found) for name, found in self.choices.items()}
             cta_split = CtaSplit(**{name: self.choices[name][i] for name, i in at.items()})
@@ -117,7 +124,7 @@ class Trials:
         return None
 
     def medians(self) -> Medians:
-        """Return every choice's time, infinite where there are too few samples; waits."""
+        """Return each choice's median ms per token, infinite with too few samples; waits."""
 
         def median(samples: list[Sample]) -> float:
             if len(samples) < MIN_SAMPLES:
@@ -127,9 +134,13 @@ class Trials:
         return {name: [median(s) for s in found] for name, found in self._samples.items()}
 
     def best(self, medians: Sequence[Medians], gain: float) -> dict[str, GemmSplit]:
-        """Return by field the choice that is fastest on the slowest rank, by all ranks' medians.
+        """Return the fastest choice of each field.
 
-        The first where it was not measured itself, or no other is faster by the gain.
+        The first choice is kept where it was not measured, or no other is faster by ``gain``.
+
+        Args:
+            medians: those of every rank; the slowest counts.
+            gain: share of the first choice's time.
         """
         result = {}
         for name, choices in self.choices.items():
@@ -141,11 +152,16 @@ class Trials:
 
 
 class ShapeTuner:
-    """All trials of one shape: of every candidate, then of the fastest beside the default.
+    """All trials of one shape: of every candidate, then of the fastest and the default.
 
     Args:
-        shape: of the layer.
-        gather: gives the values of all ranks, which call it at the same time.
+        shape: the layer's.
+        gather: returns the medians of all ranks; collective.
+
+    Attributes:
+        shape: with the same number of tokens on all ranks.
+        default: the cost model's split.
+        best: the split that was found, None until then.
     """
 
     def __init__(self, shape: LayerShape, gather: Callable[[Medians], list[Medians]]) -> None:
@@ -161,7 +177,7 @@ class ShapeTuner:
         self.best: CtaSplit | None = None
 
     def next(self, num_tokens: int) -> Trial:
-        """Return the next forward's trial. Collective, and waits, where trials end."""
+        """Return the next forward's trial; collective, and waits, after the last of a series."""
         while self.best is None:
             if (trial := self._trials.next(num_tokens)) is not None:
                 return trial
@@ -176,11 +192,11 @@ class ShapeTuner:
 
 
 class RunTuner:
-    """The trials of all layers of a group, and what came of them.
+    """Runs the trials of all layers of a group, and keeps the splits they find.
 
     Args:
-        group: process group, all of whose ranks make the same calls.
-        origin: of what it measures.
+        group: process group; all its ranks make the same calls.
+        origin: hardware and kernels of this run.
         path: of the table that rank 0 adds the results to.
     """
 
@@ -190,7 +206,7 @@ class RunTuner:
         self._tuners: dict[tuple[TuningKey, int], ShapeTuner] = {}
 
     def trial(self, shape: LayerShape, has_backward: bool) -> Trial:
-        """Return a forward's trial; nothing is tried in forwards without a backward."""
+        """Return a forward's trial; without a backward, the default or the split that was found."""
         scale = round(math.log2(max(shape.mean_tokens, 1)))
         key = TuningKey.of(shape, self.origin), scale
         if key not in self._tuners:
@@ -214,9 +230,8 @@ class RunTuner:
     def _keep(self, shape: LayerShape, cta_split: CtaSplit) -> None:
         if dist.get_rank(group=self._group()) > 0:
             return
-        points = {name: choice[:2] for name, choice in cta_split._asdict().items()}
-        logger.warning(f"comet_ds: CTA splits measured in this run: {points}")
+        logger.warning(f"comet_ds: CTA split measured in this run: {cta_split.describe()}")
         try:
             write(self.path, shape, self.origin, cta_split)
         except OSError as error:
-            logger.warning(f"comet_ds: they are not kept: {error}")
+            logger.warning(f"comet_ds: {self.path} cannot keep it: {error}")

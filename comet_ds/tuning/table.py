@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CtaSplit points that were measured: a table on disk, and the choices worth measuring.
+"""Measured CTA splits: a table on disk, and the candidates that are worth measuring.
 
 The table is a JSON file, by default ``~/.cache/comet_ds/tuning.json``. ``python -m comet_ds tune``
-fills it, as does a run with ``"refine": true``; a run reads it once, on rank 0 of each expert
-parallel group, and then looks points up in memory. An entry belongs to a device and its link, a
-layer on so many ranks, and the kernels' sources; entries of other sources stay in the file and are
-not used.
+fills it, and so does a run with ``"refine": true``. A run reads it once, on rank 0 of each expert
+parallel group, and then looks splits up in memory. An entry is valid for one device and its link,
+one layer on one number of ranks, and one version of the kernels' sources. Entries of other versions
+stay in the file and are not used.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from typing import Any, NamedTuple
 
 from deepspeed.utils import logger
 
-from comet_ds.tuning.cost_model import CtaSplit, GemmSplit, LayerShape, token_points
+from comet_ds.tuning.cost_model import CtaSplit, GemmSplit, LayerShape, forward_splits
 
 VERSION = 2
-# Tokens a rank may have this many times more or fewer than where an entry was measured.
+# An entry serves layers with up to this many times more or fewer tokens per rank.
 MAX_DISTANCE = 2.0
-# Candidates have this many times the CTAs of the cost model.
+# Candidates' numbers of communication CTAs, relative to the split they vary.
 FACTORS = (0.5, 0.75, 1.0, 1.5, 2.0)
 
 
 def default_path() -> Path:
-    """Return where the table is, unless the configuration says otherwise."""
+    """Return the path of the user's table, which is used unless the configuration names another."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache) / "comet_ds" / "tuning.json"
 
 
 class Origin(NamedTuple):
-    """Where points were measured.
+    """Hardware and kernels with which splits are measured.
 
     Attributes:
         device: the GPU's name.
-        link: between the GPUs, as ``peer_memory.describe_link`` has it.
-        fingerprint: of the kernels' sources.
+        link: the link between the GPUs, as ``fused.peer.memory.describe_link`` returns it.
+        fingerprint: hash of the kernels' sources.
     """
 
     device: str
@@ -53,7 +53,7 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True)
 class TuningKey:
-    """What an entry is for.
+    """The origin of an entry and the layer that it serves.
 
     Attributes:
         device, link, fingerprint: as in ``Origin``.
@@ -81,10 +81,10 @@ class TuningKey:
 
 
 class TuningTable:
-    """CtaSplit points by key and tokens a rank.
+    """Measured CTA splits by key and tokens per rank.
 
     Args:
-        entries: as ``read`` returns them; those that make no sense are left out.
+        entries: as ``read`` returns them; damaged ones are left out.
     """
 
     def __init__(self, entries: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -97,7 +97,10 @@ class TuningTable:
                 continue
 
     def find(self, shape: LayerShape, origin: Origin) -> CtaSplit | None:
-        """Return what was measured for a layer, with as many tokens or about as many, or None."""
+        """Return the split measured for a layer with the nearest number of tokens.
+
+        None where there is no entry within ``MAX_DISTANCE``.
+        """
         measured = self._found.get(TuningKey.of(shape, origin))
         if not measured:
             return None
@@ -109,7 +112,11 @@ class TuningTable:
 
 
 def is_legal(cta_split: CtaSplit, shape: LayerShape) -> bool:
-    """Whether the kernels can run it: some CTAs, an even number, never most; none to send."""
+    """Whether the kernels can run a split.
+
+    Each GEMM needs an even number of communication CTAs, at least 2 and at most half of the SMs;
+    ``pull`` has none where copy engines push the tokens.
+    """
     local = shape.num_experts // len(shape.num_tokens)
     with_ctas = cta_split[1:] if cta_split.is_pushed else cta_split
     return (
@@ -124,18 +131,18 @@ def is_legal(cta_split: CtaSplit, shape: LayerShape) -> bool:
 
 
 def candidates(cta_split: CtaSplit, shape: LayerShape) -> dict[str, list[CtaSplit]]:
-    """Return the cta_splits worth measuring, by the field in which they differ from one."""
+    """Return the splits worth measuring, by the field in which each differs from ``cta_split``."""
 
     def counts(num_ctas: int) -> list[int]:
         found = {2 * round(num_ctas * factor / 2) for factor in FACTORS}
         return sorted((found | {num_ctas + 2, num_ctas + 4, num_ctas + 8}) - {num_ctas})
 
     result: dict[str, list[CtaSplit]] = {}
-    pulled, sent = token_points(shape)
+    pulled, pushed = forward_splits(shape)
     for field, choice in cta_split._asdict().items():
         others = []
         if field == "pull":
-            others.append(pulled if cta_split.is_pushed else sent)
+            others.append(pulled if cta_split.is_pushed else pushed)
             choice = pulled if cta_split.is_pushed else choice
         others += [choice._replace(num_comm_ctas=count) for count in counts(choice.num_comm_ctas)]
         if field != "push_grad":
@@ -169,16 +176,16 @@ def read(path: Path) -> list[dict[str, Any]]:
 def write(
     path: Path, shape: LayerShape, origin: Origin, cta_split: CtaSplit, ms: float | None = None
 ) -> None:
-    """Add what was measured, in place of what there was for the same key and tokens.
+    """Add a measured split to a table; it replaces an entry for the same key and tokens.
 
-    Other processes may do so at the same time. A file that cannot be read is kept beside the new
-    one, with ".bad" behind its name.
+    Other processes may write at the same time. A file that cannot be read is kept, with ".bad"
+    after its name.
 
     Args:
         path: of the table.
-        shape, origin: what it is for.
-        cta_split: the points.
-        ms: forward and backward with them, where that was timed.
+        shape, origin: the layer, and where it was measured.
+        cta_split: the split.
+        ms: time of forward and backward with it, None where that was not timed.
     """
     key = TuningKey.of(shape, origin)
     num_tokens = shape.mean_tokens
@@ -197,7 +204,7 @@ def write(
         ]
         new = path.with_name(f"{path.name}.{os.getpid()}")
         new.write_text(json.dumps({"version": VERSION, "entries": [*kept, entry]}, indent=1))
-        os.replace(new, path)  # whoever reads meanwhile has the old file or the new one
+        os.replace(new, path)  # a reader sees the old file or the new one, never a part
 
 
 def _parse(entry: Mapping[str, Any]) -> tuple[TuningKey, int, CtaSplit]:
@@ -205,7 +212,7 @@ def _parse(entry: Mapping[str, Any]) -> tuple[TuningKey, int, CtaSplit]:
     points = [GemmSplit(*entry["cta_split"][field], 0.0) for field in CtaSplit._fields]
     numbers = [num_tokens, *(value for point in points for value in point[:2])]
     if not all(type(number) is int for number in numbers) or num_tokens < 1:
-        raise ValueError("not numbers")
+        raise ValueError("numbers of an entry must be integers, and its tokens at least 1")
     return key, num_tokens, CtaSplit(*points)
 
 

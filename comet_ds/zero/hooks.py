@@ -37,7 +37,7 @@ from comet_ds.checkpoints.flat_states import FlatStates
 from comet_ds.checkpoints.layout import Cluster, ParameterTable, find_clusters, is_trained
 from comet_ds.checkpoints.states import ParameterStates, regroup_scheduler
 from comet_ds.checkpoints.whole_state import gather_experts
-from comet_ds.config import CONFIG_KEY, CometConfig
+from comet_ds.config import CONFIG_KEY, ENGINE_OPTIONS, CometConfig, check_group_options
 from comet_ds.experts.stacked import StackedExperts
 from comet_ds.layer import MoE
 from comet_ds.zero.optimizer_choice import choose_layout, stacked_experts
@@ -75,25 +75,30 @@ def _with_options(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _apply_options(engine: DeepSpeedEngine, model: torch.nn.Module) -> None:
-    """Apply the "comet_ds" block, which ``comet_ds.initialize`` has done already if it was called.
+    """Apply the "comet_ds" block, unless ``comet_ds.initialize`` has done so.
 
     Raises:
-        ValueError: unknown key or bad value.
+        ValueError: unknown key or bad value; layers of a group with different options of a group.
     """
     block = engine._config._param_dict.get(CONFIG_KEY)
     layers = [module for module in model.modules() if isinstance(module, MoE)]
-    if block is None or not layers:
-        return
-    options = CometConfig.parse(block)
-    changed = [layer for layer in layers if layer.config != options]
-    for layer in changed:
-        layer.configure(options)
-    others = [key for key in ("metrics", "metrics_interval", "timeline_step") if key in block]
-    if changed and others:
-        logger.warning(
-            f'"{CONFIG_KEY}": {", ".join(others)} of the configuration need comet_ds.initialize '
-            "in place of deepspeed.initialize, or comet_ds.attach_metrics; the rest is applied"
-        )
+    if block is not None and layers:
+        options = CometConfig.parse(block)
+        unconfigured = [layer for layer in layers if layer.json_block != options]
+        for layer in unconfigured:
+            layer.configure(options)
+        ignored = [key for key in ENGINE_OPTIONS if key in block]
+        if unconfigured and ignored:
+            logger.warning(
+                f'"{CONFIG_KEY}": {", ".join(ignored)} of the configuration need '
+                "comet_ds.initialize in place of deepspeed.initialize, or comet_ds.attach_metrics; "
+                "the rest is applied"
+            )
+    by_group: dict[str, list[CometConfig]] = {}
+    for layer in layers:
+        if layer.ep_size > 1 and layer.config is not None:
+            by_group.setdefault(layer.expert_group_name, []).append(layer.config)
+    check_group_options(by_group)
 
 
 def _wrap(original: Callable[..., Any], hook: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,8 +19,9 @@ from comet_ds.bench import models as bench_models
 from comet_ds.bench import train as bench_train
 from comet_ds.bench.models import Run, Variant, Workload, load_example
 from comet_ds.bench.profile import Activity, break_down, classify, covered_us, read_trace
-from comet_ds.bench.train import Plan, check_training, parse_args, ratios, summarise
-from comet_ds.observe.metrics import flop_per_token
+from comet_ds.bench.train import Plan, check_training, ratios, summarise
+from comet_ds.cli.bench_train import parse_args
+from comet_ds.observe.flops import flop_per_token
 
 SMALL = Workload(
     shape="small",
@@ -177,10 +178,10 @@ def test_options_follow_a_layers_name() -> None:
         (["--shapes", "qwen4"], "unknown shapes ['qwen4']"),
         (["--zero", "1,3"], "the ZeRO stage must be 0, 1 or 2, got 3"),
         (["--heads", "7"], "hidden must be a multiple of heads, got 2048, 7"),
-        (["--layers", "0"], "must be at least 1: layers"),
-        (["--rounds", "0"], "must be at least 1: rounds"),
-        (["--ranks", "3"], "128 experts cannot be spread over 3 ranks"),
-        (["--config", "nowhere.json"], "no file 'nowhere.json'"),
+        (["--layers", "0"], "--layers: must be a whole number of at least 1, got '0'"),
+        (["--rounds", "0"], "--rounds: must be a whole number of at least 1, got '0'"),
+        (["--ranks", "3"], "a multiple of --ranks, got 128 experts (qwen3-30b) and 3 ranks"),
+        (["--config", "nowhere.json"], "must be a file that exists, got 'nowhere.json'"),
     ],
 )
 def test_bad_arguments_are_refused(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,8 @@ from comet_ds.config import CometConfig
 from comet_ds.pipelined import chunks
 from comet_ds.pipelined.chunks import ChunkChoice
 from comet_ds.ranks.setup import agree_on_largest
-from comet_ds.tuning.cost_model import PIPELINED_FLOPS, ChunkedLayer
+from comet_ds.tuning.cost_model import ChunkedLayer
+from comet_ds.tuning.hardware import H100, H200
 
 # Device ms of forward and forward + backward, H200s of one host, 8192 tokens a rank.
 MEASURED = {
@@ -83,7 +85,7 @@ def test_clusters() -> None:
     assert times == sorted(times)
     near, far = (predict(shape, 8192, Cluster(64, domain)) for domain in (72, 8))
     assert near.path == "fused" and far.path == "pipelined" and near.both_ms < far.both_ms
-    slow = predict(shape, 8192, Cluster(64, 8, nic_bytes=12.5e9))
+    slow = predict(shape, 8192, Cluster(64, 8, nic_bytes_per_s=12.5e9))
     assert slow.exposed_both_ms > far.exposed_both_ms
     assert slow.limit_both_ms > far.limit_both_ms
     wide = predict(Shape(4096, 14336, 1024, 8), 8192, Cluster(64, 8))
@@ -112,7 +114,19 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "1 experts are fewer than top_k" in one and "fused" in three
     with pytest.raises(SystemExit):
         main(["--ep-sizes", "0"])
-    assert "must be positive" in capsys.readouterr().err
+    assert "--ep-sizes: must be a whole number of at least 1, got '0'" in capsys.readouterr().err
+
+
+def test_slower_memory_takes_longer(tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    arguments = ["--shapes", "qwen3-30b", "--ep-sizes", "2,16", "--json", str(output)]
+    times = {}
+    for gpu, hardware in (("h200", H200), ("h100", H100)):
+        main([*arguments, "--gpu", gpu])
+        records = json.loads(output.read_text())
+        assert all(r["hardware"] == asdict(hardware) for r in records)
+        times[gpu] = [r["both_ms"] for r in records]
+    assert all(h100 > h200 for h100, h200 in zip(times["h100"], times["h200"], strict=True))
 
 
 def test_chunks() -> None:
@@ -149,7 +163,7 @@ def test_chunks_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert num_chunks("cuda", num_chunks=3) == 3 and num_chunks("cuda", ep_size=1) == 1
     assert num_chunks("cpu") == 1 and not asked
     flop = 2 * 8 * 65536 * sum(p.numel() for p in experts[0].parameters())
-    seconds = flop / PIPELINED_FLOPS
+    seconds = flop / H200.grouped_mm_flops
     best = ChunkedLayer(8 * 65536, 4096, (seconds, 2 * seconds), 8, 8).best()
     assert num_chunks("cuda") == best > 1 and asked == [100, best]
 

@@ -9,7 +9,8 @@ from helpers.parity import HIDDEN as MOE_HIDDEN
 from helpers.parity import build
 
 import comet_ds
-from comet_ds.observe.metrics import TokenCounter, flop_per_token
+from comet_ds.observe.flops import flop_per_token
+from comet_ds.observe.metrics import TokenCounter
 
 
 def test_flop_per_token() -> None:

@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import comet_ds
 from comet_ds.observe.cta_timeline import LayerRecorder, Timeline
-from comet_ds.observe.metrics import RUN_METRICS, flop_per_token
+from comet_ds.observe.flops import flop_per_token
+from comet_ds.observe.metrics import RUN_METRICS
 
 INTERVAL, STEPS, TIMELINE_STEP = 2, 6, 3
 

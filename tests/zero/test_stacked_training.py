@@ -35,7 +35,7 @@ from torch import nn
 import comet_ds
 from comet_ds.experts import stackable
 from comet_ds.experts.stacked import unstacked_parameters
-from comet_ds.observe.metrics import flop_per_token
+from comet_ds.observe.flops import flop_per_token
 
 STEPS = 4
 INITIALIZE = {"deepspeed": deepspeed.initialize, "comet_ds": comet_ds.initialize}

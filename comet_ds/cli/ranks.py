@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks of this host for a command: each process becomes one, or starts them."""
+"""Start a command's ranks on this host."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from deepspeed.accelerator import get_accelerator
 
 
 def launch_ranks(arguments: Sequence[str], num_ranks: int) -> None:
-    """Make this process a rank of so many, a GPU each; it starts them where it is not one yet.
+    """Make this process a rank, with a GPU of its own where there are GPUs.
+
+    A process that torch's launcher has started joins the others. Any other process becomes the
+    launcher of ``num_ranks`` processes and does not return, or the only rank where that is 1.
 
     Args:
-        arguments: of ``python -m comet_ds``, which runs on every rank.
-        num_ranks: of this host.
+        arguments: those of ``python -m comet_ds``, which every rank runs.
+        num_ranks: number of ranks.
     """
     if "RANK" not in os.environ and num_ranks > 1:
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(num_ranks)]
