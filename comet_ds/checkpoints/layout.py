@@ -32,7 +32,7 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from torch import Tensor, nn
 
 from comet_ds.experts.stacked import StackedExperts
-from comet_ds.experts.views import RowDict
+from comet_ds.experts.views import ViewDict
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +86,8 @@ class ParameterTable:
         # Of a row (key and expert) or the id of a parameter: expert and position in its list.
         self._places: dict[int, dict[Any, tuple[int, int]]] = {}
         for path, child in module.named_modules():
-            if isinstance(own := child._parameters, RowDict):
-                for name, key in own.keys_of_rows.items():
+            if isinstance(own := child._parameters, ViewDict):
+                for name, key in own.stack_keys.items():
                     row = id(own.experts), key, own.index
                     self._row_names.setdefault(row, f"{path}.{name}" if path else name)
             if isinstance(child, StackedExperts) and child.is_stacked:
@@ -98,8 +98,8 @@ class ParameterTable:
         for index, expert in enumerate(experts.deepspeed_experts):
             for module in expert.modules():
                 own = module._parameters
-                if isinstance(own, RowDict):
-                    own = own.with_rows(lambda key, index=index: (key, index))
+                if isinstance(own, ViewDict):
+                    own = own.with_views(lambda key, index=index: (key, index))
                 for member in own.values():
                     if member is not None:
                         place = member if isinstance(member, tuple) else id(member)

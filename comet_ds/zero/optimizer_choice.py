@@ -17,7 +17,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import logger
 from torch import nn
 
-from comet_ds.experts.stacked import StackedExperts, unstacked_parameters
+from comet_ds.experts.stacked import StackedExperts
+from comet_ds.experts.unstacked import unstacked_parameters
 
 # By module and name, so that none need be imported. A subclass may compute something else.
 ELEMENTWISE = {

@@ -34,7 +34,7 @@ from training import FFN, HIDDEN, NUM_EXPERTS, Model, config, train
 
 import comet_ds
 from comet_ds.experts import stackable
-from comet_ds.experts.stacked import unstacked_parameters
+from comet_ds.experts.unstacked import unstacked_parameters
 from comet_ds.observe.metrics import flop_per_token
 
 STEPS = 4
