@@ -32,7 +32,7 @@ def unstacked_parameters(params: Sequence[Any]) -> list[Any]:
     in ``experts.parameters()``.
 
     Args:
-        params: parameters of an optimizer, possibly of a stack that was unstacked meanwhile.
+        params: parameters of an optimizer, possibly with former stacks.
     """
     result: list[Any] = []
     nothing = Unstacked(None, [])

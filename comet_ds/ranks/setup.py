@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks that ranks are set up alike, through the key-value store, and a maximum over ranks."""
+"""Checks that ranks have the same set-up, through the key-value store, and a maximum over ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from deepspeed.constants import default_pg_timeout
 def agree_on_setup(
     facts: Mapping[str, Any], ranks: range, *, timeout: timedelta = default_pg_timeout
 ) -> None:
-    """Check that a range of ranks is set up alike. Waits for all of them.
+    """Check that a range of ranks has the same set-up. Waits for all of them.
 
     Uses the process group's key-value store and no collective, because ranks that disagree would
     not issue the same collectives.
