@@ -199,18 +199,24 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    """Train."""
-    args = parse_args()
+def start_ranks() -> tuple[int, int]:
+    """Join the launcher's process group; return this rank and the number of ranks."""
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if not torch.cuda.is_available():  # DeepSpeed compiles its communication at first use
         for lock in find_stale_locks("deepspeed_shm_comm"):
             sys.exit(describe_stale_lock(lock))
     deepspeed.init_distributed()
     rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
-    args.ep_size = args.ep_size or world_size
     if not torch.cuda.is_available():  # ranks that share cores stall each other's threads
         torch.set_num_threads(max(1, os.cpu_count() // world_size))
+    return rank, world_size
+
+
+def main() -> None:
+    """Train, print the losses, save checkpoints."""
+    args = parse_args()
+    rank, world_size = start_ranks()
+    args.ep_size = args.ep_size or world_size
     torch.manual_seed(0)
     with torch.device(get_accelerator().current_device_name()):
         model = GPT(args)
