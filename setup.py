@@ -48,8 +48,8 @@ setup(
     cmdclass={"build_ext": BuildKernels},
     entry_points={"console_scripts": ["comet_ds=comet_ds.__main__:main"]},
     install_requires=[
-        # No bound from above: pip would replace a newer torch that is installed. Pre-releases count
-        # too: NVIDIA's containers have them. comet_ds/versions.py says what is tested.
+        # No upper bound: pip would replace an installed newer torch. NVIDIA's containers have
+        # pre-releases. comet_ds/_compat.py lists the tested versions.
         "torch>=2.11.0.dev0",
         "deepspeed>=0.19.6,<0.20",
         "hjson",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled CUDA kernels, or why there are none."""
+"""Loading the compiled CUDA kernels, and two queries of the device."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from torch import Tensor
 if TYPE_CHECKING:
     from comet_ds.op_builder.comet_moe import CometMoEBuilder
 
-# Set to anything: kernels that can record a timeline.
+# Environment variable; with any value, the kernels that record a timeline are loaded.
 TIMELINE_VARIABLE = "COMET_DS_TIMELINE"
 
 
 def load_kernels(device: torch.device) -> ModuleType | None:
-    """Return the functions of csrc/bindings.cpp for a device, building them at first use.
+    """Return the functions of csrc/bindings.cpp for a device; the first call builds them.
 
     Returns:
-        None for devices other than CUDA, and, with one warning that says why, where the kernels
-        cannot be built or run; callers then use PyTorch operations.
+        None for devices other than CUDA. Also None, after one warning with the reason, if the
+        kernels cannot be built or run; callers then use PyTorch operations.
     """
     return _build()[0] if device.type == "cuda" else None
 
 
 def why_no_kernels() -> str | None:
-    """Return why ``load_kernels`` gives None for CUDA devices, None where it does not."""
+    """Return why ``load_kernels`` gives None for CUDA devices, None if it gives the kernels."""
     return _build()[1]
 
 
 def use_timeline_kernels() -> None:
-    """Have this process take kernels that can record what their CTAs do (``recorder.py``).
+    """Make this process load the kernels that record a timeline of their CTAs.
 
-    The same as setting ``TIMELINE_VARIABLE``. Where they cannot be built, the others are taken.
+    Sets ``TIMELINE_VARIABLE``. If those kernels cannot be built, the normal ones are loaded.
 
     Raises:
-        RuntimeError: others are loaded already.
+        RuntimeError: the normal kernels are loaded already.
     """
     if _build.cache_info().currsize and not os.environ.get(TIMELINE_VARIABLE):
         raise RuntimeError("the kernels are loaded already, and cannot record a timeline")
@@ -48,15 +48,15 @@ def use_timeline_kernels() -> None:
 
 
 def num_sms(device: torch.device) -> int:
-    """Return how many SMs a CUDA device has."""
+    """Return the number of SMs of a CUDA device."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def current_stream(tensor: Tensor) -> int:
-    """Return the address of the current stream of a tensor's device, for a launch.
+    """Return the address of the current stream of a tensor's device, for a kernel launch.
 
-    The device must be the current one: ``MOELayer.forward`` makes it so, autograd does in backward.
-    (``torch.cuda.current_stream`` and a device guard take 20 us of host time a launch.)
+    The tensor's device must be the current one: ``MOELayer.forward`` and, in backward, autograd set
+    it. (``torch.cuda.current_stream`` with a device guard takes 20 us of host time per launch.)
 
     Raises:
         RuntimeError: another device is the current one.
@@ -83,7 +83,7 @@ def _build() -> tuple[ModuleType | None, str | None]:
 
 
 def _load(builder: CometMoEBuilder) -> tuple[ModuleType | None, str | None]:
-    """Return a builder's module, or why there is none."""
+    """Return a builder's module and None, or None and the reason."""
     reason = builder.why_not()
     if reason is None:
         try:

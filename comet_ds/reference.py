@@ -4,8 +4,8 @@
     output[t] = sum over kept routes (t, k) of topk_weights[t, k] * expert[topk_ids[t, k]](x[t])
 
 Products and sum are fp32 (fp64 for fp64 experts), rounded once to the experts' output dtype. With
-expert parallelism every rank sees all tokens of its EP group, computes the share of its own
-experts, and the shares are summed. Nothing here is fast; everything else is tested against it.
+expert parallelism every rank gathers all tokens of its group, computes the share of its own
+experts, and the shares are summed. It is slow; all other paths are tested against it.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ def reference_moe(
     *,
     first_expert: int = 0,
 ) -> tuple[Tensor, torch.dtype]:
-    """Compute what a contiguous range of experts contributes to every token.
+    """Compute the share of a contiguous range of experts in every token's output.
 
     Args:
         x: [T, H].
         topk_ids: [T, K] int64, -1 = dropped.
         topk_weights: [T, K] fp32.
         experts: the range's modules, each [..., H] -> [..., H].
-        first_expert: global index of the first of them.
+        first_expert: global index of ``experts[0]``.
 
     Returns:
-        [T, H] in the combine's dtype (fp32, or fp64 for fp64 experts): the weighted sum, zero
-        for tokens none of the experts was chosen for; and the dtype of the experts' output.
+        The weighted sum [T, H] in fp32 (fp64 for fp64 experts), zero for a token that no expert of
+        the range was chosen for; and the dtype of the experts' output.
     """
     output = None
     for expert_id, expert in enumerate(experts, start=first_expert):
@@ -65,13 +65,17 @@ def reference_container(
     experts: range,
     ep_size: int,
 ) -> tuple[Tensor, torch.dtype]:
-    """Compute the same as ``reference_moe`` by a module that takes all local experts' rows.
+    """Compute the same as ``reference_moe`` with one call of a user's container of experts.
 
     Args:
-        x, topk_ids, topk_weights: T is that of one rank times ``ep_size``, rank-major.
+        x, topk_ids, topk_weights: as in ``reference_moe``; the tokens of all ranks, rank-major,
+            the same number of each.
         container: see ``run_container``.
         experts: global indices of the local experts.
-        ep_size: W.
+        ep_size: number of ranks, W.
+
+    Returns:
+        As ``reference_moe``.
     """
     rank_of_token = torch.arange(x.shape[0], device=x.device) // max(x.shape[0] // ep_size, 1)
     routes, segments = [], []
@@ -101,15 +105,16 @@ def reference_forward(
     """Compute the layer's output for this rank's tokens.
 
     Args:
-        x, topk_ids, topk_weights: as in ``reference_moe``, this rank's tokens.
+        x, topk_ids, topk_weights: as in ``reference_moe``; this rank's tokens.
         experts: this rank's experts.
-        exchange: every rank's number of tokens, which may differ; None without expert parallelism.
-        num_local_experts: El, where ``container`` is given.
+        exchange: the started exchange of the ranks' numbers of tokens, which may differ; None
+            without expert parallelism.
+        num_local_experts: number of experts of a rank; read with ``container`` only.
         container: a module that is called in place of the experts, see ``run_container``.
 
     Returns:
-        [T, H] in the dtype of the experts' output. Collective over the group, forward and
-        backward; may be differentiated any number of times.
+        [T, H] in the dtype of the experts' output; can be differentiated any number of times.
+        Forward and backward are collective over the group.
     """
     if exchange is None:
         if container is not None:
@@ -121,7 +126,7 @@ def reference_forward(
     most = int(exchange.wait()[0].max())
     has_backward = torch.is_grad_enabled() and exchange.needs.has_any
     parts = _pad(x, most), _pad(topk_weights, most)
-    rows, weights, token = _AllGather.apply(exchange, FORWARD, anchor(x, has_backward), *parts)
+    rows, weights, edge = _AllGather.apply(exchange, FORWARD, anchor(x, has_backward), *parts)
     ids = _all_gather(_pad(topk_ids, most, value=-1), exchange, FORWARD)
     if container is not None:
         first_expert = exchange.rank * num_local_experts
@@ -130,52 +135,53 @@ def reference_forward(
     else:
         first_expert = exchange.rank * len(experts)
         share, dtype = reference_moe(rows, ids, weights, experts, first_expert=first_expert)
-    total, _ = _SumOwn.apply(exchange, FORWARD, token, share)
+    total, _ = _SumOwn.apply(exchange, FORWARD, edge, share)
     return total[: x.shape[0]].to(dtype)
 
 
 class _AllGather(torch.autograd.Function):
     """[n, ...] on every rank to [W * n, ...]; the gradient is summed over the ranks.
 
-    Both functions take any number of tensors, and return as many and a token. A token in the inputs
-    of the next one, or an anchor, keeps all ranks' graphs alike whatever their experts do.
+    This function and ``_SumOwn`` take an edge (an empty tensor) and any number of tensors, and
+    return as many tensors and an edge for the next function. The edges keep all ranks' graphs the
+    same even if an expert detaches its output. The first edge is an anchor, a leaf.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, exchange: CountExchange, part: str, token: Tensor, *rows: Tensor
+        ctx: Any, exchange: CountExchange, part: str, edge: Tensor, *rows: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.exchange, ctx.has_anchor = exchange, token.is_leaf
-        return *(_all_gather(r, exchange, part) for r in rows), token.new_empty(0)
+        ctx.exchange, ctx.has_anchor = exchange, edge.is_leaf
+        return *(_all_gather(r, exchange, part) for r in rows), edge.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *grads, token = grads
-        *found, token = _SumOwn.apply(ctx.exchange, BACKWARD, _chained(token), *grads)
-        return None, None, None if ctx.has_anchor else token, *found
+        *grads, edge = grads
+        *sums, edge = _SumOwn.apply(ctx.exchange, BACKWARD, _attached(edge), *grads)
+        return None, None, None if ctx.has_anchor else edge, *sums
 
 
 class _SumOwn(torch.autograd.Function):
-    """[W * n, ...] summed over the ranks, each keeping its own [n, ...]; adjoint of the above."""
+    """Sum [W * n, ...] over the ranks and keep this rank's [n, ...]; adjoint of ``_AllGather``."""
 
     @staticmethod
     def forward(
-        ctx: Any, exchange: CountExchange, part: str, token: Tensor, *rows: Tensor
+        ctx: Any, exchange: CountExchange, part: str, edge: Tensor, *rows: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.exchange, ctx.has_anchor = exchange, token.is_leaf
-        return *(_sum_own(r, exchange, part) for r in rows), token.new_empty(0)
+        ctx.exchange, ctx.has_anchor = exchange, edge.is_leaf
+        return *(_sum_own(r, exchange, part) for r in rows), edge.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ctx.exchange.needs.check_present()
-        *grads, token = grads
-        *found, token = _AllGather.apply(ctx.exchange, BACKWARD, _chained(token), *grads)
-        return None, None, None if ctx.has_anchor else token, *found
+        *grads, edge = grads
+        *gathered, edge = _AllGather.apply(ctx.exchange, BACKWARD, _attached(edge), *grads)
+        return None, None, None if ctx.has_anchor else edge, *gathered
 
 
-def _chained(token: Tensor) -> Tensor:
-    """Return a token's gradient, or what stands for it, so that it can be differentiated again."""
-    return anchor(token) if torch.is_grad_enabled() and not token.requires_grad else token
+def _attached(edge: Tensor) -> Tensor:
+    """Return an edge's gradient, or an anchor in its place if it must be differentiated again."""
+    return anchor(edge) if torch.is_grad_enabled() and not edge.requires_grad else edge
 
 
 def _all_gather(rows: Tensor, exchange: CountExchange, part: str) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for a layer's input, and the message of the one that is broken."""
+"""Rules for a layer's input, and the messages of broken rules."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class InputRules:
-    """What a layer's input must be.
+    """The rules for the input of one layer.
 
-    A broken rule is a fault: its code and what was given, two integers that fit in the message
-    every rank waits for anyway.
+    A broken rule is a fault, which two integers describe: the rule's code and the given value. They
+    fit in the message that all ranks exchange before the dispatch.
 
     Attributes:
-        hidden: size of the last dimension.
-        dtype: the experts' dtype; None where they decide (mixed parameters, autocast, a module that
-            converts what it is given). Ranks bring the same.
-        device: the layer's.
-        takes_used_token: whether ``used_token`` is looked at.
+        hidden: required size of the last dimension.
+        dtype: required dtype, the experts'; None if the experts accept several (mixed parameters,
+            autocast, a module that converts its input). It must be the same on all ranks.
+        device: required device, the layer's.
+        takes_used_token: whether the gate reads ``used_token``.
     """
 
     hidden: int
@@ -41,7 +41,12 @@ class InputRules:
         return self.hidden, self.dtype, self.device, self.takes_used_token
 
     def check(self, x: Tensor, used_token: Tensor | None) -> tuple[int, int]:
-        """Return code and value of the first rule broken, ``(OK, 0)`` if none is."""
+        """Return code and value of the first broken rule, ``(OK, 0)`` for a valid input.
+
+        Args:
+            x: [..., H]; the layer's input.
+            used_token: one entry per token, or None.
+        """
         if x.shape[-1:] != (self.hidden,):
             return self.HIDDEN, x.shape[-1] if x.dim() else 0
         if x.device != self.device:
@@ -55,24 +60,32 @@ class InputRules:
         return self.OK, 0
 
     def raise_first(self, faults: Sequence[Sequence[int]]) -> None:
-        """Raise ValueError for the first fault, if any; faults by rank of the EP group."""
+        """Raise ValueError for the first fault.
+
+        Args:
+            faults: code and value of each rank of the expert parallel group.
+        """
         for rank, (code, value) in enumerate(faults):
             if code != self.OK:
                 where = f"rank {rank} of the expert parallel group"
                 raise ValueError(f"{where}: {self.message(code, value)}")
 
-    def raise_if_they_differ(self, said: Sequence[int]) -> None:
-        """Raise ValueError where ranks bring different dtypes; ``dtype_code`` by rank."""
-        for rank, code in enumerate(said):
-            if code != said[0]:
-                first, other = (DTYPES[c - 1] for c in (said[0], code))
+    def raise_if_dtypes_differ(self, codes: Sequence[int]) -> None:
+        """Raise ValueError if the dtype of the input differs between ranks.
+
+        Args:
+            codes: ``dtype_code`` of each rank of the expert parallel group.
+        """
+        for rank, code in enumerate(codes):
+            if code != codes[0]:
+                first, other = (DTYPES[c - 1] for c in (codes[0], code))
                 raise ValueError(
                     "hidden_states must have the same dtype on all ranks of the expert parallel "
                     f"group, got {first} on rank 0 and {other} on rank {rank}"
                 )
 
     def message(self, code: int, value: int) -> str:
-        """Return the rule and what was given."""
+        """Return a sentence with the rule and the given value."""
         if code == self.HIDDEN:
             return f"hidden_states must end in hidden size {self.hidden}, got {value}"
         if code == self.DTYPE:
@@ -89,5 +102,5 @@ class InputRules:
 
 
 def dtype_code(dtype: torch.dtype) -> int:
-    """Return what stands for an input's dtype in a message, never 0."""
+    """Return the code of an input's dtype in a message; never 0."""
     return 1 + DTYPES.index(dtype)

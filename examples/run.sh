@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Trains the example on $NUM_RANKS ranks (default 2, or 1 where there is one GPU). Arguments go to
-# train_gpt_moe.py.
+# Trains the example on $NUM_RANKS ranks (default: 2, or 1 on a machine with one GPU). Passes its
+# arguments to train_gpt_moe.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . .ci/venv examples

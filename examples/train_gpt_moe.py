@@ -3,10 +3,10 @@
 
     deepspeed --num_gpus 2 examples/train_gpt_moe.py --deepspeed_config examples/ds_config.json
 
-``--moe deepspeed`` runs the same script with DeepSpeed's own layer: the import below is the only
-difference. ``--moe autoep`` lets DeepSpeed's AutoEP replace plain modules by its layers instead: it
-needs a block in the configuration, drops no token and computes no auxiliary loss. The text is
-Python's standard library, or a file given with ``--data``.
+``--moe deepspeed`` runs the same script with DeepSpeed's own layer; only the class in ``build_moe``
+differs. With ``--moe autoep`` DeepSpeed's AutoEP replaces plain modules by its own layers: it needs
+a block in the configuration, drops no tokens and computes no auxiliary loss. The training text is
+Python's standard library, or the file given with ``--data``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ExpertMLP(nn.Module):
 
 
 class PlainMoE(nn.Module):
-    """A router and all experts, which AutoEP replaces by its layer; it never runs itself."""
+    """A router and all experts. AutoEP replaces it by its layer, so it has no forward."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class PlainMoE(nn.Module):
 
 
 def autoep_block(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the configuration's block that tells AutoEP what to replace."""
+    """Return the configuration block that tells AutoEP which modules to replace."""
     return {
         "enabled": True,
         "autoep_size": args.ep_size,
@@ -75,7 +75,7 @@ def autoep_block(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_moe(args: argparse.Namespace) -> nn.Module:
-    """Return a mixture-of-experts MLP; with a seed, all kinds start with the same weights."""
+    """Return a mixture-of-experts MLP; with one seed, all kinds start with the same weights."""
     if args.moe == "autoep":
         return PlainMoE(args)
     moe_class = comet_ds.MoE if args.moe == "comet_ds" else deepspeed.moe.layer.MoE
@@ -107,7 +107,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a mixture-of-experts MLP, each behind a norm."""
+    """Attention and a mixture-of-experts MLP, each after a norm."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__()
@@ -158,14 +158,14 @@ def load_text(path: str | None) -> Tensor:
 
 
 def sample_batch(text: Tensor, step: int, rank: int, batch: int, seq_len: int) -> Tensor:
-    """Return [batch, seq_len + 1] random windows; a function of step and rank, so runs resume."""
+    """Return [batch, seq_len + 1] random windows; they depend on step and rank only."""
     generator = torch.Generator().manual_seed(1_000_003 * step + rank)
     starts = torch.randint(len(text) - seq_len - 1, (batch,), generator=generator)
     return torch.stack([text[s : s + seq_len + 1] for s in starts.tolist()]).long()
 
 
 def train_step(engine: Any, micro_batches: Iterable[Tensor]) -> Tensor:
-    """Take an optimizer step; return the last micro-batch's loss, which may be to come."""
+    """Take an optimizer step; return the last micro-batch's loss without waiting for the GPU."""
     for tokens in micro_batches:
         loss, l_aux = engine(tokens)
         engine.backward(loss + L_AUX_WEIGHT * l_aux)
@@ -174,7 +174,7 @@ def train_step(engine: Any, micro_batches: Iterable[Tensor]) -> Tensor:
 
 
 def parse_args() -> argparse.Namespace:
-    """Read the command line, DeepSpeed's own options included."""
+    """Parse the command line, which includes DeepSpeed's own options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--moe", choices=["comet_ds", "deepspeed", "autoep"], default="comet_ds")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps in all")
@@ -199,18 +199,24 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    """Train."""
-    args = parse_args()
+def start_ranks() -> tuple[int, int]:
+    """Join the launcher's process group; return this rank and the number of ranks."""
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if not torch.cuda.is_available():  # DeepSpeed compiles its communication at first use
         for lock in find_stale_locks("deepspeed_shm_comm"):
             sys.exit(describe_stale_lock(lock))
     deepspeed.init_distributed()
     rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
-    args.ep_size = args.ep_size or world_size
     if not torch.cuda.is_available():  # ranks that share cores stall each other's threads
         torch.set_num_threads(max(1, os.cpu_count() // world_size))
+    return rank, world_size
+
+
+def main() -> None:
+    """Train, print the losses, save checkpoints."""
+    args = parse_args()
+    rank, world_size = start_ranks()
+    args.ep_size = args.ep_size or world_size
     torch.manual_seed(0)
     with torch.device(get_accelerator().current_device_name()):
         model = GPT(args)

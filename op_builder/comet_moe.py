@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op builder: compiles csrc for Hopper, at first use through DeepSpeed's JIT or ahead."""
+"""The op builder: compiles csrc for Hopper, at first use through DeepSpeed's JIT or at install."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 COMPUTE_CAPABILITY = (9, 0)
 # The oldest toolkit with everything csrc uses (cudaGetDriverEntryPointByVersion).
 OLDEST_CUDA = (12, 5)
-UNFIT = "was compiled for another torch or from other sources"
+MISMATCH = "was compiled for another torch or from other sources"
 
 
 class CometMoEBuilder(CUDAOpBuilder):
-    """Builds the CUDA kernels of comet_ds and the nodes of autograd's graph that launch them.
+    """Builds the CUDA kernels of comet_ds and the autograd nodes that launch them.
 
-    ``load()`` takes the module that the installation compiled (``DS_BUILD_COMET_MOE=1 pip install
-    .``) if it fits the sources; else it compiles with ninja into torch's extension folder
-    ($TORCH_EXTENSIONS_DIR, else ~/.cache/torch_extensions), once for all processes of a machine:
-    the others wait for a lock there, which ends with the process that has it.
+    ``load()`` returns the module that the installation compiled (``DS_BUILD_COMET_MOE=1 pip install
+    .``) if it matches the sources. Otherwise it compiles with ninja into torch's extension folder
+    ($TORCH_EXTENSIONS_DIR, or ~/.cache/torch_extensions), once for all processes of a machine: the
+    others wait for a lock, which the system releases when the compiling process ends.
     """
 
     BUILD_VAR = "DS_BUILD_COMET_MOE"
@@ -50,7 +50,7 @@ class CometMoEBuilder(CUDAOpBuilder):
         return f"comet_ds.{self.NAME}"
 
     def sources(self) -> list[str]:
-        """Return absolute paths: DeepSpeed resolves others against its own package."""
+        """Return absolute paths; DeepSpeed resolves relative ones against its own package."""
         return [str(path) for path in sorted((*CSRC.rglob("*.cpp"), *CSRC.rglob("*.cu")))]
 
     def include_paths(self) -> list[str]:
@@ -73,9 +73,10 @@ class CometMoEBuilder(CUDAOpBuilder):
         return ["-gencode=arch=compute_90a,code=sm_90a"]
 
     def fingerprint(self) -> str:
-        """Return a digest of the sources and flags; a compiled module carries that of its own.
+        """Return a digest of the sources, the flags and torch's version.
 
-        And of torch's version, whose C++ interface is compiled in.
+        A compiled module contains its own. torch's version counts because a module calls torch's
+        C++ interface.
         """
         basis = self.cxx_args(), self.nvcc_args(), torch.__version__
         digest = hashlib.sha256(repr(basis).encode())
@@ -87,10 +88,10 @@ class CometMoEBuilder(CUDAOpBuilder):
         """Compile ahead of use, without a GPU, for the installed torch.
 
         Args:
-            output: the shared library to write.
+            output: path of the shared library to write.
 
         Raises:
-            RuntimeError: without nvcc, or with the compiler's message where it fails.
+            RuntimeError: there is no compiler, or it fails; has the compiler's message.
         """
         if reason := self._why_no_compiler():
             raise RuntimeError(f"{self.NAME} cannot be compiled: {reason}")
@@ -101,7 +102,7 @@ class CometMoEBuilder(CUDAOpBuilder):
             f"-DTORCH_EXTENSION_NAME={self.NAME}",
             f'-DCOMET_FINGERPRINT="{self.fingerprint()}"',
         ]
-        if torch.version.cuda is None:  # a header that only torch for CUDA has
+        if torch.version.cuda is None:  # without a header that only torch for CUDA has
             macros.append("-DC10_USING_CUSTOM_GENERATED_MACROS")
         folder = output.with_suffix(".objects")
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +123,7 @@ class CometMoEBuilder(CUDAOpBuilder):
         shutil.rmtree(folder)
 
     def prebuilt(self) -> Path | None:
-        """Return the module the installation compiled, if it has."""
+        """Return the path of the module that the installation compiled, None if it did not."""
         spec = importlib.util.find_spec("comet_ds")
         for folder in spec.submodule_search_locations if spec else ():
             path = Path(folder) / f"{self.NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -133,12 +134,12 @@ class CometMoEBuilder(CUDAOpBuilder):
     def fits(self, path: Path) -> bool:
         """Return whether a module was compiled from these sources and for this torch.
 
-        By the fingerprint in the file: loading one compiled for another torch fails, or worse.
+        Searches the file for the fingerprint: a module for another torch may crash when loaded.
         """
         return self.fingerprint().encode() in path.read_bytes()
 
     def load(self, verbose: bool = True) -> ModuleType:
-        """Return the module; compile it first where that has not been done."""
+        """Return the module; compile it first if necessary."""
         path = self.prebuilt()
         if path and self.fits(path):
             spec = importlib.util.spec_from_file_location(self.NAME, path)
@@ -146,7 +147,7 @@ class CometMoEBuilder(CUDAOpBuilder):
             spec.loader.exec_module(module)
             return module
         if path:
-            self.warning(f"{path} {UNFIT}; compiling again")
+            self.warning(f"{path} {MISMATCH}; compiling again")
         start = time.perf_counter()
         with compiling(self.build_folder(), self.warning):
             module = super().load(verbose)
@@ -156,11 +157,11 @@ class CometMoEBuilder(CUDAOpBuilder):
         return module
 
     def build_folder(self) -> Path:
-        """Return the folder the first use compiles in; make it if need be."""
+        """Return the folder in which the first use compiles; create it if necessary."""
         return Path(_get_build_directory(self.NAME, verbose=False))
 
     def why_not(self) -> str | None:
-        """Return why the kernels cannot be built and run here, None where they can."""
+        """Return why the kernels cannot be built and run here, None if they can."""
         if not torch.cuda.is_available():
             return "no CUDA device"
         capability = torch.cuda.get_device_capability()
@@ -170,7 +171,7 @@ class CometMoEBuilder(CUDAOpBuilder):
         if path and self.fits(path):
             return None
         reason = self._why_no_compiler() or self._why_no_first_use()
-        return f"{path} {UNFIT}, and {reason}" if path and reason else reason
+        return f"{path} {MISMATCH}, and {reason}" if path and reason else reason
 
     @staticmethod
     def _why_no_compiler() -> str | None:
@@ -197,7 +198,7 @@ class CometMoEBuilder(CUDAOpBuilder):
         return None
 
     def is_compatible(self, verbose: bool = False) -> bool:
-        """Return whether the kernels can be built and run here; say why not if asked."""
+        """Return whether the kernels can be built and run here; print the reason if verbose."""
         reason = self.why_not()
         if reason is not None:
             self.error_log = reason
@@ -207,25 +208,25 @@ class CometMoEBuilder(CUDAOpBuilder):
 
 
 class TimelineBuilder(CometMoEBuilder):
-    """Builds kernels that can record what their CTAs do when (``comet_ds timeline``)."""
+    """Builds kernels that record a timeline of their CTAs (``comet_ds timeline``)."""
 
     NAME = "comet_ds_moe_timeline"
 
     def cxx_args(self) -> list[str]:
-        """As for the kernels without."""
+        """Return the host compiler's flags."""
         return [*super().cxx_args(), "-DCOMET_TIMELINE=1"]
 
     def nvcc_args(self) -> list[str]:
-        """As for the kernels without."""
+        """Return nvcc's flags."""
         return [*super().nvcc_args(), "-DCOMET_TIMELINE=1"]
 
     def fingerprint(self) -> str:
-        """Return that of the kernels without: what was measured for them holds."""
+        """Return the normal kernels' fingerprint: their tuning results apply here as well."""
         return CometMoEBuilder().fingerprint()
 
 
 def find_nvcc() -> str | None:
-    """Return the nvcc torch would use; one on the PATH where torch knows no CUDA."""
+    """Return the path of torch's nvcc; of the one on the PATH if torch has no CUDA toolkit."""
     if CUDA_HOME is None:
         return shutil.which("nvcc")
     nvcc = Path(CUDA_HOME) / "bin" / "nvcc"
@@ -236,7 +237,7 @@ def cuda_version() -> tuple[int, int]:
     """Return nvcc's version.
 
     Raises:
-        RuntimeError: nvcc is there and does not tell it.
+        RuntimeError: nvcc does not run, or does not print its version.
     """
     nvcc = find_nvcc()
     try:
@@ -245,7 +246,7 @@ def cuda_version() -> tuple[int, int]:
         raise RuntimeError(f"{nvcc} does not run: {error}") from error
     found = re.search(r"release (\d+)\.(\d+)", done.stdout)
     if found is None:
-        raise RuntimeError(f"{nvcc} --version does not tell its version: {done.stderr.strip()}")
+        raise RuntimeError(f"{nvcc} --version does not print a version: {done.stderr.strip()}")
     return int(found[1]), int(found[2])
 
 

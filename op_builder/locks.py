@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Locks around compiling: ours, which ends with its process, and torch's, which may not.
+"""Locks for compiling extensions: our own, and removal of torch's stale ones.
 
-Up to 2.13, torch's is a file named ``lock`` in the folder of an extension, there while somebody
-compiles it. A process that is killed leaves it, and every later one waits for it to go away, in
-silence. DeepSpeed's own operations are compiled under it too. From 2.14 on the file stays, and the
-system locks it.
+Up to version 2.13, torch's lock is a file named ``lock`` in the extension's folder that exists
+while a process compiles. A killed process leaves it behind, and every later process silently waits
+for its removal. DeepSpeed's own operations are compiled under the same lock. From 2.14 on the file
+always exists and the system locks it. Our lock is such a system lock, which ends with its process.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from pathlib import Path
 from torch.utils import cpp_extension
 
 TORCH_LOCK, OWN_LOCK = "lock", "comet_ds.lock"
-# Whether torch waits for the file to go away.
+# Whether torch's lock is the existence of the file (up to 2.13).
 TORCH_LEAVES_LOCKS = hasattr(cpp_extension, "FileBaton")
 REMINDER_S, POLL_S = 30.0, 0.1
-# A lock whose holder is just leaving, or has just come, is looked at again after this.
+# A lock that nobody holds is checked again after this time: its holder may just be creating it or
+# removing it.
 SETTLING_S = 0.3
 
 
 @contextlib.contextmanager
 def compiling(folder: Path, warn: Callable[[str], None]) -> Iterator[None]:
-    """Let one process of all that share a folder compile an extension in it.
+    """Hold the lock under which one process at a time compiles an extension.
 
-    The system ends the lock with the process that has it, however that ends. torch's lock of one
-    that was killed is removed.
+    The system releases the lock when its process ends in whatever way. A stale lock of torch's is
+    removed.
 
     Args:
-        folder: the extension's, which exists; its name is the extension's.
+        folder: the extension's existing folder, which has the extension's name.
         warn: prints a line; called every ``REMINDER_S`` seconds of waiting.
     """
     path = folder / OWN_LOCK
@@ -53,7 +54,7 @@ def compiling(folder: Path, warn: Callable[[str], None]) -> Iterator[None]:
 
 
 def _acquire(file: int, path: Path, warn: Callable[[str], None]) -> bool:
-    """Wait for the lock; return False where the file system has none."""
+    """Wait for the lock; return False if the file system does not support locks."""
     start, reminded = time.monotonic(), 0
     while True:
         try:
@@ -75,14 +76,14 @@ def _acquire(file: int, path: Path, warn: Callable[[str], None]) -> bool:
 
 
 def holder(path: Path) -> str | None:
-    """Return who has or had the lock at a path: "process 17 of some-host", None if nobody yet."""
+    """Return the last holder of a lock, such as "process 17 of some-host"; None if unknown."""
     with contextlib.suppress(OSError):
         return path.read_text() or None
     return None
 
 
 def is_held(folder: Path) -> bool:
-    """Return whether a process compiles the extension of a folder now, under our lock."""
+    """Return whether a process holds our lock of an extension's folder."""
     try:
         file = os.open(folder / OWN_LOCK, os.O_RDWR)
     except OSError:
@@ -99,8 +100,8 @@ def is_held(folder: Path) -> bool:
 def is_stale(lock: Path) -> bool:
     """Return whether torch would wait for a lock that no process of this machine has open.
 
-    Whoever compiles does have it open. False where that cannot be told: for another user's lock,
-    and without /proc.
+    A process that compiles has it open. Returns False if this cannot be found out: for another
+    user's lock, and without /proc.
     """
     if not TORCH_LEAVES_LOCKS:
         return False
@@ -122,7 +123,7 @@ def _is_open(path: str) -> bool:
     for process in os.listdir("/proc"):
         if not process.isdecimal():
             continue
-        with contextlib.suppress(OSError):  # it has ended, or is another user's
+        with contextlib.suppress(OSError):  # the process has ended, or is another user's
             for entry in os.scandir(f"/proc/{process}/fd"):
                 with contextlib.suppress(OSError):
                     if os.readlink(entry.path) == path:
@@ -131,10 +132,10 @@ def _is_open(path: str) -> bool:
 
 
 def find_stale_locks(name: str = "*") -> list[Path]:
-    """Return torch's locks that nobody holds, in the folder where it compiles extensions.
+    """Return torch's stale locks in the folder where it compiles extensions.
 
     Args:
-        name: of the extension; all of them if left out.
+        name: name of an extension; all extensions by default.
     """
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     locks = [*root.glob(f"{name}/{TORCH_LOCK}"), *root.glob(f"*/{name}/{TORCH_LOCK}")]
@@ -142,9 +143,9 @@ def find_stale_locks(name: str = "*") -> list[Path]:
 
 
 def describe_stale_lock(lock: Path) -> str:
-    """Return what a stale lock does, and how to clear it."""
+    """Return a sentence that explains a stale lock and how to remove it."""
     return (
         f"{lock.parent.name} is locked by nobody: a process that was killed, or torch 2.14 or "
-        f"later, has left {lock}, and whoever needs it waits for ever: rm {lock} (unless another "
-        "machine that has this folder compiles it now)"
+        f"later, has left {lock}, and processes that need the extension wait for ever: rm {lock} "
+        "(unless another machine with the same folder is compiling it)"
     )

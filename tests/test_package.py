@@ -86,7 +86,7 @@ def test_builder_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("nvcc", "reason"),
     [
-        ("#!/bin/sh\necho something else", " --version does not tell its version"),
+        ("#!/bin/sh\necho something else", " --version does not print a version"),
         ("no program", " does not run: "),
     ],
 )

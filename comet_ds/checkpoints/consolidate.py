@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a checkpoint's whole model into one file, with DeepSpeed's names and all experts.
 
-Trained parameters come from the optimizer's fp32 weights where there are some, everything else from
-the model's files. Memory: one parameter at a time. The file is laid out first and filled through a
-memory map.
+Trained parameters are read from the optimizer's fp32 weights if it has them, everything else from
+the model's files. Only one parameter is in memory at a time: the file is laid out first and filled
+through a memory map.
 """
 
 from __future__ import annotations
@@ -28,25 +28,26 @@ from comet_ds.checkpoints.states import MASTERS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# Of the safetensors format: https://github.com/huggingface/safetensors#format
+# Names of dtypes in safetensors: https://github.com/huggingface/safetensors#format
 _SAFETENSORS_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
-Tensors = Mapping[str, tuple[torch.Size, torch.dtype]]
-
 
 class Weights:
-    """A checkpoint's parameters and buffers, by DeepSpeed's names, experts counted over all ranks.
+    """A checkpoint's parameters and buffers under DeepSpeed's names, experts numbered globally.
 
     Args:
-        checkpoint: of either layer.
-        dtype: of parameters that are floating point numbers; buffers keep theirs.
+        checkpoint: a checkpoint of DeepSpeed's or comet_ds's layer.
+        dtype: dtype of floating point parameters; buffers keep their own.
+
+    Attributes:
+        tensors: shape and dtype of every tensor, by name.
 
     Raises:
-        ValueError: the optimizer's fp32 weights cannot be told apart.
+        ValueError: the parameters of some fp32 weights of the optimizer cannot be determined.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
@@ -81,8 +82,8 @@ class Weights:
             own = self._checkpoint.tensor(name)
             is_cast = own.is_floating_point() and name not in self._buffers
             tensors[name] = own.shape, self._dtype if is_cast else own.dtype
-        # DeepSpeed leaves out of the model's file what is beside the experts of a layer whose path
-        # has "expert" in it; the optimizer has it.
+        # If a layer's path contains "expert", DeepSpeed leaves the layer's other parameters out of
+        # the model's file; the optimizer has them.
         for name in self._trained():
             if name not in known:
                 tensors[name] = self._shape(name), self._dtype
@@ -90,7 +91,7 @@ class Weights:
         return tensors
 
     def _find_sources(self, names: list[str]) -> dict[str, str]:
-        """Return whose fp32 weights a name has: its own, or those it is tied to."""
+        """Return, by name, the name whose fp32 weights to use: its own, or that it is tied to."""
         masters = {*self._trained(), *self._masters}
         found = {name: name for name in masters}
         for name, other in (self._checkpoint.model.get("shared_params") or {}).items():
@@ -106,7 +107,7 @@ class Weights:
         return found
 
     def _find_tied(self, names: list[str], masters: set[str], found: dict[str, str]) -> None:
-        """Find tied parameters by their values; files of ZeRO 0 do not name them."""
+        """Find tied parameters by equal values, because files of ZeRO 0 do not name them."""
         for name in names:
             if name in found or name in self._buffers:
                 continue
@@ -124,7 +125,7 @@ class Weights:
         return self._shapes[name if parts is None else str(parts._replace(expert=0))]
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor."""
+        """Return a tensor of ``tensors``."""
         shape, dtype = self.tensors[name]
         source = self._sources.get(name)
         if source is None or name in self._buffers:
@@ -138,10 +139,13 @@ def consolidate(checkpoint: Checkpoint, path: str | Path, *, dtype: str = "fp32"
     """Write the whole model into one file.
 
     Args:
-        checkpoint: of either layer.
-        path: of the file; safetensors where it ends with ".safetensors", else ``torch.save``'s
-            format.
-        dtype: "fp32" or "bf16", of floating point parameters; buffers keep theirs.
+        checkpoint: a checkpoint of DeepSpeed's or comet_ds's layer.
+        path: the file to write; in safetensors format if it ends with ".safetensors", otherwise in
+            ``torch.save``'s.
+        dtype: "fp32" or "bf16"; dtype of floating point parameters, buffers keep their own.
+
+    Returns:
+        The path.
 
     Raises:
         ValueError: another dtype, a file that exists, a checkpoint that cannot be read.
@@ -174,7 +178,7 @@ def _write_torch(weights: Weights, path: Path) -> None:
 
 @contextlib.contextmanager
 def _writable_maps() -> Iterator[None]:
-    """Let ``torch.load(mmap=True)`` give tensors whose values are the file's."""
+    """Make ``torch.load(mmap=True)`` return tensors that write to the file."""
     with set_default_mmap_options(mmap.MAP_SHARED):
         yield
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parameters an optimizer's entries are, where its file has no names: at ZeRO stage 0.
+"""Finding the parameters of an optimizer's entries at ZeRO stage 0, whose files have no names.
 
-The entries of a group are in the model's order. They are given to the model's parameters one after
-the other: by value where they have fp32 weights, which are the model's before rounding, and by
-shape otherwise.
+The entries of a group are in the model's order, so they are matched with the model's parameters one
+after the other: by value if there are fp32 weights, which round to the model's, otherwise by shape.
 """
 
 from __future__ import annotations
@@ -20,17 +19,23 @@ from comet_ds.checkpoints.layout import NativeParameter
 from comet_ds.checkpoints.names import parse
 
 Groups = list[list[NativeParameter]]
-UNKNOWN = "?"  # begins the name of a parameter that no file names
+UNKNOWN = "?"  # prefix of the made-up name of a parameter that no file names
 
 
 def native(name: str, shape: Sequence[int], ep_size: int | None) -> NativeParameter:
-    """Return a parameter as a file has it; ``ep_size`` is that of an expert's layer."""
+    """Return a native parameter of a file.
+
+    Args:
+        name: in the model's state_dict.
+        shape: of the parameter.
+        ep_size: of the layer for an expert's parameter, None for others.
+    """
     tags = types.SimpleNamespace(allreduce=ep_size is None, group_name=f"ep_size_{ep_size}")
     return NativeParameter(name, torch.Size(shape), tags, None)
 
 
 class _Cursor:
-    """A group's entries, which are given away in their order."""
+    """The entries of a group and the number of those already matched."""
 
     def __init__(self, entries: Any) -> None:
         self.entries, self.at, self.found = entries, 0, []
@@ -41,26 +46,30 @@ class _Cursor:
         return self.at == (self.entries.numel() if flat else len(self.entries))
 
     def take(self, name: str, own: Tensor) -> bool:
-        """Take the next entry for a parameter if it can be its; say whether it is."""
+        """Match the next entry with a parameter; return whether they fit."""
         if self.is_done:
             return False
         if torch.is_tensor(self.entries):
             value = self.entries.detach()[self.at : self.at + own.numel()].view(-1)
-            is_it, step = torch.equal(value.to(own.dtype), own.flatten()), own.numel()
+            fits, step = torch.equal(value.to(own.dtype), own.flatten()), own.numel()
         else:
             value, step = self.entries[self.at], 1
             if isinstance(value, torch.Size | None):
-                is_it = value in (None, own.shape)
+                fits = value in (None, own.shape)
             else:
-                is_it = value.shape == own.shape and torch.equal(value.detach().to(own.dtype), own)
-        if is_it:
+                fits = value.shape == own.shape and torch.equal(value.detach().to(own.dtype), own)
+        if fits:
             self.at += step
             self.found.append((name, own.shape))
-        return is_it
+        return fits
 
 
 def name_entries(checkpoint: Checkpoint) -> Groups:
-    """Return the groups of an optimizer whose file has no names."""
+    """Return the parameters of each group of an optimizer whose file has no names.
+
+    Raises:
+        ValueError: the entries are not in the model's order.
+    """
     for skip_tied, allow_rest in ((False, False), (True, False), (False, True)):
         cursors, rest = _walk(checkpoint, skip_tied)
         if all(cursor.is_done for cursor in cursors) and (allow_rest or not rest):
@@ -72,7 +81,7 @@ def name_entries(checkpoint: Checkpoint) -> Groups:
         if cursor.is_done:
             parts = [(name, shape, parse(name)) for name, shape in cursor.found]
             made.append([native(n, s, p and checkpoint.ep_sizes[p.layer]) for n, s, p in parts])
-        elif is_split and not group.get("moe"):  # all ranks have the same, whatever it is
+        elif is_split and not group.get("moe"):  # no expert's, so it needs no name to be resharded
             shapes = [()] * len(cursor.entries)
             if torch.is_tensor(cursor.entries):
                 shapes = [cursor.entries.shape]
@@ -88,10 +97,14 @@ def name_entries(checkpoint: Checkpoint) -> Groups:
 
 
 def _walk(checkpoint: Checkpoint, skip_tied: bool) -> tuple[list[_Cursor], list[str]]:
-    """Give the entries to the model's parameters in order; return them, and who got none.
+    """Match the model's parameters with the entries, in order.
 
     Args:
-        skip_tied: a parameter that has the value of one before it gets none.
+        checkpoint: the checkpoint.
+        skip_tied: whether to skip a parameter that equals an earlier one.
+
+    Returns:
+        A cursor of each group, and the names of the parameters without an entry.
     """
     settings = checkpoint.param_groups(0)
     if checkpoint.kind == PLAIN:
@@ -114,8 +127,8 @@ def _walk(checkpoint: Checkpoint, skip_tied: bool) -> tuple[list[_Cursor], list[
                 continue
             seen.append((parts and parts[:2], own))
         for cursor, group in zip(cursors, settings, strict=True):
-            is_its_kind = not is_split or bool(group.get("moe")) == (parts is not None)
-            if is_its_kind and cursor.take(name, own):
+            has_kind = not is_split or bool(group.get("moe")) == (parts is not None)
+            if has_kind and cursor.take(name, own):
                 break
         else:
             rest.append(name)
@@ -123,7 +136,7 @@ def _walk(checkpoint: Checkpoint, skip_tied: bool) -> tuple[list[_Cursor], list[
 
 
 def _shape(entry: Mapping[str, Any] | None) -> torch.Size | None:
-    """Return a parameter's shape from its state; None where that does not tell."""
+    """Return a parameter's shape from its state, None if the state has no tensor of that shape."""
     tensors = [
         v for k, v in (entry or {}).items() if torch.is_tensor(v) and v.dim() and k != "step"
     ]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint's files: which there are, and what lies in them; tensors stay on disk until used.
+"""The files of a checkpoint and their content. Tensors stay on disk until they are used.
 
-mp_rank_00_model_states.pt                         what is no expert's, and the run's settings
+mp_rank_00_model_states.pt                         all but the experts, and the run's settings
 layer_<l>_expert_<e>_mp_rank_00_model_states.pt    expert e (of all ranks) of MoE layer l
 [bf16_]zero_pp_rank_<r>_mp_rank_00_optim_states.pt ZeRO 1 and 2, BF16_Optimizer: rank r
 expp_rank_<r>_mp_rank_00_optim_states.pt           ZeRO 0: expert parallel rank r of the largest
@@ -30,7 +30,7 @@ _OPTIMIZER_FILE = re.compile(
     r"((?:bf16_)?zero_pp_rank_|expp_rank_)(\d+)_mp_rank_00_optim_states\.pt"
 )
 
-# Kinds of optimizer, by what they save.
+# Kinds of optimizer wrappers, which save different keys.
 ZERO = "ZeRO"
 BF16 = "BF16_Optimizer"
 FP16_FLAT = "FP16_Optimizer"  # also of bf16
@@ -43,8 +43,8 @@ class LayerFiles:
     """An MoE layer's files.
 
     Attributes:
-        prefix: of its experts' names, before their number.
-        paths: of the experts, by their number over all ranks.
+        prefix: part of its experts' names before the expert's number.
+        paths: files of the experts, by global number.
     """
 
     prefix: str
@@ -62,7 +62,7 @@ def read(path: Path) -> Mapping[str, Any]:
 
 
 def _read_settings(config: Any) -> Mapping[str, Any] | None:
-    """Return the DeepSpeed JSON of a run; None where it is a file that is not here."""
+    """Return the DeepSpeed JSON of a run, None if it is a file that does not exist here."""
     if isinstance(config, Mapping):
         return config
     path = Path(str(config))
@@ -73,14 +73,14 @@ class Checkpoint:
     """A checkpoint of a model with MoE layers.
 
     Attributes:
-        folder: with the files.
+        folder: the folder with the files.
         model: content of the model's file.
-        settings: the DeepSpeed JSON of the run; None where it is not known.
-        layers: the MoE layers' experts, in DeepSpeed's order.
-        num_ranks: data parallel ranks that saved it.
-        kind: of the optimizer; None without one.
-        num_optimizer_files: of the optimizer.
-        ep_sizes: of the layers, by prefix; empty where no file tells.
+        settings: the DeepSpeed JSON of the run; None if it is not known.
+        layers: files of the MoE layers' experts, in DeepSpeed's order.
+        num_ranks: number of data parallel ranks that saved it.
+        kind: kind of the optimizer's wrapper; None without an optimizer.
+        num_optimizer_files: number of the optimizer's files.
+        ep_sizes: ep_size of the layers by prefix; empty if no file has it.
     """
 
     @classmethod
@@ -90,12 +90,12 @@ class Checkpoint:
         """Open a checkpoint.
 
         Args:
-            folder: given to ``save_checkpoint``, or the one of a tag within it.
-            tag: None for the latest.
-            config: the DeepSpeed JSON of the run, where the checkpoint has its path only.
+            folder: the folder given to ``save_checkpoint``, or the subfolder of a tag.
+            tag: the checkpoint's tag; None for the latest.
+            config: the DeepSpeed JSON of the run, needed if the checkpoint has only its path.
 
         Raises:
-            ValueError: there is none, or none that this package can read.
+            ValueError: there is no checkpoint, or this package cannot read it.
         """
         folder = Path(folder)
         if tag is None and (folder / "latest").is_file():
@@ -175,7 +175,7 @@ class Checkpoint:
 
     @property
     def zero_stage(self) -> int | None:
-        """Return the ZeRO stage; None where there is no optimizer that would tell."""
+        """The ZeRO stage; None without an optimizer, whose files have it."""
         if self.kind is None:
             return None
         if self.kind == BF16:
@@ -183,14 +183,14 @@ class Checkpoint:
         return int(self.optimizer(0)[ZERO_STAGE]) if self.kind == ZERO else 0
 
     def setting(self, *keys: str) -> Any:
-        """Return a setting of the run's DeepSpeed JSON; None where it was not set, or not known."""
+        """Return a setting of the run's DeepSpeed JSON, None if it is not set or not known."""
         value: Any = self.settings
         for key in keys:
             value = value.get(key) if isinstance(value, Mapping) else None
         return value
 
     def _find_ep_sizes(self) -> dict[str, int]:
-        """Return each layer's ep_size, from the local names in the model's file or the groups'."""
+        """Return each layer's ep_size, from local names in the model's file or names of groups."""
         listed = [name for group in self.model.get("param_shapes") or [] for name in group]
         for key in ("frozen_param_shapes", "shared_params", "buffer_names"):
             listed += list(self.model.get(key) or [])
@@ -214,7 +214,7 @@ class Checkpoint:
 
     @property
     def is_partitioned(self) -> bool:
-        """Whether each rank's file has a partition of every group."""
+        """Whether each rank's file holds a partition of every group."""
         return self.prefix.endswith("zero_pp_rank_")
 
     def optimizer_name(self, number: int) -> str:
@@ -227,7 +227,7 @@ class Checkpoint:
 
     @property
     def optimizer_key(self) -> str:
-        """Return under which key an optimizer file has the optimizer's state_dict."""
+        """The key of the optimizer's state_dict in an optimizer file."""
         return OPTIMIZER_STATE_DICT if self.is_partitioned else "optimizer"
 
     def optimizer(self, number: int) -> Any:
@@ -236,14 +236,14 @@ class Checkpoint:
 
     @property
     def base_key(self) -> str | None:
-        """Return under which key the state_dict has the wrapped optimizer's; None for itself."""
+        """The key of the wrapped optimizer's state_dict; None if nothing wraps it."""
         return {ZERO: "base_optimizer_state", BF16: "base_optimizer_state", PLAIN: None}.get(
             self.kind, OPTIMIZER_STATE_DICT
         )
 
     @property
     def masters_key(self) -> str | None:
-        """Return under which key the state_dict has the fp32 weights; None without."""
+        """The key of the fp32 weights in the state_dict; None if it has none."""
         return {
             ZERO: "single_partition_of_fp32_groups",
             BF16: "single_partition_of_fp32_groups",
@@ -266,7 +266,7 @@ class Checkpoint:
     # ---- the model -----------------------------------------------------------------------------
 
     def local_experts(self, ep_sizes: Mapping[str, int]) -> dict[str, int]:
-        """Return how many experts a rank has, by layer, with the given sizes."""
+        """Return the number of experts of a rank by layer, for the given ep_sizes."""
         return {
             layer.prefix: len(layer.paths) // ep_sizes[layer.prefix]
             for layer in self.layers
@@ -274,7 +274,7 @@ class Checkpoint:
         }
 
     def names(self) -> list[str]:
-        """Return the names of the whole model's state_dict, experts counted over all ranks."""
+        """Return the names of the whole model's state_dict, experts numbered globally."""
         found = list(self.model["module"])
         for layer in self.layers:
             path = layer.prefix.removesuffix("experts.deepspeed_experts.")
@@ -284,7 +284,7 @@ class Checkpoint:
         return found
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor of the whole model, as the model's or an expert's file has it."""
+        """Return a tensor of the whole model from the model's or an expert's file."""
         parts = parse(name)
         if parts is None:
             return self.model["module"][name]
@@ -307,7 +307,14 @@ class Checkpoint:
 def offsets(
     checkpoint: Checkpoint, ep_sizes: Mapping[str, int], topology: Topology, rank: int
 ) -> dict[str, int]:
-    """Return by layer the number over all ranks of a rank's first expert."""
+    """Return the global number of a rank's first expert, by layer.
+
+    Args:
+        checkpoint: gives the layers.
+        ep_sizes: ep_size of the layers by prefix.
+        topology: the ranks.
+        rank: data parallel rank.
+    """
     counts = checkpoint.local_experts(ep_sizes)
     return {
         prefix: topology.ep_rank(rank, ep_sizes[prefix]) * count for prefix, count in counts.items()
@@ -315,6 +322,6 @@ def offsets(
 
 
 def to_global(name: str, first: Mapping[str, int]) -> str:
-    """Return a local name as counted over all ranks; ``first`` is what ``offsets`` returns."""
+    """Return the global name for a local one; ``first`` is the result of ``offsets``."""
     parts = parse(name)
     return name if parts is None else renumber(name, first[parts.layer])

@@ -2,14 +2,15 @@
 """Flattened groups of an optimizer, their partitions, and copies from one layout to another.
 
 DeepSpeed concatenates a group's parameters, pads them, and gives each rank of the group's process
-group an equal part. Two ranks, parameters a, b and c of 4, 2 and 3 elements, the end padded to a
-multiple of 4:
+group an equal partition. Worked example: two ranks, parameters a, b and c of 4, 2 and 3 elements,
+the end padded to a multiple of 4:
 
     rank 0   a a a a b b
     rank 1   c c c . . .
 
-Rank 0's pieces are a from element 0 on, 4 elements at offset 0, and b, 2 elements at offset 4. Two
-layouts of the same elements are two sets of pieces, and the copies between them follow from that.
+Rank 0's partition has two fragments: a from element 0, 4 elements at offset 0; and b from element
+0, 2 elements at offset 4. Two layouts of the same elements are two sets of fragments, from which
+the copies between the layouts follow.
 """
 
 from __future__ import annotations
@@ -30,8 +31,15 @@ from torch import Tensor
 from comet_ds.checkpoints.layout import NativeParameter
 
 
-class Piece(NamedTuple):
-    """Part of a native parameter in one rank's tensor, in elements."""
+class Fragment(NamedTuple):
+    """Part of a native parameter in one rank's tensor; numbers are elements.
+
+    Attributes:
+        name: of the parameter.
+        start: first element of the parameter.
+        numel: number of elements.
+        offset: place of the first element in the tensor.
+    """
 
     name: str
     start: int
@@ -44,15 +52,15 @@ class FlatGroup:
     """A group of an optimizer, flattened and cut into partitions.
 
     Attributes:
-        units: the native parameters of each parameter of the optimizer, in flat order.
-        offsets: of the units.
-        paddings: elements between a unit and the next.
-        size: elements with padding.
-        num_partitions: equal parts, one for each rank of the process group.
-        linked: native parameters with the offsets DeepSpeed's ``param_slice_mappings`` go by.
+        params: native parameters of each parameter of the optimizer, in flat order.
+        offsets: offset of each of ``params``, in elements.
+        paddings: elements between each of ``params`` and the next.
+        size: number of elements, including padding.
+        num_partitions: number of equal partitions, one for each rank of the process group.
+        linked: native parameters and the offsets that ``param_slice_mappings`` is made from.
     """
 
-    units: list[list[NativeParameter]]
+    params: list[list[NativeParameter]]
     offsets: list[int]
     paddings: list[int]
     size: int
@@ -61,42 +69,42 @@ class FlatGroup:
 
     @property
     def partition_size(self) -> int:
-        """Return the number of elements of a partition."""
+        """Number of elements of a partition."""
         return self.size // self.num_partitions
 
     @property
     def end(self) -> int:
-        """Return the offset behind the last unit; padding follows."""
-        return self.offsets[-1] + _numel(self.units[-1]) if self.units else 0
+        """Offset of the padding at the end, in elements."""
+        return self.offsets[-1] + _numel(self.params[-1]) if self.params else 0
 
     def padding_of(self, rank: int) -> int:
-        """Return how many elements at the end of a partition belong to no parameter."""
+        """Return the number of padding elements at the end of a rank's partition."""
         return min(max((rank + 1) * self.partition_size - self.end, 0), self.partition_size)
 
-    def pieces(self, rank: int) -> list[Piece]:
-        """Return what lies in a partition."""
+    def fragments(self, rank: int) -> list[Fragment]:
+        """Return the fragments in a rank's partition."""
         begin, found = rank * self.partition_size, []
-        for unit, offset in zip(self.units, self.offsets, strict=True):
-            for native in unit:
+        for param, offset in zip(self.params, self.offsets, strict=True):
+            for native in param:
                 start = max(begin - offset, 0)
                 stop = min(begin + self.partition_size - offset, native.numel())
                 if start < stop:
-                    found.append(Piece(native.name, start, stop - start, offset + start - begin))
+                    found.append(Fragment(native.name, start, stop - start, offset + start - begin))
                 offset += native.numel()
         return found
 
-    def whole_pieces(self, rank: int) -> list[Piece]:
-        """Return what lies in a tensor of all units that a partition has a part of."""
+    def whole_fragments(self, rank: int) -> list[Fragment]:
+        """Return the fragments in a tensor of all whole parameters that a partition overlaps."""
         begin, at, found = rank * self.partition_size, 0, []
-        for unit, offset in zip(self.units, self.offsets, strict=True):
-            if offset < begin + self.partition_size and offset + _numel(unit) > begin:
-                for native in unit:
-                    found.append(Piece(native.name, 0, native.numel(), at))
+        for param, offset in zip(self.params, self.offsets, strict=True):
+            if offset < begin + self.partition_size and offset + _numel(param) > begin:
+                for native in param:
+                    found.append(Fragment(native.name, 0, native.numel(), at))
                     at += native.numel()
         return found
 
     def slice_mapping(self, rank: int) -> OrderedDict[str, fragment_address]:
-        """Return the group's part of ``param_slice_mappings`` of a native layout."""
+        """Return the entries of ``param_slice_mappings`` for a rank's partition."""
         begin, found = rank * self.partition_size, OrderedDict()
         for native, offset in self.linked:
             start = max(offset, begin)
@@ -106,12 +114,12 @@ class FlatGroup:
         return found
 
 
-def _numel(unit: Sequence[NativeParameter]) -> int:
-    return sum(native.numel() for native in unit)
+def _numel(param: Sequence[NativeParameter]) -> int:
+    return sum(native.numel() for native in param)
 
 
 def flatten(
-    units: Sequence[list[NativeParameter]],
+    params: Sequence[list[NativeParameter]],
     num_partitions: int,
     *,
     alignment: int = 1,
@@ -121,42 +129,49 @@ def flatten(
     """Lay out a group as DeepSpeed does.
 
     Args:
-        units: the native parameters of each parameter of the optimizer.
-        num_partitions: ranks of the group's process group.
-        alignment: of a unit, in elements.
-        end_alignment: of the whole group, in elements.
-        is_round_robin: deal the units out to the partitions first.
+        params: native parameters of each parameter of the optimizer.
+        num_partitions: number of ranks of the group's process group.
+        alignment: alignment of each of ``params``, in elements.
+        end_alignment: alignment of the whole group's size, in elements.
+        is_round_robin: whether ``params`` are first dealt out to the partitions in turn.
 
     Source: ``deepspeed/runtime/zero/stage_1_and_2.py``, the loop of DeepSpeedZeroOptimizer's
     constructor, _round_robin_reorder, _link_all_hp_params.
     """
-    order = list(range(len(units)))
+    order = list(range(len(params)))
     if is_round_robin:
         order = [i for rank in range(num_partitions) for i in order[rank::num_partitions]]
     offsets, paddings, at = [], [], 0
     for place, index in enumerate(order):
         offsets.append(at)
-        at += _numel(units[index])
+        at += _numel(params[index])
         paddings.append(0 if place == len(order) - 1 else -at % alignment)
         at += paddings[-1]
-    # Where there are no paddings DeepSpeed links parameters by their order before dealing out.
+    # Without paddings DeepSpeed links parameters in the order before they were dealt out.
     if any(paddings):
         starts = {index: offset for index, offset in zip(order, offsets, strict=True)}
-        starts = [starts[index] for index in range(len(units))]
+        starts = [starts[index] for index in range(len(params))]
     else:
-        starts = [0, *itertools.accumulate(_numel(unit) for unit in units)]
+        starts = [0, *itertools.accumulate(_numel(param) for param in params)]
     return FlatGroup(
-        units=[units[index] for index in order],
+        params=[params[index] for index in order],
         offsets=offsets,
         paddings=paddings,
         size=math.ceil(at / end_alignment) * end_alignment,
         num_partitions=num_partitions,
-        linked=[(unit[0], start) for unit, start in zip(units, starts, strict=False)],
+        linked=[(param[0], start) for param, start in zip(params, starts, strict=False)],
     )
 
 
 class Move(NamedTuple):
-    """Elements to copy from one rank's tensor to another's."""
+    """A copy of elements from one rank's tensor to another's.
+
+    Attributes:
+        source_rank, target_rank: ranks of the process group.
+        source, target: index of the tensor on its rank.
+        source_offset, target_offset: first element in the tensor.
+        numel: number of elements.
+    """
 
     source_rank: int
     source: int
@@ -167,36 +182,36 @@ class Move(NamedTuple):
     numel: int
 
 
-Pieces = Sequence[Sequence[Sequence[Piece]]]  # by rank, then by tensor
+FragmentTable = Sequence[Sequence[Sequence[Fragment]]]  # by rank, then by tensor
 
 
-def plan_moves(sources: Pieces, targets: Pieces) -> list[Move]:
+def plan_moves(sources: FragmentTable, targets: FragmentTable) -> list[Move]:
     """Return the copies that fill all ranks' target tensors from all ranks' source tensors.
 
-    Where several ranks hold an element, it is the target's rank that gives it, or the first.
+    If several ranks hold an element, it is copied from the target's own rank, or the first of them.
     """
-    held: dict[str, list[tuple[int, int, Piece]]] = {}
+    held: dict[str, list[tuple[int, int, Fragment]]] = {}
     for rank, tensors in enumerate(sources):
-        for index, pieces in enumerate(tensors):
-            for piece in pieces:
-                held.setdefault(piece.name, []).append((rank, index, piece))
+        for index, fragments in enumerate(tensors):
+            for fragment in fragments:
+                held.setdefault(fragment.name, []).append((rank, index, fragment))
     moves = []
     for rank, tensors in enumerate(targets):
-        for index, pieces in enumerate(tensors):
-            for piece in pieces:
-                start, stop = piece.start, piece.start + piece.numel
+        for index, fragments in enumerate(tensors):
+            for fragment in fragments:
+                start, stop = fragment.start, fragment.start + fragment.numel
                 for source_rank, source, other in sorted(
-                    held[piece.name], key=lambda h: (h[2].start, h[0] != rank, h[0])
+                    held[fragment.name], key=lambda h: (h[2].start, h[0] != rank, h[0])
                 ):
                     end = min(other.start + other.numel, stop)
                     if other.start <= start < end:
                         offset = other.offset + start - other.start
-                        to = piece.offset + start - piece.start
+                        to = fragment.offset + start - fragment.start
                         moves.append(
                             Move(source_rank, source, offset, rank, index, to, end - start)
                         )
                         start = end
-                assert start == stop, f"{piece} is on no rank"
+                assert start == stop, f"{fragment} is on no rank"
     return moves
 
 
@@ -207,39 +222,39 @@ def run_moves(
     dtype: torch.dtype,
     process_group: Any,
 ) -> list[Tensor]:
-    """Copy; collective over the process group where elements go from rank to rank.
+    """Run copies. Collective over the process group if elements go from rank to rank.
 
     Args:
         moves: the same on all ranks.
-        sources: this rank's flat tensors; None where it has none.
-        sizes: elements of this rank's target tensors.
-        dtype: of the targets.
+        sources: this rank's flat tensors; None for one that it does not have.
+        sizes: number of elements of this rank's target tensors.
+        dtype: dtype of the targets.
         process_group: None for a single rank.
 
     Returns:
-        The targets, on the CPU; 0 where nothing was copied to.
+        The targets, on the CPU; elements that were not copied are 0.
     """
     rank = 0 if process_group is None else dist.get_rank(group=process_group)
     sources = [None if t is None else t.detach().reshape(-1).cpu() for t in sources]
     targets = [torch.zeros(size, dtype=dtype) for size in sizes]
 
-    def part(move: Move) -> Tensor:
+    def read(move: Move) -> Tensor:
         return sources[move.source].narrow(0, move.source_offset, move.numel).to(dtype)
 
-    def put(move: Move, values: Tensor) -> None:
+    def write(move: Move, values: Tensor) -> None:
         targets[move.target].narrow(0, move.target_offset, move.numel).copy_(values)
 
     away = [move for move in moves if move.source_rank != move.target_rank]
     for move in moves:
         if move.source_rank == move.target_rank == rank:
-            put(move, part(move))
+            write(move, read(move))
     if not away:
         return targets
     ranks = range(dist.get_world_size(group=process_group))
     outgoing = [[m for m in away if (m.source_rank, m.target_rank) == (rank, r)] for r in ranks]
     incoming = [[m for m in away if (m.source_rank, m.target_rank) == (r, rank)] for r in ranks]
     device = get_accelerator().current_device_name()
-    parts = [part(move) for moves_to in outgoing for move in moves_to]
+    parts = [read(move) for moves_to in outgoing for move in moves_to]
     sent = torch.cat([torch.empty(0, dtype=dtype), *parts]).to(device)
     received = torch.empty(sum(m.numel for ms in incoming for m in ms), dtype=dtype, device=device)
     dist.all_to_all_single(
@@ -253,5 +268,5 @@ def run_moves(
     for move, values in zip(
         arrived, received.cpu().split([move.numel for move in arrived]), strict=True
     ):
-        put(move, values)
+        write(move, values)
     return targets

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizer states of flattened groups: what a file has, DeepSpeed's layout, from stacks and back.
+"""Conversion of optimizer states of flattened groups between stacks and DeepSpeed's layout.
 
-Of ZeRO 1 and 2, BF16_Optimizer and FP16_Optimizer. Where a group is cut into partitions, the ranks
-of its process group exchange what lies on another rank in the other layout: saving and loading are
-collective, as they are for DeepSpeed.
+For ZeRO 1 and 2, BF16_Optimizer and FP16_Optimizer. If groups are cut into partitions, an element
+may be on another rank in the other layout, and the ranks of the process group exchange it. So
+saving and loading are collective, as they are for DeepSpeed.
 """
 
 from __future__ import annotations
@@ -38,21 +38,22 @@ from comet_ds.checkpoints.states import (
     target_settings,
 )
 
-# Not in files of DeepSpeed 0.19.6, which knows no paddings between parameters.
+# Not in files of DeepSpeed 0.19.6, which has no padding between parameters.
 PARAM_ALIGNMENT_PADDINGS = "param_alignment_paddings"
 
-Facts = Mapping[str, Sequence[tuple[int, torch.dtype] | None]]  # by kind, of each group
+# By kind of tensor (fp32 weights or a state's key): elements and dtype in each group.
+Facts = Mapping[str, Sequence[tuple[int, torch.dtype] | None]]
 
 
 def partition_facts(groups: Sequence[tuple[FlatGroup, int]], is_zero: bool) -> dict[str, Any]:
-    """Return what a file says about the partitions that it holds.
+    """Return the entries of a file that describe its partitions.
 
     Args:
-        groups: of the optimizer, each with the number of the file's rank in its process group.
-        is_zero: of ZeRO 1 or 2, else of BF16_Optimizer.
+        groups: the optimizer's groups, each with the rank in its process group.
+        is_zero: True for ZeRO 1 and 2, False for BF16_Optimizer.
     """
     paddings = [flat.padding_of(rank) for flat, rank in groups]
-    if not is_zero:  # BF16_Optimizer counts the last partition's only
+    if not is_zero:  # BF16_Optimizer records the padding of the last partition only
         paddings = [
             flat.size - flat.end if rank == flat.num_partitions - 1 else 0 for flat, rank in groups
         ]
@@ -66,12 +67,13 @@ def partition_facts(groups: Sequence[tuple[FlatGroup, int]], is_zero: bool) -> d
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """A cluster of an optimizer that flattens its groups.
+    """A cluster of groups of an optimizer that flattens its groups.
 
     Attributes:
+        cluster: the cluster.
         process_group: its ranks have a partition each; None for a single rank.
         stacked, native: the cluster's groups in the two layouts.
-        unaligned: the native groups of a DeepSpeed that does not align parameters.
+        unaligned: the native groups as DeepSpeed lays them out without alignment of parameters.
     """
 
     cluster: Cluster
@@ -89,25 +91,25 @@ class _Part:
         return self.native[0].num_partitions
 
     def gather(self, facts: Facts) -> list[Facts]:
-        """Return what all ranks say."""
+        """Return the facts of all ranks of the process group. Collective."""
         if self.num_ranks == 1:
             return [facts]
         all_facts: list[Any] = [None] * self.num_ranks
-        # Not DeepSpeed's: its communication logger knows no objects, and ends the process.
+        # torch's function: DeepSpeed's communication logger fails on objects.
         torch.distributed.all_gather_object(all_facts, facts, group=self.process_group)
         return all_facts
 
 
 class FlatStates:
-    """Of an optimizer that flattens its groups.
+    """Converts the states of an optimizer that flattens its groups.
 
     Args:
-        optimizer: an engine's.
-        clusters: its groups.
-        table: of the model's parameters.
+        optimizer: an engine's optimizer.
+        clusters: the clusters of its groups.
+        table: translates the model's parameters.
 
     Raises:
-        RuntimeError: this DeepSpeed lays groups out in another way than this module knows.
+        RuntimeError: this version of DeepSpeed lays groups out in a way unknown to this module.
     """
 
     def __init__(self, optimizer: Any, clusters: Sequence[Cluster], table: ParameterTable) -> None:
@@ -125,7 +127,7 @@ class FlatStates:
         self._check_own_layout()
 
     def _lay_out(self, cluster: Cluster, first: int) -> _Part:
-        """Return the layouts of a cluster whose first group is the optimizer's given one."""
+        """Return a cluster's layouts; ``first`` is the index of its first group."""
         optimizer, process_group, options = self._optimizer, None, {}
         num_ranks, alignment = 1, 1
         if self._is_partitioned:
@@ -134,12 +136,12 @@ class FlatStates:
             options["end_alignment"] = optimizer.nccl_start_alignment_factor * num_ranks
         if self._is_zero:
             options["is_round_robin"] = optimizer.round_robin_gradients
-            if getattr(optimizer, "parameter_alignment", False):  # 16 bytes
+            if getattr(optimizer, "parameter_alignment", False):  # DeepSpeed aligns to 16 bytes
                 alignment = max(16 // optimizer.bit16_groups_flat[first].element_size(), 1)
-        stacked = [[self._table.rows(param) for param in group] for group in cluster.stacked]
+        stacked = [[self._table.natives(param) for param in group] for group in cluster.stacked]
         native = [[[param] for param in group] for group in cluster.native]
         layouts = [
-            [flatten(units, num_ranks, alignment=size, **options) for units in groups]
+            [flatten(params, num_ranks, alignment=size, **options) for params in groups]
             for groups, size in ((stacked, alignment), (native, alignment), (native, 1))
         ]
         return _Part(cluster, process_group, *layouts)
@@ -159,7 +161,7 @@ class FlatStates:
             groups, tensors = optimizer.fp16_groups, optimizer.fp32_groups_flat
         found = [[id(p) for p in group] for group in groups], [t.numel() for t in tensors], offsets
         expected = (
-            [[id(unit[0].holder) for unit in flat.units] for flat in flats],
+            [[id(param[0].holder) for param in flat.params] for flat in flats],
             [flat.partition_size for flat in flats],
             [flat.offsets for flat in flats],
         )
@@ -170,7 +172,7 @@ class FlatStates:
             )
 
     def _native(self, is_aligned: bool = True) -> list[tuple[FlatGroup, int]]:
-        """Return all native groups, each with this rank's number in its process group."""
+        """Return all native groups, each with this rank's rank in its process group."""
         return [
             (flat, part.rank)
             for part in self._parts
@@ -178,14 +180,14 @@ class FlatStates:
         ]
 
     def param_shapes(self) -> list[OrderedDict[str, torch.Size]]:
-        """Return what a native engine saves as ``param_shapes``."""
+        """Return the ``param_shapes`` that a native engine saves."""
         return [
-            OrderedDict((unit[0].name, unit[0].shape) for unit in flat.units)
+            OrderedDict((param[0].name, param[0].shape) for param in flat.params)
             for flat, _ in self._native()
         ]
 
     def to_native(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the optimizer's state_dict as a native engine has it; collective."""
+        """Convert the optimizer's state_dict to the native layout. Collective."""
         state = self._convert(state, to_native=True, is_aligned=True)
         if not self._is_partitioned:
             return state
@@ -201,7 +203,7 @@ class FlatStates:
         return state
 
     def from_native(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a native engine's state_dict as this one's optimizer has it; collective."""
+        """Convert a native engine's state_dict to this optimizer's layout. Collective."""
         is_aligned = not self._is_zero or PARAM_ALIGNMENT_PADDINGS in state
         state = self._convert(state, to_native=False, is_aligned=is_aligned)
         if self._is_zero:
@@ -213,16 +215,16 @@ class FlatStates:
     def difference(
         self, state: Any, shapes: Sequence[Mapping[str, Any]] | None = None
     ) -> str | None:
-        """Say in what a file's layout differs from a native one of this model, None if not.
+        """Return how a file's layout differs from the native layout of this model, None if not.
 
         Args:
-            state: the optimizer's part of this rank's file.
-            shapes: ``param_shapes`` of the model's file; FP16_Optimizer's has none.
+            state: the optimizer's state_dict in this rank's file.
+            shapes: ``param_shapes`` of the model's file; with FP16_Optimizer there are none.
         """
         if not isinstance(state, Mapping) or self._masters_key not in state:
             return NOT_ITS_STATES
         if not isinstance(state.get(self._base_key), Mapping):
-            return '"elastic_checkpoint" was set, which goes with one parameter per expert only'
+            return '"elastic_checkpoint" was set, which requires one parameter per expert'
         if self._is_partitioned and (
             problem := compare_shapes(shapes or [], self.param_shapes(), self._table)
         ):
@@ -233,7 +235,7 @@ class FlatStates:
         if len(sizes) != len(natives):
             return f"it has {len(sizes)} groups of parameters, expected {len(natives)}"
         if self._is_zero and paddings not in (None, [flat.paddings for flat, _ in natives]):
-            return "parameter_alignment was set otherwise"
+            return "parameter_alignment was different"
         expected = [flat.num_partitions for flat, _ in natives]
         counts = list(state.get(PARTITION_COUNT, expected))
         if counts != expected:
@@ -274,7 +276,7 @@ class FlatStates:
         sources: list[FlatGroup],
         targets: list[FlatGroup],
     ) -> tuple[list[Tensor], list[dict[str, Any]]]:
-        """Return a cluster's fp32 weights and states, of each group, in the other layout."""
+        """Return a cluster's fp32 weights and states in the other layout, by group. Collective."""
         tensors: dict[str, list[Tensor | None]] = {MASTERS: list(masters)}
         others: dict[str, list[Any]] = {}
         for index, entry in enumerate(entries):
@@ -316,43 +318,46 @@ class FlatStates:
         sources: list[FlatGroup],
         targets: list[FlatGroup],
     ) -> list[Tensor]:
-        """Convert one kind of tensors.
+        """Convert one kind of tensors. Collective.
 
         Args:
-            given: this rank's, one of each source group.
-            facts: elements and dtype of all ranks'.
+            part: the cluster.
+            kind: key of the tensors.
+            given: this rank's tensors, one of each source group.
+            facts: elements and dtype of the tensors of all ranks.
+            sources, targets: the cluster's groups in the two layouts.
 
         Raises:
-            ValueError: on all ranks, where a tensor has not the size of its group.
+            ValueError: on all ranks, if a tensor does not have the size of its group.
         """
         is_whole = self._is_whole(part, kind)
-        pieces = [
+        fragments = [
             [
-                [f.whole_pieces(rank) if is_whole else f.pieces(rank) for f in flats]
+                [f.whole_fragments(rank) if is_whole else f.fragments(rank) for f in flats]
                 for rank in range(part.num_ranks)
             ]
             for flats in (sources, targets)
         ]
-        for found, expected in zip(facts, pieces[0], strict=True):
+        for found, expected in zip(facts, fragments[0], strict=True):
             for flat, fact, of_group in zip(sources, found, expected, strict=True):
                 least = max((p.offset + p.numel for p in of_group), default=0)
                 most = least if is_whole else flat.partition_size
                 numel = 0 if fact is None else fact[0]
                 if not least <= numel <= most:
                     raise ValueError(
-                        f"the optimizer's {kind} of {flat.units[0][0].name} and the parameters "
+                        f"the optimizer's {kind} of {flat.params[0][0].name} and the parameters "
                         f"behind it has {numel} elements, expected {most}: comet_ds cannot convert "
                         'it; set "stack_experts" to false'
                     )
         dtype = next(fact[1] for found in facts for fact in found if fact is not None)
         sizes = [
             sum(p.numel for p in of_group) if is_whole else flat.partition_size
-            for flat, of_group in zip(targets, pieces[1][part.rank], strict=True)
+            for flat, of_group in zip(targets, fragments[1][part.rank], strict=True)
         ]
-        return run_moves(plan_moves(*pieces), given, sizes, dtype, part.process_group)
+        return run_moves(plan_moves(*fragments), given, sizes, dtype, part.process_group)
 
     def _is_whole(self, part: _Part, kind: str) -> bool:
-        """Return whether a state has whole parameters, all that a partition has a part of.
+        """Return whether a state holds whole parameters, those that a partition overlaps.
 
         Source: ``deepspeed/runtime/zero/stage_1_and_2.py``, get_flat_partition: momentum of
         DeepSpeed's Muon where the optimizer is not offloaded.
@@ -360,4 +365,4 @@ class FlatStates:
         if kind != "momentum_buffer" or not self._is_zero or self._optimizer.cpu_offload:
             return False
         is_muon = "muon" in type(self._optimizer.optimizer).__name__.lower()
-        return is_muon and getattr(part.stacked[0].units[0][0].holder, "use_muon", False)
+        return is_muon and getattr(part.stacked[0].params[0][0].holder, "use_muon", False)

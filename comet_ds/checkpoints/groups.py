@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint's optimizer tensors hold: names, by groups, and where each element lies.
+"""The parameters of a checkpoint's optimizer groups, and the place of each element in its files.
 
 Files of partitioned optimizers (ZeRO 1 and 2, BF16_Optimizer) name their parameters; for others see
 ``entries.py``.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from comet_ds.checkpoints.entries import Groups, name_entries, native
 from comet_ds.checkpoints.files import ZERO, Checkpoint, offsets, to_global
-from comet_ds.checkpoints.flat_groups import FlatGroup, Piece, flatten
+from comet_ds.checkpoints.flat_groups import FlatGroup, Fragment, flatten
 from comet_ds.checkpoints.flat_states import PARAM_ALIGNMENT_PADDINGS
 from comet_ds.checkpoints.layout import NativeParameter, have_same_settings, split_experts
 from comet_ds.checkpoints.names import Topology, parse
@@ -24,7 +24,7 @@ from comet_ds.checkpoints.states import MASTERS
 
 
 def ep_size_of(group: Sequence[NativeParameter]) -> int | None:
-    """Return the ep_size of a group's layers; None for what is no expert's."""
+    """Return the ep_size of a group's layers, None for a group without experts."""
     if group[0].allreduce:
         return None
     return int(group[0].group_name.removeprefix("ep_size_"))
@@ -34,7 +34,7 @@ def read_groups(checkpoint: Checkpoint) -> Groups:
     """Return the parameters of each group of the optimizer, in its order, with rank 0's names.
 
     Raises:
-        ValueError: the file does not say which they are.
+        ValueError: the parameters cannot be determined from the files.
     """
     if not checkpoint.is_partitioned:
         return name_entries(checkpoint)
@@ -44,7 +44,7 @@ def read_groups(checkpoint: Checkpoint) -> Groups:
         for name, shape in shapes.items():
             parts = parse(name)
             group.append(native(name, shape, parts and checkpoint.ep_sizes[parts.layer]))
-        if is_round_robin(checkpoint):  # param_shapes has them dealt out
+        if is_round_robin(checkpoint):  # undo the dealing out, which param_shapes has
             num_ranks = num_partitions(checkpoint, group, checkpoint.topology)
             order = list(range(len(group)))
             order = [i for rank in range(num_ranks) for i in order[rank::num_ranks]]
@@ -56,14 +56,19 @@ def read_groups(checkpoint: Checkpoint) -> Groups:
 def find_clusters(
     checkpoint: Checkpoint, groups: Groups
 ) -> list[tuple[int, list[NativeParameter], bool]]:
-    """Join the groups that DeepSpeed's limit has split.
+    """Join the groups that DeepSpeed has split at its size limit.
 
-    They are recognised by their equal settings, and by DeepSpeed's function giving the groups at
-    hand. It is applied to frozen parameters as well, which are left out of the groups afterwards.
+    Groups are joined if their settings are equal and DeepSpeed's function splits their parameters
+    into the same groups again. The function also gets frozen parameters, which are left out of the
+    groups afterwards.
+
+    Args:
+        checkpoint: the checkpoint.
+        groups: the result of ``read_groups``.
 
     Returns:
-        How many groups are joined, their parameters, and whether DeepSpeed splits them by its
-        limit: then with those that are frozen.
+        For each cluster the number of groups, their parameters, and whether DeepSpeed splits them
+        at its limit; if so, frozen parameters are included.
     """
     settings, found, begin = checkpoint.param_groups(0), [], 0
     grouped = {param.name for group in groups for param in group}
@@ -82,7 +87,7 @@ def find_clusters(
 def _divided(
     checkpoint: Checkpoint, groups: Groups, grouped: set[str]
 ) -> list[NativeParameter] | None:
-    """Return what DeepSpeed makes some groups of by its limit; None where it makes others."""
+    """Return the parameters that DeepSpeed splits into exactly these groups, None if it cannot."""
     joined = [param for group in groups for param in group]
     for params in (_with_frozen(checkpoint, joined, grouped), joined):
         trained = [
@@ -96,7 +101,7 @@ def _divided(
 def _with_frozen(
     checkpoint: Checkpoint, joined: Sequence[NativeParameter], grouped: set[str]
 ) -> list[NativeParameter]:
-    """Return experts' parameters together with those that no group has, in the model's order."""
+    """Return experts' parameters and the frozen ones that no group has, in the model's order."""
     size, known = ep_size_of(joined), {param.name: param for param in joined}
     local, buffers = checkpoint.local_experts(checkpoint.ep_sizes), checkpoint.buffer_names()
     tied = set(checkpoint.model.get("shared_params") or {})
@@ -112,7 +117,7 @@ def _with_frozen(
     return found
 
 
-# ---- where each element of flattened groups lies -----------------------------------------------
+# ---- the place of each element of flattened groups ---------------------------------------------
 
 
 def is_round_robin(checkpoint: Checkpoint) -> bool:
@@ -123,20 +128,26 @@ def is_round_robin(checkpoint: Checkpoint) -> bool:
 def num_partitions(
     checkpoint: Checkpoint, group: Sequence[NativeParameter], topology: Topology
 ) -> int:
-    """Return how many parts a flattened group is cut into."""
+    """Return the number of partitions of a flattened group."""
     if not checkpoint.is_partitioned:
         return 1
     return topology.num_ranks // (ep_size_of(group) or 1)
 
 
 def partition_of(group: Sequence[NativeParameter], topology: Topology, rank: int) -> int:
-    """Return which partition of a group a rank has."""
+    """Return the index of a rank's partition of a group."""
     ep_size = ep_size_of(group)
     return rank if ep_size is None else topology.expert_dp_rank(rank, ep_size)
 
 
 def lay_out(checkpoint: Checkpoint, groups: Groups, topology: Topology) -> list[FlatGroup]:
-    """Return how an optimizer like the checkpoint's flattens groups on some ranks."""
+    """Return the layouts of groups that the checkpoint's kind of optimizer flattens.
+
+    Args:
+        checkpoint: gives the kind and the settings.
+        groups: parameters of each group.
+        topology: the ranks of the layout, not necessarily the checkpoint's.
+    """
     layouts = []
     for group in groups:
         alignment, count = 1, num_partitions(checkpoint, group, topology)
@@ -145,10 +156,10 @@ def lay_out(checkpoint: Checkpoint, groups: Groups, topology: Topology) -> list[
             options["end_alignment"] = 2 * count  # DeepSpeed's nccl_start_alignment_factor
         if checkpoint.kind == ZERO:
             options["is_round_robin"] = is_round_robin(checkpoint)
-            if checkpoint.setting("zero_optimization", "parameter_alignment"):  # 16 bytes
+            if checkpoint.setting("zero_optimization", "parameter_alignment"):  # to 16 bytes
                 alignment = max(16 // _element_size(checkpoint, group), 1)
-        units = [[native] for native in group]
-        layouts.append(flatten(units, count, alignment=alignment, **options))
+        params = [[native] for native in group]
+        layouts.append(flatten(params, count, alignment=alignment, **options))
     return layouts
 
 
@@ -158,22 +169,22 @@ def _element_size(checkpoint: Checkpoint, group: Sequence[NativeParameter]) -> i
 
 
 class Place(NamedTuple):
-    """Part of a parameter in one optimizer file."""
+    """Place of a fragment: number of the optimizer file and index of the group in it."""
 
     file: int
     group: int
-    piece: Piece
+    fragment: Fragment
 
 
 @dataclass(frozen=True)
 class Elements:
-    """Where a checkpoint has each element of its optimizer's flattened groups.
+    """The places of all elements of a checkpoint's flattened optimizer groups.
 
     Attributes:
-        checkpoint: it.
-        groups: the parameters, as on rank 0.
-        layouts: of the groups.
-        places: by name, counted over all ranks.
+        checkpoint: the checkpoint.
+        groups: parameters of each group, with rank 0's names.
+        layouts: layouts of the groups.
+        places: places of each parameter by global name.
     """
 
     checkpoint: Checkpoint
@@ -183,10 +194,10 @@ class Elements:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Elements:
-        """Find them.
+        """Find the elements of a checkpoint.
 
         Raises:
-            ValueError: a file has another layout than its settings make.
+            ValueError: a file's layout is not the one that follows from its settings.
         """
         groups = read_groups(checkpoint)
         layouts = lay_out(checkpoint, groups, checkpoint.topology)
@@ -195,37 +206,37 @@ class Elements:
             _check_layout(checkpoint, file, groups, layouts)
             rank, first = _rank_of(checkpoint, file)
             for index, (group, flat) in enumerate(zip(groups, layouts, strict=True)):
-                for piece in flat.pieces(_part(checkpoint, group, rank)):
-                    piece = piece._replace(name=to_global(piece.name, first))
-                    places.setdefault(piece.name, []).append(Place(file, index, piece))
+                for fragment in flat.fragments(_part(checkpoint, group, rank)):
+                    fragment = fragment._replace(name=to_global(fragment.name, first))
+                    places.setdefault(fragment.name, []).append(Place(file, index, fragment))
         elements = cls(checkpoint, groups, layouts, places)
         elements._check_weights()
         return elements
 
     def whole_places(self) -> dict[str, list[Place]]:
-        """Return where tensors of whole parameters have each parameter."""
+        """Return the places of each parameter in tensors that hold whole parameters."""
         found: dict[str, list[Place]] = {}
         for file in range(self.checkpoint.num_optimizer_files):
             rank, first = _rank_of(self.checkpoint, file)
             for index, (group, flat) in enumerate(zip(self.groups, self.layouts, strict=True)):
-                for piece in flat.whole_pieces(_part(self.checkpoint, group, rank)):
-                    piece = piece._replace(name=to_global(piece.name, first))
-                    found.setdefault(piece.name, []).append(Place(file, index, piece))
+                for fragment in flat.whole_fragments(_part(self.checkpoint, group, rank)):
+                    fragment = fragment._replace(name=to_global(fragment.name, first))
+                    found.setdefault(fragment.name, []).append(Place(file, index, fragment))
         return found
 
     def weights(self, name: str) -> Tensor:
         """Return a parameter's fp32 weights, flat."""
-        places = sorted(self.places[name], key=lambda place: place.piece.start)
+        places = sorted(self.places[name], key=lambda place: place.fragment.start)
         parts, end = [], 0
-        for file, group, piece in places:
-            if piece.start == end:  # some are in several files
+        for file, group, fragment in places:
+            if fragment.start == end:  # skips elements that several files hold
                 flat = self.checkpoint.optimizer(file)[self.checkpoint.masters_key][group]
-                parts.append(flat.detach().narrow(0, piece.offset, piece.numel))
-                end += piece.numel
+                parts.append(flat.detach().narrow(0, fragment.offset, fragment.numel))
+                end += fragment.numel
         return torch.cat(parts)
 
     def _check_weights(self) -> None:
-        """Check of each file one expert's weights against the model's: its ranks may be others."""
+        """Compare one expert's weights per file with the model's, to detect another rank order."""
         checkpoint, seen = self.checkpoint, set()
         for name, places in self.places.items():
             if parse(name) is None or places[0].file in seen:
@@ -235,13 +246,13 @@ class Elements:
             if not torch.equal(weights.to(own.dtype), own):
                 raise ValueError(
                     f"the optimizer's fp32 weights of {name} are not the model's: the weights were "
-                    "changed after the last step, or the checkpoint was saved with settings that "
-                    "it does not have, such as use_data_before_expert_parallelism"
+                    "changed after the last step, or the checkpoint was saved with a setting that "
+                    "it does not record, such as use_data_before_expert_parallelism"
                 )
 
 
 def _rank_of(checkpoint: Checkpoint, file: int) -> tuple[int, dict[str, int]]:
-    """Return the rank that wrote an optimizer file, and its first experts."""
+    """Return the rank that wrote an optimizer file, and its ``offsets``."""
     topology, rank = checkpoint.topology, file
     if not checkpoint.is_partitioned:
         rank = topology.writer(file, checkpoint.num_optimizer_files)
@@ -273,14 +284,14 @@ def _check_layout(
 
 
 def read_entries(checkpoint: Checkpoint, groups: Groups) -> list[dict[str, dict[str, Any]]]:
-    """Return the states of an optimizer with one for each parameter.
+    """Return the states of an optimizer that has one state per parameter.
 
     Args:
-        checkpoint: of such an optimizer.
-        groups: what ``read_groups`` returns.
+        checkpoint: a checkpoint of such an optimizer.
+        groups: the result of ``read_groups``.
 
     Returns:
-        For each group the states by the parameters' names, counted over all ranks.
+        For each group the states by global name of the parameter.
     """
     found: list[dict[str, dict[str, Any]]] = [{} for _ in groups]
     for file in range(checkpoint.num_optimizer_files):
@@ -299,7 +310,7 @@ def read_entries(checkpoint: Checkpoint, groups: Groups) -> list[dict[str, dict[
 
 
 def _own(value: Any) -> Any:
-    """Return a tensor with a storage that ends where it does, so that only it is saved."""
+    """Return a tensor whose storage holds nothing else, so that nothing else is saved with it."""
     if torch.is_tensor(value) and value.untyped_storage().nbytes() > value.nbytes:
         return value.clone()
     return value

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parameter lies where in an optimizer's tensors: stacked here, by expert in a file.
+"""The stacked and the native layout of a model's parameters in an optimizer.
 
-Two layouts of one model are told apart:
+A model has two layouts with the same elements:
 
-    stacked   of this engine: one parameter for each matrix of all local experts of a layer
-    native    of an engine whose layers are DeepSpeed's own: one parameter per expert and matrix
+    stacked   in this engine: one parameter for each matrix of all local experts of a layer
+    native    in an engine with DeepSpeed's own layers: one parameter per expert and matrix
 
-Both hold the same elements. Their unit is the native parameter: a stack is a sequence of El of
-them. An optimizer that flattens its groups (ZeRO, BF16_Optimizer, FP16_Optimizer) has, with two
-experts of two matrices a and b:
+A stack is a sequence of El native parameters; El is the number of local experts. An optimizer that
+flattens its groups (ZeRO, BF16_Optimizer, FP16_Optimizer) orders them differently in each layout.
+With two experts of two matrices a and b:
 
     stacked   | a of expert 0 | a of expert 1 | b of expert 0 | b of expert 1 |
     native    | a of expert 0 | b of expert 0 | a of expert 1 | b of expert 1 |
 
-and the optimizer's groups of experts end elsewhere, because DeepSpeed begins a new one where the
-next parameter would exceed a limit.
+The groups of experts end at different parameters as well, because DeepSpeed begins a new group
+where the next parameter would exceed a limit.
 
-El is the number of local experts. ``flat_groups.py`` has the layout within a flattened group,
-``checkpoint_states.py`` and ``checkpoint_flat.py`` convert what optimizers save.
+``flat_groups.py`` has the layout within a flattened group, ``states.py`` and ``flat_states.py``
+convert the states that optimizers save.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from torch import Tensor, nn
 
 from comet_ds.experts.stacked import StackedExperts
-from comet_ds.experts.views import RowDict
+from comet_ds.experts.views import ViewDict
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,25 +40,25 @@ class NativeParameter:
     """A parameter of the native layout.
 
     Attributes:
-        name: in ``state_dict()``.
-        shape: of the parameter.
-        holder: the model's parameter that is it, or the stack that has it as a row.
-        row: of the stack; None where the holder is the parameter.
+        name: name in ``state_dict()``.
+        shape: shape of the parameter.
+        holder: the model's parameter itself, or the stack that contains it.
+        expert: index in the stack, the local expert; None if ``holder`` is the parameter itself.
     """
 
     name: str
     shape: torch.Size
     holder: nn.Parameter
-    row: int | None
+    expert: int | None
 
     @property
     def allreduce(self) -> bool:
-        """Return DeepSpeed's tag, by which it splits an optimizer's groups."""
+        """DeepSpeed's tag by which it splits an optimizer's groups."""
         return getattr(self.holder, "allreduce", True)
 
     @property
     def group_name(self) -> str:
-        """Return DeepSpeed's tag of an expert's parameter."""
+        """DeepSpeed's tag of an expert's parameter."""
         return self.holder.group_name
 
     def numel(self) -> int:
@@ -67,29 +67,30 @@ class NativeParameter:
 
     def part_of(self, tensor: Tensor) -> Tensor:
         """Return the parameter's part of a tensor that has its holder's shape."""
-        return tensor if self.row is None else tensor.reshape(-1, *self.shape)[self.row]
+        return tensor if self.expert is None else tensor.reshape(-1, *self.shape)[self.expert]
 
 
 class ParameterTable:
-    """Translates lists of a model's parameters into native ones.
+    """Translates a model's parameters into native parameters.
 
     Args:
         module: the model.
-        names: of its parameters, as ``named_parameters()`` has them.
+        names: names of its parameters in ``named_parameters()``.
     """
 
     def __init__(self, module: nn.Module, names: Mapping[nn.Parameter, str]) -> None:
         self._names = names
-        self._row_names: dict[tuple[int, str, int], str] = {}
-        self._owners: dict[int, StackedExperts] = {}  # by id of a stack, or a parameter beside them
-        self._keys: dict[int, str] = {}  # of stacks
-        # Of a row (key and expert) or the id of a parameter: expert and position in its list.
+        self._view_names: dict[tuple[int, str, int], str] = {}
+        self._owners: dict[int, StackedExperts] = {}  # by id of a stack or unstacked parameter
+        self._keys: dict[int, str] = {}  # key of a stack, by its id
+        # By id of the StackedExperts, then by (key of the stack, expert) or by id of an unstacked
+        # parameter: the expert, and the position in the order of parameters().
         self._places: dict[int, dict[Any, tuple[int, int]]] = {}
         for path, child in module.named_modules():
-            if isinstance(own := child._parameters, RowDict):
-                for name, key in own.keys_of_rows.items():
-                    row = id(own.experts), key, own.index
-                    self._row_names.setdefault(row, f"{path}.{name}" if path else name)
+            if isinstance(own := child._parameters, ViewDict):
+                for name, key in own.stack_keys.items():
+                    view = id(own.experts), key, own.index
+                    self._view_names.setdefault(view, f"{path}.{name}" if path else name)
             if isinstance(child, StackedExperts) and child.is_stacked:
                 self._add(child)
 
@@ -98,8 +99,8 @@ class ParameterTable:
         for index, expert in enumerate(experts.deepspeed_experts):
             for module in expert.modules():
                 own = module._parameters
-                if isinstance(own, RowDict):
-                    own = own.with_rows(lambda key, index=index: (key, index))
+                if isinstance(own, ViewDict):
+                    own = own.with_views(lambda key, index=index: (key, index))
                 for member in own.values():
                     if member is not None:
                         place = member if isinstance(member, tuple) else id(member)
@@ -113,7 +114,7 @@ class ParameterTable:
         """Check that the stacks are still the model's.
 
         Raises:
-            RuntimeError: an expert's parameter or module has been replaced since.
+            RuntimeError: the experts were unstacked after the table was made.
         """
         for param, name in self._names.items():
             if self.is_stack(param):
@@ -136,25 +137,26 @@ class ParameterTable:
         """Return the name by which ``named_parameters()`` lists a parameter."""
         return self._names[param]
 
-    def rows(self, param: nn.Parameter) -> list[NativeParameter]:
-        """Return the native parameters that one of the model's holds, in its own order."""
+    def natives(self, param: nn.Parameter) -> list[NativeParameter]:
+        """Return the native parameters in one of the model's parameters, by expert."""
         if not self.is_stack(param):
             return [NativeParameter(self._names[param], param.shape, param, None)]
         experts, key = self._owners[id(param)], self._keys[id(param)]
         shape = torch.Size(experts.shapes[key])
-        names = [self._row_names[id(experts), key, i] for i in range(experts.num_local_experts)]
+        names = [self._view_names[id(experts), key, i] for i in range(experts.num_local_experts)]
         return [NativeParameter(name, shape, param, i) for i, name in enumerate(names)]
 
     def expand(self, params: Iterable[nn.Parameter]) -> list[NativeParameter]:
-        """Return what stands in the place of a list of parameters in the native layout.
+        """Return the native layout's parameters for a list of the model's parameters.
 
-        Neighbours of one layer come expert by expert, as ``model.parameters()`` lists them. Within
-        an expert they have the order of its parameters, unless the list has its stacks in another.
+        Neighbours of one layer are ordered by expert, as in ``model.parameters()``. Within an
+        expert the order is that of its parameters, or, if the stacks in the list have another
+        order, that of the list.
         """
         found: list[NativeParameter] = []
         for owner, run in itertools.groupby(params, lambda p: id(self._owners.get(id(p)))):
             run = list(run)
-            natives = [native for param in run for native in self.rows(param)]
+            natives = [native for param in run for native in self.natives(param)]
             if any(self.is_stack(param) for param in run):
                 natives = self._by_expert(natives, self._places[owner])
             found += natives
@@ -164,12 +166,12 @@ class ParameterTable:
         self, natives: list[NativeParameter], places: Mapping[Any, tuple[int, int]]
     ) -> list[NativeParameter]:
         def place(native: NativeParameter) -> tuple[int, int]:
-            if native.row is None:
+            if native.expert is None:
                 return places[id(native.holder)]
-            return places[self._keys[id(native.holder)], native.row]
+            return places[self._keys[id(native.holder)], native.expert]
 
-        first_rows = [place(native) for native in natives if native.row == 0]
-        if first_rows == sorted(first_rows):
+        first_places = [place(native) for native in natives if native.expert == 0]
+        if first_places == sorted(first_places):
             return sorted(natives, key=place)
         return sorted(natives, key=lambda native: place(native)[0])
 
@@ -180,7 +182,7 @@ class Cluster:
 
     Attributes:
         stacked: the model's parameters in each group of this engine's optimizer.
-        native: the native parameters in each group of a native engine's.
+        native: the native parameters in each group of a native engine's optimizer.
     """
 
     stacked: list[list[nn.Parameter]]
@@ -188,11 +190,11 @@ class Cluster:
 
     @property
     def is_same(self) -> bool:
-        """Return whether both layouts are the same, because there are no stacks."""
-        return all(native.row is None for group in self.native for native in group)
+        """Whether both layouts are the same because there are no stacks."""
+        return all(native.expert is None for group in self.native for native in group)
 
     def trained(self) -> Cluster:
-        """Return the cluster without parameters that are frozen."""
+        """Return the cluster without frozen parameters."""
         stacked = [[p for p in group if is_trained(p)] for group in self.stacked]
         native = [[n for n in group if is_trained(n.holder)] for group in self.native]
         return Cluster([g for g in stacked if g], [g for g in native if g])
@@ -204,15 +206,16 @@ def is_trained(param: nn.Parameter) -> bool:
 
 
 def find_clusters(groups: Sequence[Mapping[str, Any]], table: ParameterTable) -> list[Cluster]:
-    """Work out the groups that a native engine's optimizer has.
+    """Determine the groups of a native engine's optimizer.
 
-    Groups that DeepSpeed's limit has split are joined and split again, by DeepSpeed's own function,
-    with native parameters. They are recognised by their equal settings, and by the function giving
-    the groups at hand. A group that it would have split was made otherwise, and stays one.
+    Groups that DeepSpeed has split at its size limit are joined, and split again with native
+    parameters by DeepSpeed's own function. Groups are joined if their settings are equal and the
+    function splits their parameters into the same groups. A single group that the function would
+    split was made in another way and stays one group.
 
     Args:
-        groups: of the optimizer before DeepSpeed flattens them.
-        table: of the model.
+        groups: groups of the optimizer before DeepSpeed flattens them.
+        table: translates the model's parameters.
 
     Source: ``deepspeed/moe/utils.py``, split_params_into_different_moe_groups_for_optimizer.
     """
@@ -221,13 +224,13 @@ def find_clusters(groups: Sequence[Mapping[str, Any]], table: ParameterTable) ->
         end = begin + 1
         native = [table.expand(groups[begin]["params"])]
         if groups[begin].get("moe", False):
-            alike = [
+            same = [
                 stop
                 for stop in range(begin + 1, len(groups) + 1)
                 if have_same_settings(groups[begin:stop]) and _is_split(groups[begin:stop])
             ]
-            if alike:
-                end = alike[-1]
+            if same:
+                end = same[-1]
                 params = [p for group in groups[begin:end] for p in group["params"]]
                 native = split_experts([{"params": table.expand(params)}])
         stacked = [list(group["params"]) for group in groups[begin:end]]
@@ -243,7 +246,7 @@ def have_same_settings(groups: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def split_experts(groups: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-    """Return the groups DeepSpeed makes of some experts' parameters."""
+    """Return the groups into which DeepSpeed splits some experts' parameters."""
     params = [p for group in groups for p in group["params"]]
     made = split_params_into_different_moe_groups_for_optimizer({"params": params, "name": ""})
     return [group["params"] for group in made if group.get("moe") and group["params"]]

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of experts' parameters: counted on one rank, or over all ranks.
+"""Local and global names of experts' parameters, and the experts of each rank.
 
-Of 4 experts on 2 ranks, rank 1 calls the third one's matrix
+A local name numbers the experts of one rank, a global name those of all ranks. Worked example: with
+4 experts on 2 ranks, a matrix of the third expert, the first of rank 1, has the names
 
-    moe.deepspeed_moe.experts.deepspeed_experts.0.fc.weight     local, in param_shapes for instance
+    moe.deepspeed_moe.experts.deepspeed_experts.0.fc.weight     local, for example in param_shapes
     moe.deepspeed_moe.experts.deepspeed_experts.2.fc.weight     global, in the experts' files
 """
 
@@ -20,7 +21,7 @@ _EXPERT = re.compile(r"(?P<layer>(?:.*\.)?deepspeed_moe\.experts\.deepspeed_expe
 
 
 class ExpertName(NamedTuple):
-    """Parts of the name of an expert's parameter; ``layer`` and ``rest`` are around the number."""
+    """Parts of the name of an expert's parameter: before the number, the number, after it."""
 
     layer: str
     expert: int
@@ -31,19 +32,19 @@ class ExpertName(NamedTuple):
 
 
 def parse(name: str) -> ExpertName | None:
-    """Return the parts of a name; None for what is no expert's."""
+    """Return the parts of a name, None if the parameter is not an expert's."""
     match = _EXPERT.fullmatch(name)
     return match and ExpertName(match["layer"], int(match["expert"]), match["rest"])
 
 
 def renumber(name: str, offset: int) -> str:
-    """Add to the number of an expert; other names stay."""
+    """Add an offset to the expert's number in a name; other names are returned unchanged."""
     parts = parse(name)
     return name if parts is None else str(parts._replace(expert=parts.expert + offset))
 
 
 def count_experts(names: Iterable[str]) -> dict[str, int]:
-    """Return by layer how many experts a rank has, by the largest number in local names."""
+    """Return the number of experts of a rank by layer, from the largest number in local names."""
     counts: dict[str, int] = {}
     for parts in map(parse, names):
         if parts is not None:
@@ -54,17 +55,18 @@ def count_experts(names: Iterable[str]) -> dict[str, int]:
 def resize(
     names: Sequence[str], old: Mapping[str, int], new: Mapping[str, int]
 ) -> list[tuple[str, str]]:
-    """Return a rank's list of local names for other numbers of local experts.
+    """Return a rank's list of local names for another number of local experts.
 
     Args:
-        names: neighbours of one layer come expert by expert, each with the same names.
-        old, new: local experts by layer.
+        names: local names; neighbours of one layer are ordered by expert, and every expert has the
+            same parameters.
+        old, new: number of local experts by layer.
 
     Returns:
-        Each name with the one it was made from, that of expert 0.
+        Pairs of a name and the name in ``names`` it was made from, that of expert 0.
 
     Raises:
-        ValueError: the names of a layer do not come expert by expert.
+        ValueError: the names of a layer are not ordered by expert.
     """
     found: list[tuple[str, str]] = []
     parsed = [(name, parse(name)) for name in names]
@@ -77,7 +79,7 @@ def resize(
         expected = [t._replace(expert=i) for i in range(old[layer]) for t in template]
         if parts != expected:
             raise ValueError(
-                f"the parameters of {layer}* must come expert by expert, the same ones of each of "
+                f"the parameters of {layer}* must be ordered by expert, the same ones of each of "
                 f"{old[layer]} local experts, got {', '.join(map(str, parts[:4]))}, ..."
             )
         found += [(str(t._replace(expert=i)), str(t)) for i in range(new[layer]) for t in template]
@@ -86,28 +88,28 @@ def resize(
 
 @dataclass(frozen=True)
 class Topology:
-    """Which experts a rank has.
+    """The assignment of experts to ranks.
 
     Attributes:
-        num_ranks: data parallel ranks.
-        is_data_first: "use_data_before_expert_parallelism": an expert parallel group's ranks are
-            not neighbours, those with the same experts are.
+        num_ranks: number of data parallel ranks.
+        is_data_first: the setting "use_data_before_expert_parallelism". If True, ranks with the
+            same experts are neighbours; if False, the ranks of an expert parallel group are.
     """
 
     num_ranks: int
     is_data_first: bool
 
     def ep_rank(self, rank: int, ep_size: int) -> int:
-        """Return a rank's number in its expert parallel group.
+        """Return a rank's rank in its expert parallel group.
 
         Source: ``deepspeed/utils/groups.py``, _create_expert_and_data_parallel.
         """
         return rank // (self.num_ranks // ep_size) if self.is_data_first else rank % ep_size
 
     def expert_dp_rank(self, rank: int, ep_size: int) -> int:
-        """Return a rank's number among those with the same experts."""
+        """Return a rank's index among the ranks with the same experts."""
         return rank % (self.num_ranks // ep_size) if self.is_data_first else rank // ep_size
 
     def writer(self, ep_rank: int, ep_size: int) -> int:
-        """Return the first rank with the experts of an expert parallel rank."""
+        """Return the first rank with the experts of an expert parallel rank; it writes them."""
         return ep_rank * (self.num_ranks // ep_size) if self.is_data_first else ep_rank

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write a checkpoint for another number of ranks and another ep_size, optimizer state included.
+"""Write a checkpoint for another number of ranks and another ep_size, including optimizer state.
 
-Experts' and dense weights are files that do not depend on either. The optimizer's are cut and
-joined: element for element, nothing is computed. What is written is what a run with that layout
-would have saved, so DeepSpeed's layer and comet_ds's both resume from it. Memory: one of the new
-optimizer files at a time; the old ones are read as they are needed.
+The files with weights do not depend on either number. The optimizer's tensors are cut and joined
+element by element; nothing is computed. The result is the checkpoint that a run with the new layout
+would have saved, so DeepSpeed's layer and comet_ds's both resume from it. Only one of the new
+optimizer files is in memory at a time; the old ones are read when needed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from comet_ds.checkpoints.files import (
     offsets,
     to_global,
 )
-from comet_ds.checkpoints.flat_groups import FlatGroup, Piece, plan_moves
+from comet_ds.checkpoints.flat_groups import FlatGroup, Fragment, plan_moves
 from comet_ds.checkpoints.flat_states import partition_facts
 from comet_ds.checkpoints.groups import (
     Elements,
@@ -61,25 +61,25 @@ def reshard(
     """Write a checkpoint for another layout.
 
     Args:
-        source: what to reshard.
-        target: folder for ``load_checkpoint``; the tag is the source's.
-        ep_size: of all layers.
-        num_ranks: data parallel ranks of the run that will resume.
+        source: the checkpoint to reshard.
+        target: folder to give to ``load_checkpoint``; the tag is the source's.
+        ep_size: new ep_size of all layers.
+        num_ranks: number of data parallel ranks of the run that will resume.
 
     Returns:
         The folder of the tag.
 
     Raises:
-        ValueError: sizes that do not divide each other, a target that exists, a checkpoint that
-            cannot be converted.
+        ValueError: the sizes do not divide each other, the target exists, or the checkpoint cannot
+            be converted.
     """
     folder = Path(target) / source.folder.name
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} exists already")
     if source.settings is None:
         raise ValueError(
-            f"the settings of the run that saved {source.folder} must be known, and it has the "
-            f"path {source.model['ds_config']} only, which is no file here: give them with --config"
+            f"the settings of the run that saved {source.folder} must be known, but it only has "
+            f"the path {source.model['ds_config']}, which does not exist here: give --config"
         )
     plan = _Plan(source, ep_size, num_ranks)
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def reshard(
 
 
 class _Plan:
-    """What goes where."""
+    """The new layout, and the content of each new file."""
 
     def __init__(self, source: Checkpoint, ep_size: int, num_ranks: int) -> None:
         self.source = source
@@ -122,7 +122,7 @@ class _Plan:
             self.layouts = lay_out(source, self.groups, self.topology)
 
     def _regroup(self) -> None:
-        """Work out the new optimizer's groups."""
+        """Determine the new optimizer's groups."""
         for count, params, is_divided in find_clusters(self.source, self.old_groups):
             made = [self._resize(params)]
             if is_divided:
@@ -148,7 +148,7 @@ class _Plan:
     # ---- the optimizer's files -----------------------------------------------------------------
 
     def optimizer_state(self, number: int) -> Any:
-        """Return the optimizer's state_dict of one of the new files."""
+        """Return the optimizer's state_dict for one of the new files."""
         source, rank = self.source, number
         state = source.optimizer(0)
         if not source.is_partitioned:
@@ -194,7 +194,7 @@ class _Plan:
     def _entries(
         self, first: Mapping[str, int]
     ) -> tuple[list[list[dict[str, Any]]], list[list[Tensor]]]:
-        """Return states and fp32 weights of an optimizer with a state for each parameter."""
+        """Return states and fp32 weights of an optimizer with a state per parameter, by group."""
         source, by_group = self.source, read_entries(self.source, self.old_groups)
         has_masters = source.kind == FP16_UNFUSED
         entries, masters = [], []
@@ -214,7 +214,12 @@ class _Plan:
     def _flat_entries(
         self, first: Mapping[str, int], parts: Sequence[int]
     ) -> tuple[list[list[dict[str, Any]]], list[Tensor]]:
-        """Return states and fp32 weights of an optimizer that flattens its groups, of one file."""
+        """Return states and fp32 weights of flattened groups for one file.
+
+        Args:
+            first: the result of ``offsets`` for the file's rank.
+            parts: index of the rank's partition of each group.
+        """
         entries: list[list[dict[str, Any]]] = [[{}] for _ in self.groups]
         masters: list[Tensor] = []
         for olds, news in self.clusters:
@@ -230,7 +235,7 @@ class _Plan:
         return entries, masters
 
     def _kinds(self, olds: Sequence[int]) -> dict[str, list[Any]]:
-        """Return what there is of some groups, by kind, of all files."""
+        """Return the values of some old groups in all files, by kind."""
         found: dict[str, list[Any]] = {MASTERS: [None]}
         for file in range(self.source.num_optimizer_files):
             for index in olds:
@@ -243,21 +248,21 @@ class _Plan:
         return base["state"].get(base["param_groups"][index]["params"][0], {})
 
     def _move(self, kind: str, index: int, part: int, first: Mapping[str, int]) -> Tensor:
-        """Return a flat tensor of one of the new groups."""
+        """Return one kind of flat tensor of a rank's partition of a new group."""
         source, flat = self.source, self.layouts[index]
         is_whole = self._is_whole(kind, index)
-        pieces = flat.whole_pieces(part) if is_whole else flat.pieces(part)
-        pieces = [p._replace(name=to_global(p.name, first)) for p in pieces]
-        size = sum(piece.numel for piece in pieces) if is_whole else flat.partition_size
+        fragments = flat.whole_fragments(part) if is_whole else flat.fragments(part)
+        fragments = [p._replace(name=to_global(p.name, first)) for p in fragments]
+        size = sum(fragment.numel for fragment in fragments) if is_whole else flat.partition_size
         places = self.elements.whole_places() if is_whole else self.elements.places
         sources: list[Any] = []
-        held: list[list[list[Piece]]] = []
-        for piece in pieces:
-            for place in places[piece.name]:
+        held: list[list[list[Fragment]]] = []
+        for fragment in fragments:
+            for place in places[fragment.name]:
                 sources.append((place.file, place.group))
-                held.append([[place.piece]])
+                held.append([[place.fragment]])
         result = None
-        for move in plan_moves(held, [[pieces]]):
+        for move in plan_moves(held, [[fragments]]):
             file, group = sources[move.source_rank]
             if kind == MASTERS:
                 tensor = source.optimizer(file)[source.masters_key][group].detach()
@@ -277,7 +282,7 @@ class _Plan:
         return next(v.dtype for v in self._kinds(olds)[kind])
 
     def _is_whole(self, kind: str, index: int) -> bool:
-        """Return whether a state has whole parameters, all that a partition has a part of.
+        """Return whether a state holds whole parameters, those that a partition overlaps.
 
         Source: ``deepspeed/runtime/zero/stage_1_and_2.py``, get_flat_partition: momentum of
         DeepSpeed's Muon where the optimizer is not offloaded.
@@ -301,7 +306,7 @@ class _Plan:
             old = state["param_shapes"][0]
             kinds = type(old), type(next(iter(old.values())))  # torch.Size, or DeepSpeed's copy
             state["param_shapes"] = [
-                kinds[0]((unit[0].name, kinds[1](unit[0].shape)) for unit in flat.units)
+                kinds[0]((param[0].name, kinds[1](param[0].shape)) for param in flat.params)
                 for flat in self.layouts
             ]
         for key in ("frozen_param_shapes", "frozen_param_fragments"):
@@ -319,7 +324,7 @@ class _Plan:
         return state
 
     def _frozen(self, name: str) -> Tensor:
-        """Return a frozen parameter of rank 0, whose numbers are those over all ranks."""
+        """Return a frozen parameter of rank 0, whose local names equal the global ones."""
         known = self.source.model["frozen_param_fragments"]
         return known[name] if parse(name) is None else self.source.tensor(name)
 
@@ -338,9 +343,9 @@ def _is_flat(value: Any) -> bool:
 
 
 def _is_fused_adam(group: Mapping[str, Any]) -> bool:
-    """Return whether a group is one of DeepSpeed's FusedAdam, whose step is the last parameter's.
+    """Return whether a group belongs to DeepSpeed's FusedAdam, which has one step per group.
 
-    DeepSpeed's CPUAdam, which knows the other setting too, has a step for each parameter.
+    DeepSpeed's CPUAdam has "bias_correction" too, but one step per parameter.
     """
     keys = settings_of(group)
     return "bias_correction" in keys and "step" in keys and "amsgrad" not in keys
@@ -350,7 +355,8 @@ def _new_sizes(source: Checkpoint, ep_size: int, num_ranks: int) -> dict[str, in
     """Return the new ep_size of each layer.
 
     Raises:
-        ValueError: it does not divide the experts or the ranks; the layers have several.
+        ValueError: ep_size does not divide the experts or the ranks, or the layers' old sizes
+            differ.
     """
     if len(set(source.ep_sizes.values())) > 1:
         raise ValueError(f"layers with different ep_size are not supported, got {source.ep_sizes}")

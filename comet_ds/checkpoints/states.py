@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizer states of single parameters: what a file has, DeepSpeed's layout, from stacks and back.
+"""Conversion of optimizer states of single parameters between stacks and DeepSpeed's layout.
 
-``checkpoint_layout.py`` says what the layouts are. A file always has the native one. Conversion
-cuts and joins tensors and copies what counts for a whole parameter, such as Adam's step; it
-computes nothing. Optimizers that flatten their groups are ``checkpoint_flat.py``'s.
+``layout.py`` explains the layouts. A file always has the native one. Conversion cuts and joins
+tensors, and copies values that apply to a whole parameter, such as Adam's step; it computes
+nothing. ``flat_states.py`` does this for optimizers that flatten their groups.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 from comet_ds.checkpoints.layout import Cluster, ParameterTable
 from comet_ds.zero.optimizer_groups import PER_GROUP
 
-MASTERS = "fp32 weights"  # where they are handled like a state
+MASTERS = "fp32 weights"  # their key among a parameter's states, while states are converted
 NOT_ITS_STATES = "it has no states of this kind of optimizer"
 
 
@@ -30,20 +30,20 @@ def target_settings(
     """Return the settings of a cluster's groups in the other layout.
 
     Args:
-        cluster: of groups.
+        cluster: the cluster.
         sources: its groups in an optimizer's state_dict.
-        table: of the model's parameters.
-        to_native: from the stacked layout to the native one, or back.
+        table: translates the model's parameters.
+        to_native: True from the stacked layout to the native one, False back.
 
     Raises:
-        RuntimeError: groups that are joined there have different settings.
+        RuntimeError: the cluster's groups have different settings.
     """
     settings = [settings_of(group) for group in sources]
     if any(other != settings[0] for other in settings[1:]):
         raise RuntimeError(
             f"the optimizer's groups of {cluster.native[0][0].name} and the parameters behind it "
-            f"must have equal settings, because with one parameter per expert they are split in "
-            f"other places, got {settings}"
+            f"must have equal settings, because with one parameter per expert they are split at "
+            f"other parameters, got {settings}"
         )
     names = [[native.name for native in group] for group in cluster.native]
     if not to_native:
@@ -58,10 +58,14 @@ def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def copy_common(values: Sequence[Any], what: str) -> Any:
-    """Return a copy of what all values are.
+    """Return a copy of the value that all experts have.
+
+    Args:
+        values: one value of each expert.
+        what: name of the value in the message.
 
     Raises:
-        ValueError: where they differ.
+        ValueError: the values differ.
     """
     for value in values[1:]:
         if value is not values[0] and not bool(value == values[0]):
@@ -76,14 +80,14 @@ def _copy(value: Any) -> Any:
 def regroup_scheduler(
     state: Mapping[str, Any], counts: Sequence[tuple[int, int]]
 ) -> dict[str, Any]:
-    """Return a learning rate scheduler's state with as many values as there are groups.
+    """Return a learning rate scheduler's state for another number of groups.
 
     Args:
-        state: its state_dict.
-        counts: of each cluster, how many groups it has in the state and how many it is to have.
+        state: state_dict of the scheduler.
+        counts: for each cluster, the number of groups in ``state`` and in the result.
 
     Raises:
-        ValueError: the state has another number of values than groups.
+        ValueError: the number of values in ``state`` is not the number of groups.
     """
     found = dict(state)
     for key, value in state.items():
@@ -104,10 +108,10 @@ def regroup_scheduler(
 
 
 class ParameterStates:
-    """Of optimizers with a state for each parameter: torch's and FP16_UnfusedOptimizer.
+    """Converts the states of an optimizer with a state per parameter: torch's, unfused fp16.
 
     Args:
-        optimizer: an engine's.
+        optimizer: an engine's optimizer.
         clusters: its groups.
         table: of the model's parameters.
     """
@@ -151,7 +155,7 @@ class ParameterStates:
             expected = [len(group) for group in natives]
             return (
                 f"its groups have {sizes} parameters, expected {expected}: ep_size, the model or "
-                "the groups were others"
+                "the groups were different"
             )
         for group, entries in zip(natives, self._read(state, 0, natives), strict=True):
             for native, entry in zip(group, entries, strict=True):
@@ -198,7 +202,7 @@ class ParameterStates:
     def _read(
         self, state: Mapping[str, Any], first: int, groups: Sequence[Sequence[Any]]
     ) -> list[list[dict[str, Any]]]:
-        """Return the states of the parameters of some groups, from the given one on."""
+        """Return the states of the parameters of ``groups``, which begin with group ``first``."""
         base = state[OPTIMIZER_STATE_DICT] if self._is_wrapped else state
         found = []
         for index, params in enumerate(groups, start=first):
@@ -212,10 +216,10 @@ class ParameterStates:
         return found
 
     def _split(self, param: nn.Parameter, entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Return a parameter's state as those of its native parameters, by name."""
-        rows = self._table.rows(param)
-        if rows[0].row is None:
-            return {rows[0].name: dict(entry)}
+        """Split a parameter's state into those of its native parameters, by name."""
+        natives = self._table.natives(param)
+        if natives[0].expert is None:
+            return {natives[0].name: dict(entry)}
         for key, value in entry.items():
             if _is_per_element(key, value) and value.shape != param.shape:
                 raise ValueError(
@@ -223,42 +227,48 @@ class ParameterStates:
                     f'{tuple(value.shape)}: set "stack_experts" to false'
                 )
         return {
-            row.name: {
-                key: _copy(row.part_of(value) if _is_per_element(key, value) else value)
+            native.name: {
+                key: _copy(native.part_of(value) if _is_per_element(key, value) else value)
                 for key, value in entry.items()
             }
-            for row in rows
+            for native in natives
         }
 
     def _join(self, param: nn.Parameter, by_name: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a parameter's state from those of its native parameters."""
-        rows = self._table.rows(param)
-        if rows[0].row is None:
-            return by_name[rows[0].name]
-        entries = [by_name[row.name] for row in rows]
+        """Join the states of a parameter's native parameters."""
+        natives = self._table.natives(param)
+        if natives[0].expert is None:
+            return by_name[natives[0].name]
+        entries = [by_name[native.name] for native in natives]
         keys = list(dict.fromkeys(key for entry in entries for key in entry))
         joined = {}
         for key in keys:
             if not all(key in entry for entry in entries):
-                raise ValueError(f"some experts have no {key!r} of {rows[0].name} in the file")
+                raise ValueError(f"some experts have no {key!r} of {natives[0].name} in the file")
             values = [entry[key] for entry in entries]
             if _is_per_element(key, values[0]):
                 joined[key] = torch.stack([v.detach() for v in values]).view(param.shape)
             else:
-                joined[key] = copy_common(values, f"{key!r} of {rows[0].name}")
+                joined[key] = copy_common(values, f"{key!r} of {natives[0].name}")
         return joined
 
 
 def take_step(entries: Mapping[str, dict[str, Any]]) -> int | None:
-    """Take DeepSpeed's FusedAdam's count of steps out of the states of a group's parameters.
+    """Remove the step count of DeepSpeed's FusedAdam from a group's states and return it.
 
-    It counts for all of a group's parameters in the state of the last one that has a gradient.
+    FusedAdam keeps one count per group, in the state of the last parameter with a gradient.
     """
     return max((entry.pop("step") for entry in entries.values() if "step" in entry), default=None)
 
 
 def put_step(entries: Sequence[dict[str, Any]], step: int, of_others: int) -> None:
-    """Put a count of steps into the states of a group's parameters, the last one's."""
+    """Put FusedAdam's step count into a group's states.
+
+    Args:
+        entries: states of the group's parameters, changed in place.
+        step: count for the last parameter that has a state.
+        of_others: count for the others.
+    """
     with_state = [entry for entry in entries if "exp_avg" in entry]
     for entry in with_state:
         others = {key: value for key, value in entry.items() if key != "step"}
@@ -276,12 +286,12 @@ def compare_shapes(
     expected: Sequence[Mapping[str, Any]],
     table: ParameterTable,
 ) -> str | None:
-    """Say in what the parameters of a file differ from those of a native engine, None if not.
+    """Return how the parameters of a file differ from those of a native engine, None if not.
 
     Args:
-        saved: ``param_shapes`` of the file, by group: sizes by name, in flat order.
-        expected: of a native engine.
-        table: of the model's parameters.
+        saved: ``param_shapes`` of the file: for each group, shapes by name in flat order.
+        expected: ``param_shapes`` of a native engine.
+        table: translates the model's parameters.
     """
     saved = [{name: tuple(shape) for name, shape in group.items()} for group in saved]
     expected = [{name: tuple(shape) for name, shape in group.items()} for group in expected]
@@ -302,7 +312,7 @@ def compare_shapes(
         if counts[0] != counts[1]:
             text += (
                 f"; a rank has {counts[0]} experts of a layer there and {counts[1]} here, so "
-                "ep_size was another"
+                "ep_size was different"
             )
         return text
     for name, shape in want.items():
@@ -315,7 +325,7 @@ def compare_shapes(
             if name != wanted:
                 return (
                     f"group {index} has {name} where {wanted} is expected: "
-                    "round_robin_gradients or the order of the parameters was another"
+                    "round_robin_gradients or the order of the parameters was different"
                 )
         if len(group) != len(other):
             return f"group {index} has {len(group)} parameters, expected {len(other)}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State dicts of the whole model, with the experts of all ranks: each rank takes its own."""
+"""Loading and making state dicts with the experts of all ranks."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ _EXPERTS = "deepspeed_moe.experts.deepspeed_experts."
 
 
 def keep_own_experts(layer: MoE, state_dict: dict[str, Any], prefix: str) -> None:
-    """Replace the experts of all ranks in a state_dict by this rank's, under their local numbers.
+    """Reduce a state_dict with the experts of all ranks to this rank's, under their local names.
 
-    A state_dict with as many experts as a rank has is this rank's, and stays.
+    A state_dict with as many experts as a rank has is taken for this rank's and stays unchanged.
 
     Args:
-        layer: that is about to be loaded.
+        layer: the layer that is about to load it.
         state_dict: changed in place.
-        prefix: of the layer's names in it.
+        prefix: prefix of the layer's names in ``state_dict``.
 
     Raises:
-        RuntimeError: it has neither all experts nor as many as a rank; the ranks are not known yet.
+        RuntimeError: ``state_dict`` has neither the experts of all ranks nor those of one, or
+            torch.distributed is not initialised.
     """
     start = prefix + _EXPERTS
     places = {}
@@ -55,7 +56,7 @@ def keep_own_experts(layer: MoE, state_dict: dict[str, Any], prefix: str) -> Non
 
 
 def _ep_rank(layer: MoE) -> int:
-    """Return the layer's rank in its expert parallel group: before it exists, DeepSpeed's usual."""
+    """Return the layer's expert parallel rank, DeepSpeed's default while it has no group."""
     group = layer.deepspeed_moe.ep_group
     if group is not None:
         return dist.get_rank(group=group)
@@ -69,32 +70,33 @@ def _ep_rank(layer: MoE) -> int:
 
 
 def check_loaded(layer: MoE, ranks: range) -> None:
-    """Check that the experts which were loaded before the groups existed are this rank's.
+    """Check that experts which were loaded before the process groups existed are this rank's.
 
     Args:
-        layer: with its groups.
-        ranks: global ones that hold it; all call this, and all have loaded such experts or none.
+        layer: the layer, with its process groups.
+        ranks: global ranks that hold the layer. All call this function, and either all have loaded
+            the experts of all ranks or none has.
 
     Raises:
-        ValueError: on all ranks, where some has another's.
+        ValueError: on all ranks, if one of them has loaded another rank's experts.
     """
     if layer.loaded_ep_rank is None:
         return
     is_other = layer.loaded_ep_rank != dist.get_rank(group=layer.deepspeed_moe.ep_group)
     layer.loaded_ep_rank = None
-    # False on the first rank in any order of ranks.
+    # False on the first rank whatever the order of ranks is.
     agree_on_setup({_OTHERS: is_other}, ranks)
 
 
 def gather_experts(module: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return a model's state_dict with the experts of all ranks, on rank 0; collective.
+    """Gather the experts of all ranks into a model's state_dict on rank 0. Collective.
 
     Args:
         module: the model, with process groups.
-        state_dict: its state_dict; parameters may be left out, on all ranks the same.
+        state_dict: the model's state_dict; it may lack parameters, the same on all ranks.
 
     Returns:
-        On rank 0 a dictionary whose experts are in CPU memory, elsewhere the one given.
+        On rank 0 a dictionary with all experts, in CPU memory; on other ranks ``state_dict``.
     """
     whole = dict(state_dict)
     for path, layer in module.named_modules():
@@ -116,7 +118,7 @@ def gather_experts(module: nn.Module, state_dict: dict[str, Any]) -> dict[str, A
 
 
 def _gather(tensor: torch.Tensor, group: Any, size: int) -> list[torch.Tensor]:
-    """Return the tensors of all ranks of a group, on rank 0 in CPU memory, elsewhere none."""
+    """Return the tensors of all ranks of a group in CPU memory on rank 0, [] on other ranks."""
     tensor = tensor.detach().contiguous()
     parts = [torch.empty_like(tensor) for _ in range(size)] if dist.get_rank() == 0 else None
     torch.distributed.gather(tensor, parts, dst=0, group=group)
@@ -124,7 +126,7 @@ def _gather(tensor: torch.Tensor, group: Any, size: int) -> list[torch.Tensor]:
 
 
 def _put(whole: dict[str, Any], old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Return a dictionary with some neighbours replaced by others."""
+    """Return a dictionary with the keys of ``old``, which are neighbours, replaced by ``new``."""
     found: dict[str, Any] = {}
     for name, value in whole.items():
         if name not in old:

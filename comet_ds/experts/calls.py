@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calling the user's experts, one by one or all at once by a module of the user's."""
+"""Calling the user's expert modules one by one, or all at once through a user's container."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def run_expert(expert: nn.Module, rows: Tensor) -> Tensor:
     """Apply one expert to its rows.
 
     Args:
-        expert: any module; called with [1, 1, n, H], the rank DeepSpeed calls it with. An expert
-            without rows is called with one zero row whose output is discarded, so that all its
-            parameters still get a gradient, zero, on every rank.
-        rows: [n, H], n may be 0.
+        expert: any module; called with [1, 1, n, H], as many dimensions as DeepSpeed gives it. For
+            n = 0 it is called with one zero row and the output is discarded, so that all its
+            parameters get a gradient (zero) on every rank.
+        rows: [n, H]; n may be 0.
 
     Returns:
-        [n, H]; the first item where the module returns a tuple.
+        [n, H]; the first item if the module returns a tuple.
 
     Raises:
         ValueError: the output is not a tensor of the input's shape.
@@ -35,7 +35,17 @@ def run_expert(expert: nn.Module, rows: Tensor) -> Tensor:
 
 
 def as_tensor(output: Any, inputs: Tensor, what: str, module: nn.Module) -> Tensor:
-    """Return what experts have computed, the first item of a tuple."""
+    """Return the output of a user's module as a tensor.
+
+    Args:
+        output: what the module returned: a tensor, or a tuple that starts with one.
+        inputs: what it was given; the output must have the same shape.
+        what: name of the module's role in messages, such as "an expert".
+        module: the module, for messages.
+
+    Raises:
+        ValueError: the output is not a tensor of the input's shape.
+    """
     first = output[0] if isinstance(output, tuple) and output else output
     name = type(module).__name__
     if not isinstance(first, Tensor):
@@ -59,19 +69,21 @@ def run_container(
     ep_size: int,
     num_local_experts: int,
 ) -> Tensor:
-    """Apply all local experts at once, by a module that DeepSpeed would call in their place.
+    """Apply all local experts in one call of the module that DeepSpeed would call.
 
     Args:
-        container: [W, El, C, H] -> the same; in place of ``deepspeed.moe.experts.Experts``.
+        container: [W, El, C, H] -> [W, El, C, H]; the user's replacement of
+            ``deepspeed.moe.experts.Experts``. C is the largest number of rows of one expert from
+            one rank, at least 1. Slots without a row are zero, so that all parameters get a
+            gradient on every rank.
         rows: [R, H].
-        segments: (rank, local expert, number of rows) in order of the rows, sum R; the same rank
-            and expert may come again.
-        ep_size: W.
-        num_local_experts: El.
+        segments: (rank, local expert, number of rows) in order of the rows; the numbers add up to
+            R. The same rank and expert may appear several times.
+        ep_size: number of ranks, W.
+        num_local_experts: number of experts of a rank, El.
 
     Returns:
-        [R, H] in the same order. C is the most rows that a rank has for an expert, at least 1, and
-        slots without a row are zero, so that all parameters get a gradient on every rank.
+        [R, H] in the order of ``rows``.
 
     Raises:
         ValueError: the output is not a tensor of the input's shape.
@@ -102,11 +114,11 @@ def run_experts(
     Args:
         experts: n modules.
         rows: [R, H], expert-major.
-        rows_per_expert: n counts with sum R.
+        rows_per_expert: number of rows of each expert; they add up to R.
 
     Returns:
-        [R, H] in the same order.
+        [R, H] in the order of ``rows``.
     """
-    pieces = rows.split(list(rows_per_expert))
-    outputs = [run_expert(e, piece) for e, piece in zip(experts, pieces, strict=True)]
+    rows_of_experts = rows.split(list(rows_per_expert))
+    outputs = [run_expert(e, own) for e, own in zip(experts, rows_of_experts, strict=True)]
     return torch.cat(outputs)

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The user's experts: recognising an MLP.
+"""Recognising expert modules that compute an MLP.
 
-Experts stay the user's own modules. A module is recognised as an MLP by
-what it computes, never by its class name: it is traced, the graph must be one of
+Experts are the user's own modules. A module is recognised by what it computes, never by the name of
+its class. It is traced; the graph must be one of
 
     down(act(up(x)))                 two-matrix MLP
     down(act(gate(x)) * up(x))       gated MLP
 
-and the recognised form must reproduce the module on a probe input.
+and the recognised form must reproduce the module's output for a probe input.
 """
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from comet_ds.experts.views import RowDict, place_of_row
+from comet_ds.experts.structure import ModuleStructure
+from comet_ds.experts.views import ViewDict, place_of_row
 
-# Relative L2 error between the module and the recognised form: both round in the same dtype.
+# Largest relative L2 error between the module and the recognised form, which round in one dtype.
 PROBE_TOLERANCE = {
     torch.float64: 1e-10,
     torch.float32: 1e-4,
@@ -35,14 +35,14 @@ PROBE_TOLERANCE = {
 
 
 def parameter_dtypes(expert: nn.Module) -> set[torch.dtype]:
-    """Return the dtypes of an expert's parameters, stacked ones too."""
+    """Return the dtypes of an expert's parameters, stacked or not, without making views."""
     dtypes = set()
     for module in expert.modules():
-        own = module._parameters
-        if isinstance(own, RowDict):
-            dtypes |= {own.experts.stack(key).dtype for key in own.keys_of_rows.values()}
-            own = own.plain()
-        dtypes |= {param.dtype for param in own.values() if param is not None}
+        params = module._parameters
+        if isinstance(params, ViewDict):
+            dtypes |= {params.experts.stack(key).dtype for key in params.stack_keys.values()}
+            params = params.plain()
+        dtypes |= {param.dtype for param in params.values() if param is not None}
     return dtypes
 
 
@@ -51,9 +51,9 @@ class ExpertMLP:
     """An expert recognised as an MLP.
 
     Attributes:
-        up: H -> F.
-        gate: H -> F, or None for the two-matrix form.
-        down: F -> H.
+        up: the Linear H -> F that is multiplied, or activated in the two-matrix form.
+        gate: the Linear H -> F that is activated; None in the two-matrix form.
+        down: the Linear F -> H.
         activation: key of ``ACTIVATIONS``.
     """
 
@@ -67,7 +67,7 @@ class ExpertMLP:
         return f"{'gated ' if self.gate else ''}{self.activation} MLP"
 
     def form(self) -> tuple[Any, ...]:
-        """Return what experts must have in common to share kernels."""
+        """Return a key; experts with equal keys can share kernels."""
         biases = [linear is not None and linear.bias is None for linear in self._linears()]
         weights = [(m.weight.shape, m.weight.dtype) for m in self._linears() if m is not None]
         return self.activation, self.gate is None, *biases, *weights
@@ -80,67 +80,6 @@ class ExpertMLP:
         act = ACTIVATIONS[self.activation]
         hidden = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
         return self.down(hidden)
-
-
-class ModuleStructure:
-    """Module trees, cheap to compare with later.
-
-    Remembered is what can change what recognised modules compute: their children, hooks, patched
-    forwards, also of their classes, train or eval mode, dropout probabilities.
-
-    Args:
-        roots: of the trees.
-        watch: ``ModuleWatch`` of csrc/autograd/module_watch.cpp, which makes the same comparison
-            several times faster (64 experts of 4 modules on a slow host take 160 us here); None
-            without kernels.
-    """
-
-    def __init__(self, roots: Sequence[nn.Module], watch: type | None = None) -> None:
-        self.roots = list(roots)
-        modules = [m for root in self.roots for m in root.modules()]
-        self._attributes = [m.__dict__ for m in modules]
-        self._hooks = [
-            a[name]
-            for a in self._attributes
-            for name in (
-                "_forward_hooks",
-                "_forward_pre_hooks",
-                "_backward_hooks",
-                "_backward_pre_hooks",
-            )
-        ]
-        # Comparing these compares modules by identity, in C.
-        self._children = [m._modules for m in modules]
-        self._children_then = [dict(children) for children in self._children]
-        self._forwards_then = {cls: cls.forward for cls in set(map(type, modules))}
-        self._training_then = [m.training for m in modules]
-        self._dropouts = [a for a in self._attributes if "p" in a]
-        self._p_then = [a["p"] for a in self._dropouts]
-        self._was_plain = self.is_plain()
-        self._watch = watch(self._attributes) if watch is not None and self._was_plain else None
-
-    def is_plain(self) -> bool:
-        """Whether no module has hooks or a patched forward."""
-        is_patched = map(operator.contains, self._attributes, itertools.repeat("forward"))
-        return not any(self._hooks) and not any(is_patched)
-
-    def holds(self, roots: Sequence[nn.Module]) -> bool:
-        """Whether ``roots`` are the modules seen then, unchanged."""
-        if self.roots != list(roots):
-            return False
-        if any(cls.forward is not forward for cls, forward in self._forwards_then.items()):
-            return False
-        if self._watch is not None:
-            return self._watch.is_unchanged()
-        return (
-            self.is_plain() == self._was_plain
-            and self._children == self._children_then
-            and list(map(_TRAINING, self._attributes)) == self._training_then
-            and [a["p"] for a in self._dropouts] == self._p_then
-        )
-
-
-_TRAINING = operator.itemgetter("training")
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -158,9 +97,9 @@ def recognise_mlp(expert: nn.Module) -> ExpertMLP | str:
         expert: any module.
 
     Returns:
-        The MLP, or a phrase saying why it is not one: a module or operation outside the two
-        forms (dropout with p > 0 and normalisation among them), a subclass of nn.Linear, hooks,
-        parametrizations, shared matrices, a tuple result, or a probe that disagrees.
+        The MLP, or a phrase with the reason why it is not one: a module or operation outside the
+        two forms (for example dropout with p > 0 or normalisation), a subclass of nn.Linear, hooks,
+        parametrizations, shared matrices, a tuple as output, or a probe that disagrees.
     """
     if not ModuleStructure([expert]).is_plain():
         return "it has hooks or a patched forward"
@@ -171,36 +110,40 @@ def recognise_mlp(expert: nn.Module) -> ExpertMLP | str:
         _check_probe(mlp, expert)
     except _Unrecognised as reason:
         return str(reason)
-    except Exception as error:  # a module may do anything while it is traced or probed
+    except Exception as error:  # tracing and probing run arbitrary user code
         return f"it cannot be traced ({type(error).__name__})"
     return mlp
 
 
 class RecognisedExperts:
-    """The experts of a layer as MLPs of one form, remembered as long as they do not change."""
+    """Recognises the experts of a layer; caches the result until a module changes."""
 
     def __init__(self) -> None:
-        # By train or eval mode.
-        self._found: dict[bool, tuple[ModuleStructure, list[ExpertMLP] | str]] = {}
+        # One entry for train and one for eval mode.
+        self._cache: dict[bool, tuple[ModuleStructure, list[ExpertMLP] | str]] = {}
 
     def __reduce__(self) -> tuple[type, tuple]:
-        """Forget in copies: what is remembered are other modules' dictionaries."""
+        """Empty the cache of copies: it refers to the original modules' dictionaries."""
         return RecognisedExperts, ()
 
     def find(
         self, experts: Sequence[nn.Module], watch: type | None = None
     ) -> list[ExpertMLP] | str:
-        """Return the MLPs or why there are none; the same object as long as nothing changes.
+        """Return the experts as MLPs of one form.
 
         Args:
             experts: the modules.
             watch: see ``ModuleStructure``.
+
+        Returns:
+            The MLPs, or a phrase with the reason why there are none. The same object until a module
+            changes.
         """
         mode = next(iter(experts)).training
-        if mode in self._found and self._found[mode][0].holds(experts):
-            return self._found[mode][1]
-        self._found[mode] = ModuleStructure(experts, watch), self._recognise(experts)
-        return self._found[mode][1]
+        if mode in self._cache and self._cache[mode][0].holds(experts):
+            return self._cache[mode][1]
+        self._cache[mode] = ModuleStructure(experts, watch), self._recognise(experts)
+        return self._cache[mode][1]
 
     @staticmethod
     def _recognise(experts: Sequence[nn.Module]) -> list[ExpertMLP] | str:
@@ -214,7 +157,7 @@ class RecognisedExperts:
 
 
 class _Unrecognised(Exception):
-    """Why a module is not a recognised MLP."""
+    """The reason why a module is not a recognised MLP."""
 
 
 class _Matcher:
@@ -242,9 +185,9 @@ class _Matcher:
             if found is None:
                 raise _Unrecognised(f"{self._name(hidden)} where an activation is expected")
             activation, up = found[0], self._linear_of(found[1], inputs[0])
-        # A node outside the match may still act, in place.
+        # A node outside the match may still change a tensor in place.
         if strays := [n for n in self.graph.nodes if n not in self.seen]:
-            raise _Unrecognised(f"{self._name(strays[0])} beside the MLP")
+            raise _Unrecognised(f"{self._name(strays[0])} outside the MLP")
         matrices = [m for m in (up, gate, down) if m is not None]
         if len({_identity(m) for m in matrices}) < len(matrices):
             raise _Unrecognised("two of its matrices share a parameter")
@@ -256,7 +199,7 @@ class _Matcher:
     def _gated(self, product: fx.Node, source: fx.Node) -> tuple[str, nn.Linear, nn.Linear]:
         factors = [self._skip_identity(f) for f in product.args if isinstance(f, fx.Node)]
         if len(factors) != 2 or product.kwargs:
-            raise _Unrecognised("a product of something else than two results")
+            raise _Unrecognised("a product of something other than two results")
         found = [self._activation(f) for f in factors]
         if (found[0] is None) == (found[1] is None):
             raise _Unrecognised("a product that is not activation times linear")
@@ -279,11 +222,11 @@ class _Matcher:
     def _linear_of(self, node: fx.Node, source: fx.Node) -> nn.Linear:
         module, argument = self._linear(node)
         if self._skip_identity(argument) is not source:
-            raise _Unrecognised("a matrix more than its two or three")
+            raise _Unrecognised("one more Linear than the two or three of an MLP")
         return module
 
     def _activation(self, node: fx.Node) -> tuple[str, fx.Node] | None:
-        """Return the activation's key and its input, or None where the node is something else."""
+        """Return the activation's key and its input, None if the node is no activation."""
         name = None
         if not self._is_unary(node, "approximate", "inplace"):
             return None
@@ -331,12 +274,12 @@ class _Matcher:
 
 
 def _identity(module: nn.Linear) -> Any:
-    """Return what two modules have in common where they share their matrix."""
+    """Return a key that two modules have in common exactly if they share their matrix."""
     return place_of_row(module, "weight") or id(module.weight)
 
 
 def _check_probe(mlp: ExpertMLP, expert: nn.Module) -> None:
-    """Compare the recognised form with the module on 4 rows; draws no random number."""
+    """Compare the recognised form with the module on 4 rows; draws no random numbers."""
     weight = mlp.up.weight
     count = 4 * mlp.up.in_features
     probe = torch.sin(torch.arange(count, device=weight.device) * 0.7).to(weight.dtype)

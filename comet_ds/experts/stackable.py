@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parameters ``stacked.py`` can stack, and a stack of them."""
+"""Whether experts' parameters can be stacked, and how a stack and its holder are made."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-# Where DeepSpeed splits an optimizer's group of experts (moe/utils.py), in elements.
+# The size, in elements, at which DeepSpeed splits an optimizer's group of experts (moe/utils.py).
 MAX_GROUP_NUMEL = 178_956_971
 
 
 def why_not_stackable(experts: Sequence[nn.Module]) -> str | None:
-    """Return why the parameters of a layer's experts cannot be stacked, None where they can."""
+    """Return why the parameters of a layer's experts cannot be stacked, None if they can."""
     first = dict(experts[0].named_parameters())
     if not first:
         return "the experts have no parameters"
@@ -29,7 +30,7 @@ def why_not_stackable(experts: Sequence[nn.Module]) -> str | None:
             if (param.shape, param.dtype) != (other.shape, other.dtype):
                 return f"{name} differs in shape or dtype between experts"
             if param.dim() > 2:
-                return f"{name} has {param.dim()} dimensions, optimizers that work on matrices mind"
+                return f"{name} has {param.dim()} dimensions, more than a stack can have"
             if id(param) in seen:
                 return f"{name} is the same parameter in several experts"
             seen.add(id(param))
@@ -37,9 +38,10 @@ def why_not_stackable(experts: Sequence[nn.Module]) -> str | None:
 
 
 def _why_not_converted(expert: nn.Module) -> str | None:
-    """Return which module of an expert converts its parameters by itself, None if none does.
+    """Return which module of an expert overrides ``_apply``, None if none does.
 
-    Such as one that keeps fp32 in a bf16 model; stacks are converted with the layer.
+    It may convert its parameters in its own way, for example keep them fp32 in a bf16 model, but a
+    stack is converted with the layer.
     """
     for module in expert.modules():
         if type(module)._apply is not nn.Module._apply and not isinstance(module, nn.RNNBase):
@@ -48,9 +50,10 @@ def _why_not_converted(expert: nn.Module) -> str | None:
 
 
 def _why_not_reachable(expert: nn.Module) -> str | None:
-    """Return which attribute of a module holds a parameter besides ``_parameters``, None if none.
+    """Return which other attribute of a module refers to its parameters, None if there is none.
 
-    Such as the list of an nn.LSTM. It would keep what the stack has replaced.
+    An nn.LSTM has a list of them, for example. It would go on using the parameters that the stack
+    has replaced.
     """
     params = {id(p) for p in expert.parameters()}
     for path, module in expert.named_modules():
@@ -64,29 +67,59 @@ def _why_not_reachable(expert: nn.Module) -> str | None:
     return None
 
 
-def holder_name(path: str) -> str:
-    """Return the name of the module that holds the stacks of an expert's module.
+class StackHolder(nn.Module):
+    """Holds the stacks of one submodule of the experts, under the names of its parameters.
 
-    Rules by name find in it what DeepSpeed's names have, and the parameter's name after it. It does
-    not end in the name of the expert's module: tools that replace modules would take it for one.
+    ``state_dict()`` does not list stacks, because the experts' modules save and load their views.
+    A dictionary made from ``named_parameters()`` does list them and can be loaded.
+    """
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        pass
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, [], *args)
+
+
+def holder_name(path: str) -> str:
+    """Return the name of the module that holds the stacks of a submodule of the experts.
+
+    The name contains "deepspeed_experts" and the submodule's path, so that rules which match
+    parameters by name still match. It does not end in the submodule's name, because tools that
+    replace modules by name would replace the holder.
     """
     return "_".join(["deepspeed_experts", path.replace(".", "__"), "stacked"])
 
 
-def stack_rows(rows: Sequence[nn.Parameter]) -> nn.Parameter:
-    """Return the stack of equally shaped parameters."""
-    data = torch.stack([row.data for row in rows])
-    if rows[0].dim() < 2:
+def make_stack(params: Sequence[nn.Parameter]) -> nn.Parameter:
+    """Return a stack with copies of the experts' parameters.
+
+    Args:
+        params: of equal shape, one of each local expert.
+
+    Returns:
+        [El, *shape], or [El * n] for vectors [n].
+    """
+    data = torch.stack([param.data for param in params])
+    if params[0].dim() < 2:
         data = data.flatten()
-    return nn.Parameter(data, any(row.requires_grad for row in rows))
+    return nn.Parameter(data, any(param.requires_grad for param in params))
 
 
-def set_attributes(stack: nn.Parameter, rows: Sequence[nn.Parameter]) -> None:
-    """Give a stack the tags of its first row, and what DeepSpeed and ``Row`` look for."""
-    stack.__dict__.update(rows[0].__dict__)
-    if frozen := {i for i, row in enumerate(rows) if not row.requires_grad}:
-        stack._frozen_rows = frozen if stack.requires_grad else set()
+def set_attributes(stack: nn.Parameter, params: Sequence[nn.Parameter]) -> None:
+    """Set a stack's attributes: the first parameter's tags, and which experts are frozen."""
+    stack.__dict__.update(params[0].__dict__)
+    if frozen := {i for i, param in enumerate(params) if not param.requires_grad}:
+        stack._frozen_experts = frozen if stack.requires_grad else set()
     if stack.numel() > MAX_GROUP_NUMEL:
-        # DeepSpeed counts this where it splits groups, and would leave an empty one before a
-        # parameter that is larger than a group may be.
+        # DeepSpeed sums ds_numel where it splits groups, and would leave an empty group before a
+        # parameter that is larger than the limit.
         stack.ds_numel = MAX_GROUP_NUMEL

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a layer keeps of its last forward for those who read its attributes."""
+"""The values of the last forward that a layer offers as attributes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 class Kept:
     """The auxiliary loss and the experts' counts of a forward.
 
-    The loss has a graph, and the graph holds the layer's input. A layer that held it until its next
-    forward would keep both alive; so the graph of the layer's output does, which is there as long
-    as anyone can still run a backward that the loss may be a part of.
+    The loss has an autograd graph, which holds the layer's input. If the layer held the loss until
+    its next forward, it would keep both alive. So the graph of the layer's output holds the loss:
+    it lives as long as a backward that may include the loss is possible.
 
     Args:
-        l_aux: 0-dim, or what the user's gate returned.
+        l_aux: [] fp32, or the value that the user's gate returned.
         exp_counts: [E] int64.
     """
 
@@ -27,13 +27,13 @@ class Kept:
 
     @property
     def l_aux(self) -> Any:
-        """The loss; its value without a graph where nobody holds the graph any more."""
+        """The loss; without its graph once the graph of the output is gone."""
         if self._with_graph is not None and (found := self._with_graph()) is not None:
             return found
         return self._l_aux
 
     def leave_graph_to(self, output: Tensor) -> None:
-        """Let the loss live as long as the graph of the layer's output, where there is one."""
+        """Let the graph of the layer's output hold the loss, if both have a graph."""
         l_aux, node = self._l_aux, output.grad_fn
         if not isinstance(l_aux, Tensor) or l_aux.grad_fn is None or node is None:
             return

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user put in the place of a layer's gate, its experts, or functions of DeepSpeed.
+"""Detecting and calling user code that overrides a layer's gate, its experts or DeepSpeed.
 
-A replaced, subclassed, patched or hooked gate or ``Experts`` is called as DeepSpeed calls it, and
-the layer goes on with what it returns:
+A gate or ``Experts`` that was replaced, subclassed, patched or hooked is called as DeepSpeed calls
+it, and the layer uses its result:
 
     gate       (x [T, H], used_token, True, use_tutel) -> l_aux, capacity, num_experts,
                indices [K, T] (-1 = dropped), locations, gates [K, T], exp_counts
     experts    [W, El, C, H] -> [W, El, C, H]
 
-W is the number of ranks of the expert parallel group, El of local experts, C of rows that one
-expert has of one rank at most; slots without a row are zero. Where functions are patched that the
-gate calls, the gate is DeepSpeed's; where they are the layer's, all of the layer is.
+W is the number of ranks of the expert parallel group and El the number of local experts. C is the
+largest number of rows of one expert from one rank; slots without a row are zero. If functions that
+DeepSpeed's gate calls are patched, DeepSpeed's gate runs; if functions that its layer calls are
+patched, DeepSpeed's whole layer runs.
 """
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from comet_ds.gate.routing import Routing
 from comet_ds.gate.topk_gate import TopKGate
 
-# Of sharded_moe. ``gumbel_rsample`` and ``multiplicative_jitter`` are not among them: ``gate.py``
-# calls those that stand there.
+# Functions of deepspeed.moe.sharded_moe. ``gumbel_rsample`` and ``multiplicative_jitter`` need no
+# check: this package's gate calls them through that module, patched or not.
 GATE_FUNCTIONS = (
     "top1gating",
     "top2gating",
@@ -39,8 +39,8 @@ GATE_FUNCTIONS = (
     "einsum",
     "_capacity",
     "_stack_routes",
-    "_top_idx",  # DeepSpeed 0.19.6, as the next
-    "_one_hot_to_float",
+    "_top_idx",  # only in DeepSpeed 0.19.6
+    "_one_hot_to_float",  # only in DeepSpeed 0.19.6
 )
 LAYER_FUNCTIONS = (
     "_AllToAll",
@@ -50,18 +50,20 @@ LAYER_FUNCTIONS = (
     "drop_tokens",
     "gather_tokens",
 )
-FILES = {module.__file__ for module in (sharded_moe, mappings, deepspeed_experts)}
+FILES = frozenset(module.__file__ for module in (sharded_moe, mappings, deepspeed_experts))
 
 
 class Overrides(NamedTuple):
-    """What runs otherwise than by this package; each a phrase that names it, None where nothing.
+    """Which parts of a layer must run other code than this package's.
+
+    Attributes are phrases that name the override, None if there is none.
 
     Attributes:
-        gate: the gate is to be called as a module.
-        is_gate_own: that is because of hooks alone, and the gate decides by this package's code.
-        experts: ``Experts`` is to be called as a module.
-        layer: DeepSpeed's forward is to run.
-        hooks: there are hooks on all modules, so no module may be skipped.
+        gate: why the gate must be called as a module.
+        is_gate_own: whether hooks are the only reason, so that this package's gate still routes.
+        experts: why ``Experts`` must be called as a module.
+        layer: why DeepSpeed's forward must run.
+        hooks: that there are hooks on all modules, so no module may be skipped.
     """
 
     gate: str | None = None
@@ -71,38 +73,43 @@ class Overrides(NamedTuple):
     hooks: str | None = None
 
     def why_not_fused(self) -> str | None:
-        """Return the first of them."""
+        """Return the first override, which excludes the fused path; None if there is none."""
         return self.layer or self.gate or self.experts or self.hooks
 
     def describe(self) -> str:
-        """Return what to add to the line of the log that says which path runs."""
-        found = [what for what in (self.gate, self.experts) if what is not None]
-        return "".join(f"; {what}, called as DeepSpeed does" for what in found)
+        """Return the part of the log line about a gate or ``Experts`` called as modules."""
+        called = [why for why in (self.gate, self.experts) if why is not None]
+        return "".join(f"; {why}, called as DeepSpeed does" for why in called)
 
 
 NONE = Overrides()
 
 
 def find_overrides(gate: nn.Module, experts: nn.Module) -> Overrides:
-    """Return what a layer must not run by this package's code; a few microseconds."""
-    patched = _functions.find()
+    """Return a layer's overrides; takes a few microseconds if there are none.
+
+    Args:
+        gate: the layer's gate.
+        experts: the layer's ``Experts``.
+    """
+    patched = _deepspeed_code.find_patches()
     is_hooked = any(_GLOBAL_HOOKS)
     if (
-        patched is _NOTHING
+        patched is _NO_PATCHES
         and not is_hooked
         and type(gate) is TopKGate
         and _is_plain(gate)
-        and type(experts).forward is _functions.experts_forward
+        and type(experts).forward is _deepspeed_code.experts_forward
         and _is_plain(experts)
     ):
         return NONE
     hooks = "there are hooks on all modules" if is_hooked else None
-    own = _why_gate(gate, patched.gate)
-    of_experts = _why_experts(experts) or (hooks and f"{hooks}, Experts among them")
-    if own is None and (is_hooked or _has_hooks(gate)):
-        what = f"{hooks}, the gate among them" if is_hooked else "the gate has hooks"
-        return Overrides(what, True, of_experts, patched.layer, hooks)
-    return Overrides(own, own is None, of_experts, patched.layer, hooks)
+    why_gate = _why_gate(gate, patched.gate)
+    why_experts = _why_experts(experts) or (hooks and f"{hooks}, Experts among them")
+    if why_gate is None and (is_hooked or _has_hooks(gate)):
+        why_gate = f"{hooks}, the gate among them" if is_hooked else "the gate has hooks"
+        return Overrides(why_gate, True, why_experts, patched.layer, hooks)
+    return Overrides(why_gate, why_gate is None, why_experts, patched.layer, hooks)
 
 
 def _why_gate(gate: nn.Module, patched: str | None) -> str | None:
@@ -117,7 +124,7 @@ def _why_experts(experts: nn.Module) -> str | None:
     name = _full_name(experts)
     if "forward" in experts.__dict__:
         return f"the forward of the experts' {type(experts).__name__} is patched"
-    if type(experts).forward is not _functions.experts_forward:
+    if type(experts).forward is not _deepspeed_code.experts_forward:
         is_subclass = isinstance(experts, deepspeed_experts.Experts)
         if is_subclass and type(experts).forward is deepspeed_experts.Experts.forward:
             return "deepspeed.moe.experts.Experts.forward is patched"
@@ -142,7 +149,7 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-# Hooks on all modules, such as torch.utils.flop_counter's.
+# torch's dictionaries of hooks on all modules, such as torch.utils.flop_counter's.
 _GLOBAL_HOOKS = (
     torch.nn.modules.module._global_forward_hooks,
     torch.nn.modules.module._global_forward_pre_hooks,
@@ -156,57 +163,58 @@ def has_hooks_on_all_modules() -> bool:
     return any(_GLOBAL_HOOKS)
 
 
-class _Patched(NamedTuple):
+class _Patches(NamedTuple):
+    """Phrases that name patched functions of DeepSpeed's gate and of its layer, None for none."""
+
     gate: str | None
     layer: str | None
 
 
-_NOTHING = _Patched(None, None)
+_NO_PATCHES = _Patches(None, None)
 
 
-class _Functions:
-    """DeepSpeed's functions and forwards, as they are when comet_ds is imported.
+class _DeepSpeedCode:
+    """A snapshot, taken when comet_ds is imported, of DeepSpeed's functions and forwards.
 
-    One that is somebody else's already then counts as patched: its code is in another file.
+    A function that was patched before counts as patched too: its code is in another file.
     """
 
     def __init__(self) -> None:
         names = (*GATE_FUNCTIONS, *LAYER_FUNCTIONS)
         self._names = [name for name in names if hasattr(sharded_moe, name)]
         self._get = operator.itemgetter(*self._names)
-        self._then = tuple(
-            value if _is_deepspeeds(value) else None for value in self._get(vars(sharded_moe))
-        )
-        self.experts_forward = _if_deepspeeds(deepspeed_experts.Experts.forward)
-        self._gate_forward = _if_deepspeeds(sharded_moe.TopKGate.forward)
-        self._layer_forward = _if_deepspeeds(sharded_moe.MOELayer.forward)
+        self._originals = tuple(map(_original_or_none, self._get(vars(sharded_moe))))
+        self.experts_forward = _original_or_none(deepspeed_experts.Experts.forward)
+        self._gate_forward = _original_or_none(sharded_moe.TopKGate.forward)
+        self._layer_forward = _original_or_none(sharded_moe.MOELayer.forward)
 
-    def find(self) -> _Patched:
-        """Return what is patched now."""
-        now = self._get(vars(sharded_moe))
+    def find_patches(self) -> _Patches:
+        """Compare DeepSpeed's present code with the snapshot."""
+        current = self._get(vars(sharded_moe))
         if (
-            now == self._then
+            current == self._originals
             and sharded_moe.TopKGate.forward is self._gate_forward
             and sharded_moe.MOELayer.forward is self._layer_forward
         ):
-            return _NOTHING
-        changed = [n for n, a, b in zip(self._names, now, self._then, strict=True) if a is not b]
-        of_gate = [name for name in changed if name in GATE_FUNCTIONS]
-        of_layer = [name for name in changed if name in LAYER_FUNCTIONS]
+            return _NO_PATCHES
+        pairs = zip(self._names, current, self._originals, strict=True)
+        patched = [name for name, value, original in pairs if value is not original]
+        gate_names = [name for name in patched if name in GATE_FUNCTIONS]
+        layer_names = [name for name in patched if name in LAYER_FUNCTIONS]
         if sharded_moe.TopKGate.forward is not self._gate_forward:
-            of_gate.append("TopKGate.forward")
+            gate_names.append("TopKGate.forward")
         if sharded_moe.MOELayer.forward is not self._layer_forward:
-            of_layer.append("MOELayer.forward")
-        return _Patched(_say_patched(of_gate), _say_patched(of_layer))
+            layer_names.append("MOELayer.forward")
+        return _Patches(_describe_patched(gate_names), _describe_patched(layer_names))
 
 
-def _say_patched(names: list[str]) -> str | None:
+def _describe_patched(names: list[str]) -> str | None:
     listed = ", ".join(f"deepspeed.moe.sharded_moe.{name}" for name in names)
     return f"{listed} {'is' if len(names) == 1 else 'are'} patched" if names else None
 
 
 def _is_deepspeeds(value: Any) -> bool:
-    """Whether a function, or a class and its methods, is from DeepSpeed's files."""
+    """Return whether a function, or a class with its methods, is from DeepSpeed's files."""
     if isinstance(value, type):
         methods = [m.__func__ for m in vars(value).values() if isinstance(m, staticmethod)]
         is_named = value.__module__ == sharded_moe.__name__
@@ -216,25 +224,26 @@ def _is_deepspeeds(value: Any) -> bool:
     return code is None or code.co_filename in FILES
 
 
-def _if_deepspeeds(forward: Any) -> Any:
-    return forward if _is_deepspeeds(forward) else None
+def _original_or_none(value: Any) -> Any:
+    """Return DeepSpeed's function or class; None, which equals nothing, for a patched one."""
+    return value if _is_deepspeeds(value) else None
 
 
-_functions = _Functions()
+_deepspeed_code = _DeepSpeedCode()
 
 
 # ---- construction ------------------------------------------------------------------------------
 
 
 def class_for(name: str, own: type) -> type:
-    """Return the class to build a layer's gate or experts of: what the user put there, or ours.
+    """Return the class for a layer's gate, experts or MOELayer: the user's replacement or ours.
 
     Args:
         name: "TopKGate", "Experts" or "MOELayer", in ``deepspeed.moe.layer``.
         own: this package's class.
 
     Raises:
-        ValueError: MOELayer was replaced.
+        ValueError: MOELayer was replaced, which this package does not support.
     """
     found, stock = getattr(deepspeed_layer, name), _CLASSES[name]
     if found is stock or issubclass(own, found):
@@ -242,8 +251,8 @@ def class_for(name: str, own: type) -> type:
     if name == "MOELayer":
         raise ValueError(
             f"deepspeed.moe.layer.MOELayer must be DeepSpeed's, got {found.__module__}."
-            f"{found.__qualname__}: comet_ds.MoE is a layer of its own; change its gate or its "
-            "experts instead, or build deepspeed.moe.layer.MoE"
+            f"{found.__qualname__}: comet_ds.MoE has a MOELayer of its own; replace its gate or "
+            "its experts instead, or build deepspeed.moe.layer.MoE"
         )
     return found
 
@@ -269,69 +278,66 @@ def call_gate(
     """Call a gate as DeepSpeed's layer does.
 
     Args:
-        gate: any module that answers as ``sharded_moe.TopKGate`` does.
-        found: what ``find_overrides`` has found.
+        gate: a module with the interface of ``sharded_moe.TopKGate``.
+        found: the result of ``find_overrides``.
         x: [T, H].
-        used_token: handed on.
-        use_tutel: handed on.
-        num_experts: E of the layer.
+        used_token: passed to the gate.
+        use_tutel: passed to the gate.
+        num_experts: number of experts of the layer, E.
 
     Returns:
         The routing, and ``l_aux`` as the gate returned it.
 
     Raises:
-        ValueError: the gate returns something else.
+        ValueError: the gate's result is not what DeepSpeed's layer expects.
     """
-    with routing_by_itself(gate) if found.is_gate_own else _nothing():
-        answer = gate(x, used_token, True, use_tutel)
-    name = type(gate).__name__
-    if not isinstance(answer, tuple | list) or len(answer) != 7:
-        got = type(answer).__name__
-        got = f"{len(answer)} values" if isinstance(answer, tuple | list) else f"a {got}"
+    with _routing_in_forward(gate) if found.is_gate_own else nullcontext():
+        result = gate(x, used_token, True, use_tutel)
+    _check_gate_result(result, f"the gate, a {type(gate).__name__},", x.shape[0], num_experts)
+    l_aux, _, _, indices, _, weights, exp_counts = result
+    l_aux_tensor = l_aux
+    if not isinstance(l_aux, Tensor):
+        l_aux_tensor = torch.as_tensor(l_aux or 0.0, dtype=torch.float32, device=x.device)
+    routing = Routing(
+        topk_ids=indices.t().long().clamp(min=-1).contiguous(),
+        topk_weights=weights.t().float(),
+        l_aux=l_aux_tensor,
+        exp_counts=exp_counts,
+    )
+    return routing, l_aux
+
+
+def _check_gate_result(result: Any, gate: str, num_tokens: int, num_experts: int) -> None:
+    """Raise ValueError if a gate's result is not what DeepSpeed's layer expects."""
+    if not isinstance(result, tuple | list) or len(result) != 7:
+        got = type(result).__name__
+        got = f"{len(result)} values" if isinstance(result, tuple | list) else f"a {got}"
         raise ValueError(
-            f"the gate, a {name}, must return DeepSpeed's 7 values (l_aux, capacity, num_experts, "
+            f"{gate} must return DeepSpeed's 7 values (l_aux, capacity, num_experts, "
             "indices, locations, gates, exp_counts) when it is called with (input, used_token, "
             f"True, use_tutel), got {got}"
         )
-    l_aux, _, of_experts, indices, _, weights, exp_counts = answer
-    num_tokens = x.shape[0]
+    _, _, gate_experts, indices, _, weights, _ = result
     if indices.dim() != 2 or indices.shape[1] != num_tokens or indices.shape != weights.shape:
         raise ValueError(
-            f"the gate, a {name}, must return indices and gates of shape [routes, {num_tokens}], "
+            f"{gate} must return indices and gates of shape [routes, {num_tokens}], "
             f"got {list(indices.shape)} and {list(weights.shape)}"
         )
-    if int(of_experts) != num_experts:
+    if int(gate_experts) != num_experts:
         raise ValueError(
-            f"the gate, a {name}, must route to the layer's {num_experts} experts, "
-            f"got {int(of_experts)}"
+            f"{gate} must route to the layer's {num_experts} experts, got {int(gate_experts)}"
         )
-    ids = indices.t().long()
-    if ids.numel() and int(ids.max()) >= num_experts:
+    if indices.numel() and int(indices.max()) >= num_experts:
         raise ValueError(
-            f"the gate, a {name}, must return indices below {num_experts}, got {int(ids.max())}"
+            f"{gate} must return indices below {num_experts}, got {int(indices.max())}"
         )
-    as_tensor = functools.partial(torch.as_tensor, dtype=torch.float32, device=x.device)
-    return (
-        Routing(
-            topk_ids=ids.clamp(min=-1).contiguous(),
-            topk_weights=weights.t().float(),
-            l_aux=l_aux if isinstance(l_aux, Tensor) else as_tensor(l_aux or 0.0),
-            exp_counts=exp_counts,
-        ),
-        l_aux,
-    )
 
 
 @contextmanager
-def routing_by_itself(gate: TopKGate) -> Iterator[None]:
-    """While a gate with hooks is called: its forward answers by ``route``."""
+def _routing_in_forward(gate: TopKGate) -> Iterator[None]:
+    """Make the forward of this package's gate return the result of its ``route``."""
     gate.__dict__["is_in_layer"] = True
     try:
         yield
     finally:
         del gate.__dict__["is_in_layer"]
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

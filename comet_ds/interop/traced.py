@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layer under torch.jit.trace and torch.export: no step whose size the data decides.
+"""The layer under torch.jit.trace and torch.export, without data-dependent sizes.
 
-Every expert computes all tokens, and the weights of the routes it was not chosen for are zero.
+Every expert computes all tokens; for tokens that did not choose it the weight is zero.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STRICT_EXPORT = "comet_ds.MoE is exported with torch.export.export(..., strict=F
 
 
 def is_traced() -> bool:
-    """Return whether torch.jit.trace or torch.export is running the layer."""
+    """Return whether torch.jit.trace or torch.export is recording the layer."""
     return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
@@ -33,11 +33,17 @@ def run_traced(
 ) -> tuple[Tensor, Kept]:
     """Compute a layer's output while its operations are recorded.
 
-    Where routes may be dropped, the capacity is a constant of the recorded number of tokens; what
-    torch.jit.trace makes then refuses other numbers.
+    If tokens may be dropped, the capacity becomes a constant for the recorded number of tokens, and
+    a module from torch.jit.trace refuses other numbers.
+
+    Args:
+        layer: the layer.
+        hidden_states: [..., H].
+        used_token: see ``TopKGate.route``.
 
     Returns:
-        The output in the input's shape, to rounding what the layer computes, and what it keeps.
+        The output in the input's shape, equal to the layer's up to rounding; and the loss and
+        counts.
 
     Raises:
         RuntimeError: the layer cannot be recorded; says what to do.

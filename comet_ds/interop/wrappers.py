@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refusing what treats the experts of all ranks as copies of the same parameters.
+"""Refusing data parallel wrappers that take the experts of all ranks for copies.
 
-DistributedDataParallel gives every rank the parameters of the first and averages their gradients,
-FSDP shards them over all ranks. With ``ep_size`` above 1 ranks hold different experts, so both
-train something else, in silence. DeepSpeed's engine knows experts by their tags.
+DistributedDataParallel gives every rank the parameters of the first rank and averages gradients;
+FSDP shards parameters over all ranks. With ``ep_size`` above 1 the ranks hold different experts,
+so both would silently train another model. DeepSpeed's engine recognises experts by their tags.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import torch.distributed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-# What FSDP, in both versions, notes on the modules it manages, for torch.compile.
+# Attribute that both versions of FSDP set, for torch.compile, on the modules they manage.
 _FSDP_MARK = "_is_fsdp_managed_module"
 _REMEDY = (
     "Build the model anew, without {wrapper}, and let comet_ds.initialize or deepspeed.initialize "
-    "train it; or leave the experts out of {wrapper} ({how}) and add up their gradients over the "
+    "train it; or leave the experts out of {wrapper} ({how}) and reduce their gradients over the "
     "expert data parallel group yourself"
 )
 
 
 class WrapperCheck:
-    """Looks whether experts of an expert parallel group have been wrapped; cheap in every forward.
+    """Detects wrapped experts of an expert parallel group; cheap enough for every forward.
 
     Args:
         experts: the layer's ``Experts``, whose parameters have DeepSpeed's tags.
@@ -33,20 +33,21 @@ class WrapperCheck:
 
     def __init__(self, experts: nn.Module) -> None:
         self.experts = experts
-        self._accepted: Any = None  # weak reference to the last DistributedDataParallel
+        self._accepted: Any = None  # weak reference to a DistributedDataParallel without experts
 
     def __reduce__(self) -> tuple[type, tuple]:
-        """Look again in copies."""
+        """Leave the accepted wrapper out of copies."""
         return WrapperCheck, (self.experts,)
 
     def check(self, group: Any) -> None:
         """Refuse experts that are wrapped.
 
         Args:
-            group: expert parallel group, of more than one rank.
+            group: expert parallel group of more than one rank.
 
         Raises:
-            ValueError: naming the wrapper and what to do; on every rank, which is wrapped alike.
+            ValueError: names the wrapper and the remedy. Raised on every rank, because a wrapper is
+                the same on all.
         """
         if self._is_sharded():
             how = "ignored_states, for fully_shard ignored_params"
@@ -61,10 +62,10 @@ class WrapperCheck:
         self._accepted = weakref.ref(wrapper)
 
     def check_stacks(self) -> None:
-        """Refuse stacked experts that are sharded, also where all experts are local.
+        """Refuse stacked experts that are sharded, also if all experts are local.
 
         Raises:
-            ValueError: with the remedy.
+            ValueError: FSDP shards the stacks; names the remedy.
         """
         if self._is_sharded():
             raise ValueError(
@@ -77,7 +78,7 @@ class WrapperCheck:
         return _FSDP_MARK in self.experts.__dict__ and is_sharded(self.experts)
 
     def _is_replicated(self, wrapper: DistributedDataParallel, group: Any) -> bool:
-        """Whether some expert is another rank's copy, of whom the group expects other experts."""
+        """Return whether the wrapper replicates an expert over ranks of the group."""
         own = {id(param) for param in self.experts.parameters()}
         ranks = torch.distributed.get_process_group_ranks
         return len(set(ranks(wrapper.process_group)) & set(ranks(group))) > 1 and any(
@@ -87,7 +88,7 @@ class WrapperCheck:
 
 
 def is_sharded(experts: nn.Module) -> bool:
-    """Whether FSDP has replaced the parameters of experts: its own have no tags of DeepSpeed's."""
+    """Return whether FSDP has replaced the experts' parameters; its own lack DeepSpeed's tags."""
     params = list(experts.parameters())
     return not params or not all(hasattr(param, "group_name") for param in params)
 

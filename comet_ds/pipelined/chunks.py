@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many chunks a layer's rows are cut into on the pipelined path."""
+"""How many chunks the pipelined path cuts a layer's rows into."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from comet_ds.validation import InputRules
 
 
 class ChunkChoice:
-    """The chunks of a layer: those of the configuration, or the cost model's.
+    """Chooses a layer's number of chunks: the configured one, or the cost model's.
 
     Args:
         config: the layer's options.
-        ep_size: W.
+        ep_size: ranks of the expert parallel group.
         num_local_experts: experts of a rank.
-        gate, experts: the layer's, as they stand there now.
+        gate: the layer's gate; read for ``k``.
+        experts: the layer's experts; read for the size of their parameters.
     """
 
     def __init__(
@@ -41,20 +42,24 @@ class ChunkChoice:
         self._chosen: tuple[torch.device, ChunkSchedule, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Forget in copies: their ranks agree anew."""
+        """Leave the choice out of copies: a copied layer agrees on its own."""
         return {**self.__dict__, "_chosen": None}
 
     def schedule(
         self, num_tokens: int, group: Any, rules: InputRules
     ) -> tuple[ChunkSchedule, Tensor]:
-        """Return the schedule, and its segment table on the layer's device.
+        """Return the chunk schedule; choose it in the first call.
 
-        Collective in the first call, whose largest number of tokens decides.
+        With "num_chunks": "auto" on CUDA the first call is collective and waits for the device; the
+        largest number of tokens of all ranks decides. Later calls return the same schedule.
 
         Args:
             num_tokens: T of this rank.
             group: expert parallel group.
             rules: the layer's device and hidden size.
+
+        Returns:
+            The schedule, and its ``segment_of_expert`` on the layer's device.
         """
         device = rules.device
         if self._chosen is None or self._chosen[0] != device:
@@ -69,13 +74,14 @@ class ChunkChoice:
         if self.config.num_chunks != "auto":
             return self.config.num_chunks
         device = rules.device
-        if device.type != "cuda":  # the cores that would communicate are computing
+        if device.type != "cuda":  # on the CPU communication and experts share the cores
             return 1
-        rows = agree_on_largest(num_tokens, group, device) * getattr(self.gate, "k", 1)
+        num_rows = agree_on_largest(num_tokens, group, device) * getattr(self.gate, "k", 1)
         params = [p for p in self.experts.parameters() if p.is_floating_point()]
         numel = sum(p.numel() for p in params) / self.num_local_experts
-        seconds = 2 * rows * numel / H200.grouped_mm_flops
+        forward_s = 2 * num_rows * numel / H200.grouped_mm_flops
         token_bytes = rules.hidden * (params[0].element_size() if params else 2)
-        domain = torch.cuda.device_count()  # of this host, others may have more
-        layer = ChunkedLayer(rows, token_bytes, (seconds, 2 * seconds), self.ep_size, domain)
+        domain = torch.cuda.device_count()  # hosts may differ: the ranks take the largest result
+        times_s = (forward_s, 2 * forward_s)
+        layer = ChunkedLayer(num_rows, token_bytes, times_s, self.ep_size, domain)
         return agree_on_largest(layer.best(), group, device)

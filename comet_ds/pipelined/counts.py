@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exchange of row counts before rows travel, with each rank's faults and needs."""
+"""Exchange of row counts before the dispatch, together with each rank's faults and needs."""
 
 from __future__ import annotations
 
@@ -18,25 +18,28 @@ from comet_ds.validation import InputRules, dtype_code
 
 
 class CountExchange:
-    """Every rank's row counts on every rank; under way from construction until ``wait``.
+    """Gathers the row counts of all ranks; the constructor starts it, ``wait`` finishes it.
+
+    Collective: all ranks of the group construct one in the same forward.
 
     Args:
-        counts: [n] int64 on the layer's device; this rank's.
-        group: expert parallel group, whose ranks all construct one.
-        rules: what ``fault`` is about.
-        attendance: of the group, for the layer.
-        dtype: of this rank's input, without a fault.
+        counts: [n] int64 on the layer's device; this rank's counts.
+        group: expert parallel group.
+        rules: the input rules that ``fault`` refers to.
+        attendance: the layer's waits on this group.
+        dtype: dtype of this rank's input; None with a fault.
         needs: gradients this rank needs, from ``find_needs``.
-        fault: code and value of the rule this rank's input breaks, if any.
+        fault: code and value of the rule that this rank's input breaks; None for a valid input.
 
     Attributes:
-        needs: gradients that any rank needs, once ``wait`` has returned.
+        needs: gradients that at least one rank needs; None until ``wait`` has returned.
         attendance: as given.
-        what: the forward's name in messages.
+        what: name of the forward in messages, "its forward number 3".
     """
 
-    # The first word is a fault's code and, above it, what is needed and the dtype; the second a
-    # fault's value, and means nothing where there is none: so padding fills in both.
+    # Layout of a message, int64: word 0 is the fault's code in its low CODE_BITS, then the needs,
+    # then the dtype's code; word 1 is the fault's value; the counts follow. Without a fault nobody
+    # reads word 1, so one padding operation fills both words.
     CODE_BITS = 8
 
     def __init__(
@@ -53,23 +56,23 @@ class CountExchange:
         self.group, self.rules = group, rules
         self.rank, self.ep_size = dist.get_rank(group=group), dist.get_world_size(group=group)
         self.needs: BackwardNeeds | None = None
-        self.attendance, self.what = attendance, f"forward number {attendance.begin()}"
-        said = needs if dtype is None else needs | dtype_code(dtype) << NUM_NEED_BITS
-        message = F.pad(counts, (2, 0), value=said << self.CODE_BITS)
+        self.attendance, self.what = attendance, f"its forward number {attendance.begin()}"
+        flags = needs if dtype is None else needs | dtype_code(dtype) << NUM_NEED_BITS
+        message = F.pad(counts, (2, 0), value=flags << self.CODE_BITS)
         if fault is not None:
             message[0].fill_(fault[0])
             message[1].fill_(fault[1])
         self._gathered = message.new_empty(self.ep_size * message.numel())
-        self._message = message  # as long as it is being sent
+        self._message = message  # must stay alive until it has been sent
         self._work = dist.all_gather_into_tensor(
             self._gathered, message, group=group, async_op=True
         )
-        self._host, self._arrived = self._gathered, None
+        self._host, self._copied = self._gathered, None
         if counts.is_cuda:
             self._work.wait()
             self._host = self._gathered.to("cpu", non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self._copied = torch.cuda.Event()
+            self._copied.record()
 
     def wait(self) -> tuple[np.ndarray, Tensor]:
         """Wait on the host for the counts of all ranks.
@@ -78,18 +81,18 @@ class CountExchange:
             [W, n] int64 on the host, and the same on the device.
 
         Raises:
-            ValueError: on every rank, if any rank's input has a fault.
-            RuntimeError: a rank did not come in time.
+            ValueError: on every rank, if any rank's input has a fault or the dtypes differ.
+            RuntimeError: a rank did not join in time.
         """
-        if self._arrived is not None:
-            self.attendance.finish_event(self._arrived, self.what)
+        if self._copied is not None:
+            self.attendance.finish_event(self._copied, self.what)
         else:
             self.attendance.finish(self._work, self._gathered, self.what)
         host = self._host.view(self.ep_size, -1).numpy()
         words = host[:, :2].tolist()
         mask = (1 << self.CODE_BITS) - 1
         self.rules.raise_first([(word & mask, value) for word, value in words])
-        said = [word >> self.CODE_BITS for word, _ in words]
-        self.rules.raise_if_they_differ([s >> NUM_NEED_BITS for s in said])
-        self.needs = BackwardNeeds.agree(said)
+        flags = [word >> self.CODE_BITS for word, _ in words]
+        self.rules.raise_if_dtypes_differ([f >> NUM_NEED_BITS for f in flags])
+        self.needs = BackwardNeeds.agree(flags)
         return host[:, 2:], self._gathered.view(self.ep_size, -1)[:, 2:]

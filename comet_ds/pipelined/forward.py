@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pipelined path: token-level dispatch and combine over any process group, chunk by chunk.
 
-Only kept routes travel. The rows are cut into chunks (``routing.ChunkSchedule``); the dispatch of
-all chunks is started at once, each chunk is computed when it has arrived, and its combine is
+Only kept routes are sent. The rows are cut into chunks (``plan.ChunkSchedule``). The dispatch of
+all chunks is started at once; each chunk is computed when it has arrived, and its combine is
 started before the next chunk is computed:
 
     communication   d0 d1 d2 ...    c0    c1    c2
@@ -11,22 +11,23 @@ started before the next chunk is computed:
 Backward mirrors this by construction. A transfer is two autograd nodes, ``_Start`` and ``_Wait``:
 the backward of ``_Wait`` starts the opposite all-to-all, the backward of ``_Start`` waits for it,
 and autograd runs nodes in reverse order of creation. So the gradients of all combines start at
-once, and each chunk's dispatch gradient travels while the chunk before it is computed. The order
+once, and each chunk's dispatch gradient is sent while the chunk before it is computed. The order
 is the program's, the same on every rank. On CUDA the collectives run on the process group's own
 stream, and waiting is a stream dependency, not a host wait.
 
-All ranks have these nodes in their graphs or none has, whatever each needs (``gradients.py``):
+Either all ranks have these nodes in their graphs or none has, whatever gradients each needs
+(``ranks/gradients.py``). Empty tensors, called edges, connect the nodes:
 
-    rows    _Start -> ticket of each chunk -> _Wait -> experts -> _Start -> tickets -> _Wait
-    token   anchor ^                           '--------------------^
+    rows    _Start -> edge of each chunk -> _Wait -> experts -> _Start -> edges -> _Wait
+    edge    anchor ^                          '--------------------^
 
-An anchor attaches the first node, and tokens, empty tensors as well, the others, so that a chunk's
-exchanges do not depend on what its experts do. The backward of each is made of the other, and can
-be differentiated itself.
+An anchor (a leaf) puts the first node into the graph. The lower edges put the others there even if
+an expert detaches its output. The backward of each node applies the other, so it can itself be
+differentiated.
 
-What backward knows of the routing it takes from saved tensors. Where activation checkpointing
-computes the forward again and draws other routes, they are those of the second time, as is all
-that experts save; a number of rows that has changed is an error, torch's.
+The backward reads the routing from saved tensors. If activation checkpointing recomputes the
+forward and draws other routes, the backward uses the recomputed routes and activations; if the
+number of rows has changed, torch raises an error.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from comet_ds.pipelined.row_ops import sum_rows, sum_rows_backward
 from comet_ds.ranks.gradients import anchor, first_order_only
 from comet_ds.ranks.waiting import BACKWARD, FORWARD
 
-Timed = Callable[[str], AbstractContextManager]
+Timed = Callable[[str], AbstractContextManager]  # a timer's name to a context that times
 
 
 def pipelined_forward(
@@ -64,16 +65,17 @@ def pipelined_forward(
     Args:
         x: [T, H]; T may differ between ranks and be 0.
         topk_weights: [T, K] fp32.
-        plan: the rows' order, from the same routing.
-        runner: this rank's experts.
-        schedule: how the rows are cut; the same on all ranks.
-        exchange: the counts of all ranks, under way; None without expert parallelism.
-        timed: context of a named timer around each exposed wait ("1st_a2a", "2nd_a2a").
+        plan: the order of the rows, made from the same routing.
+        runner: runs this rank's experts.
+        schedule: how the rows are cut into chunks; the same on all ranks.
+        exchange: the started exchange of row counts; None without expert parallelism.
+        timed: gives the context of a named timer ("1st_a2a", "2nd_a2a") around each exposed wait.
 
     Returns:
-        [T, H] in the experts' output dtype; may be differentiated twice. With expert parallelism
-        collective over its group, forward and backward. Waits on the host once, for the counts that
-        size the buffers; not at all for grouped GEMM without expert parallelism.
+        [T, H] in the experts' output dtype; can be differentiated twice.
+
+    With expert parallelism forward and backward are collective over the group. The host waits once,
+    for the counts that size the buffers; without expert parallelism, grouped GEMM needs no wait.
     """
     rows = _Permute.apply(x, plan.token_of_row, plan.row_of_route)
     if exchange is None:
@@ -86,7 +88,7 @@ def pipelined_forward(
 def _run_local(
     rows: Tensor, plan: RoutingPlan, runner: ExpertRunner, schedule: ChunkSchedule
 ) -> Tensor:
-    """Run all experts on rows that stay here: one chunk, segments are the experts."""
+    """Run all experts without expert parallelism: one chunk whose segments are the experts."""
     experts = range(schedule.num_local_experts)
     offsets, host_counts = plan.tokens_per_segment.cumsum(0, dtype=torch.int32), None
     if runner.reason is not None:
@@ -105,108 +107,119 @@ def _run_chunks(
     exchange: CountExchange,
     timed: Timed,
 ) -> Tensor:
-    """Dispatch, compute and return the rows chunk by chunk."""
+    """Dispatch, compute and combine the rows chunk by chunk; return them in dispatch order."""
     host_counts, counts = exchange.wait()
-    arrivals = [_Arrival(chunk, host_counts, counts, exchange) for chunk in schedule.chunks]
-    outward = [a.transfer for a in arrivals]
-    sizes = [transfer.num_sent for transfer in outward]
-    pieces = rows.split([*sizes, rows.shape[0] - sum(sizes)])[:-1]
-    head = anchor(rows, torch.is_grad_enabled() and exchange.needs.input)
-    tickets = _Start.apply(outward, head, *pieces)
-    stacks, returning = {}, []
+    chunks = [_ReceivedChunk(chunk, host_counts, counts, exchange) for chunk in schedule.chunks]
+    dispatches = [chunk.dispatch for chunk in chunks]
+    sizes = [dispatch.num_sent_rows for dispatch in dispatches]
+    rows_to_send = rows.split([*sizes, rows.shape[0] - sum(sizes)])[:-1]  # without dropped routes
+    first_edge = anchor(rows, torch.is_grad_enabled() and exchange.needs.input)
+    edges = _Start.apply(dispatches, first_edge, *rows_to_send)
     if runner.container is not None:
-        returning = _run_at_once(arrivals, tickets, runner, exchange, schedule)
-        arrivals = tickets = []
-    for arrival, ticket in zip(arrivals, tickets, strict=True):
-        with timed("1st_a2a"):
-            received, token = _Wait.apply([arrival.transfer], ticket)
-        experts = arrival.chunk.experts
-        if experts not in stacks:  # where first used: backward hands out gradients soonest
-            stacks[experts] = runner.stack(experts)
-        outputs = arrival.run(received, runner, stacks[experts])
-        returning.append(_send_back(arrival, token, outputs, exchange))
-    back, tickets = zip(*returning, strict=True)
+        started = _run_container(chunks, edges, runner, exchange, schedule)
+    else:
+        started = []
+        weights: dict[range, list[Tensor | None]] = {}
+        for chunk, edge in zip(chunks, edges, strict=True):
+            with timed("1st_a2a"):
+                received, edge = _Wait.apply([chunk.dispatch], edge)
+            # Stacked at first use, so that backward finishes the weights' gradients early.
+            if chunk.experts not in weights:
+                weights[chunk.experts] = runner.stack(chunk.experts)
+            outputs = chunk.run(received, runner, weights[chunk.experts])
+            started.append(_start_combine(chunk, edge, outputs, exchange))
+    combines, edges = zip(*started, strict=True)
     with timed("2nd_a2a"):
-        return torch.cat(_Wait.apply(back, *tickets)[:-1])
+        return torch.cat(_Wait.apply(combines, *edges)[:-1])
 
 
-def _run_at_once(
-    arrivals: Sequence[_Arrival],
-    tickets: Sequence[Tensor],
+def _run_container(
+    chunks: Sequence[_ReceivedChunk],
+    edges: Sequence[Tensor],
     runner: ExpertRunner,
     exchange: CountExchange,
     schedule: ChunkSchedule,
 ) -> list[tuple[Transfer, Tensor]]:
-    """Wait for all chunks, compute them in one call, start their return.
+    """Wait for all chunks, run the user's container on them in one call, start their combines.
 
-    The collectives are in the order of a rank that computes chunk by chunk, in backward too.
+    Collectives are issued in the same order as on a rank that computes chunk by chunk, forward and
+    backward, because other ranks may have no container.
     """
-    waited = [_Wait.apply([a.transfer], t) for t, a in zip(tickets, arrivals, strict=True)]
+    waited = [_Wait.apply([c.dispatch], edge) for c, edge in zip(chunks, edges, strict=True)]
     received = [rows for rows, _ in waited]
-    segments = [segment for arrival in arrivals for segment in arrival.segments]
+    segments = [segment for chunk in chunks for segment in chunk.segments]
     sizes = (exchange.ep_size, schedule.num_local_experts)
     outputs = runner.run_all(torch.cat(received), segments, *sizes)
-    returning = []
-    pieces = outputs.split([piece.shape[0] for piece in received])
-    for piece, arrival, (_, token) in zip(pieces, arrivals, waited, strict=True):
-        returning.append(_send_back(arrival, token, piece, exchange))
-    return returning
+    outputs = outputs.split([rows.shape[0] for rows in received])
+    return [
+        _start_combine(chunk, edge, rows, exchange)
+        for rows, chunk, (_, edge) in zip(outputs, chunks, waited, strict=True)
+    ]
 
 
-def _send_back(
-    arrival: _Arrival, token: Tensor, outputs: Tensor, exchange: CountExchange
+def _start_combine(
+    chunk: _ReceivedChunk, edge: Tensor, outputs: Tensor, exchange: CountExchange
 ) -> tuple[Transfer, Tensor]:
-    """Start a chunk's results on their way, with a backward on all ranks or on none."""
-    if not token.requires_grad:
+    """Start to send a chunk's outputs back; return the transfer and the edge to wait with."""
+    if not edge.requires_grad:  # all ranks have a backward here, or none has
         has_backward = torch.is_grad_enabled() and exchange.needs.experts
-        token = anchor(outputs, has_backward)
-    back = arrival.transfer.opposite()
-    return back, *_Start.apply([back], token, outputs)
+        edge = anchor(outputs, has_backward)
+    combine = chunk.dispatch.opposite()
+    return combine, *_Start.apply([combine], edge, outputs)
 
 
-class _Arrival:
-    """One chunk as it arrives on this rank: how many rows, from whom, for which expert."""
+class _ReceivedChunk:
+    """One chunk as this rank receives it.
+
+    Attributes:
+        experts: local experts that compute it.
+        dispatch: transfer that brings its rows.
+        segments: (source rank, local expert, number of rows), in order of arrival.
+        rows_per_expert: number of rows of each expert, on the host.
+        counts: [W, n] int64 on the device; rows from each rank for each of the n experts.
+    """
 
     def __init__(
         self, chunk: Chunk, host_counts: np.ndarray, counts: Tensor, exchange: CountExchange
     ) -> None:
         ep_size, rank, num_experts = exchange.ep_size, exchange.rank, len(chunk.experts)
         segments = slice(chunk.first_segment, chunk.first_segment + ep_size * num_experts)
-        by_rank = (ep_size, ep_size, num_experts)  # source, destination, expert
-        table = host_counts[:, segments].reshape(by_rank)
-        self.chunk = chunk
-        rows = np.stack([table[rank].sum(axis=1), table[:, rank].sum(axis=1)])
-        self.transfer = Transfer(torch.from_numpy(rows), exchange)
+        shape = (ep_size, ep_size, num_experts)  # source, destination, expert
+        table = host_counts[:, segments].reshape(shape)
+        self.experts = chunk.experts
+        sent_and_received = np.stack([table[rank].sum(axis=1), table[:, rank].sum(axis=1)])
+        self.dispatch = Transfer(torch.from_numpy(sent_and_received), exchange)
         self.segments = [
             (source, expert, count)
-            for source, counts in enumerate(table[:, rank].tolist())
-            for expert, count in zip(chunk.experts, counts, strict=True)
+            for source, from_source in enumerate(table[:, rank].tolist())
+            for expert, count in zip(chunk.experts, from_source, strict=True)
         ]
         self.rows_per_expert = table[:, rank].sum(axis=0).tolist()
-        self.counts = counts[:, segments].view(by_rank)[:, rank]
+        self.counts = counts[:, segments].view(shape)[:, rank]
 
-    def run(self, rows: Tensor, runner: ExpertRunner, stacked: list[Tensor | None]) -> Tensor:
-        """Run the chunk's experts on rows in order of arrival; the result is in that order."""
-        reorder = len(self.chunk.experts) > 1
-        if reorder:
+    def run(self, rows: Tensor, runner: ExpertRunner, weights: list[Tensor | None]) -> Tensor:
+        """Run the chunk's experts on rows in order of arrival; return outputs in that order."""
+        has_many = len(self.experts) > 1
+        if has_many:
             order, inverse, offsets = expert_major_order(self.counts, rows.shape[0])
             rows = _Reorder.apply(rows, order, inverse)
         else:
             offsets = self.counts.sum(dim=0, dtype=torch.int32)
-        outputs = runner.run(rows, self.chunk.experts, stacked, offsets, self.rows_per_expert)
-        return _Reorder.apply(outputs, inverse, order) if reorder else outputs
+        outputs = runner.run(rows, self.experts, weights, offsets, self.rows_per_expert)
+        return _Reorder.apply(outputs, inverse, order) if has_many else outputs
 
 
 class Transfer:
-    """An all-to-all of rows, started in one place and waited for in another.
+    """An all-to-all of rows that is started and waited for separately.
 
     Args:
-        counts: [2, W] int64, CPU; rows to each rank of the group, and rows from each.
-        exchange: of the same forward.
-        is_backward: whether gradients travel.
+        counts: [2, W] int64, CPU; number of rows sent to each rank of the group, and received from
+            each.
+        exchange: the forward's exchange of counts; gives the group and the bounded wait.
+        is_backward: whether the rows are gradients.
 
     Attributes:
-        reverse: the transfer of the gradients, while a backward is under way.
+        reverse: the transfer of the gradients; None outside of a backward.
     """
 
     def __init__(
@@ -217,76 +230,82 @@ class Transfer:
         self._pending: tuple[Any, Tensor, Tensor] | None = None
 
     @property
-    def num_sent(self) -> int:
+    def num_sent_rows(self) -> int:
+        """Number of rows this rank sends."""
         return int(self.counts[0].sum())
 
     def opposite(self, counts: Tensor | None = None) -> Transfer:
-        """Return the transfer the other way round, in backward where counts are given."""
+        """Return the transfer in the opposite direction.
+
+        Args:
+            counts: [2, W]; this transfer's counts as saved for backward, for the transfer of its
+                gradients. None for a transfer of the same forward.
+        """
         is_backward = counts is not None
         counts = counts if is_backward else self.counts
         return Transfer(counts.flip(0), self.exchange, is_backward=is_backward)
 
     def start(self, rows: Tensor) -> None:
-        """Start sending [num_sent, H]."""
+        """Start to send [num_sent_rows, H]."""
         send, receive = self.counts.tolist()
         rows = rows.contiguous()
-        arriving = rows.new_empty(sum(receive), rows.shape[1])
+        received = rows.new_empty(sum(receive), rows.shape[1])
         work = dist.all_to_all_single(
-            arriving, rows, receive, send, group=self.exchange.group, async_op=True
+            received, rows, receive, send, group=self.exchange.group, async_op=True
         )
-        self._pending = work, rows, arriving
+        self._pending = work, rows, received  # the sent rows must stay alive as well
 
     def wait(self) -> Tensor:
-        """Make what follows wait for the transfer; return what it brings."""
-        work, _, arriving = self._pending
+        """Return the received rows; waits on the current stream, for CPU tensors on the host."""
+        work, _, received = self._pending
         part = BACKWARD if self.is_backward else FORWARD
-        self.exchange.attendance.finish(work, arriving, f"{part} {self.exchange.what}")
+        self.exchange.attendance.finish(work, received, f"{part} {self.exchange.what}")
         self._pending = None
-        return arriving
+        return received
 
 
 class _Start(torch.autograd.Function):
-    """Start transfers; the results are empty tickets that tie ``_Wait`` to it in the graph."""
+    """Start transfers; return an edge (an empty tensor) for the ``_Wait`` of each."""
 
     @staticmethod
     def forward(
-        ctx: Any, transfers: Sequence[Transfer], token: Tensor, *rows: Tensor
+        ctx: Any, transfers: Sequence[Transfer], edge: Tensor, *rows: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.transfers, ctx.has_anchor = transfers, token.is_leaf
-        for transfer, piece in zip(transfers, rows, strict=True):
-            transfer.start(piece)
-        return tuple(piece.new_empty(0) for piece in rows)
+        ctx.transfers, ctx.has_anchor = transfers, edge.is_leaf
+        for transfer, own_rows in zip(transfers, rows, strict=True):
+            transfer.start(own_rows)
+        return tuple(own_rows.new_empty(0) for own_rows in rows)
 
     @staticmethod
-    def backward(ctx: Any, *tickets: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *edges: Tensor) -> tuple[Tensor | None, ...]:
         reverse = [transfer.reverse for transfer in ctx.transfers]
-        *rows, token = _Wait.apply(reverse, *tickets)
-        return None, None if ctx.has_anchor else token, *rows
+        *grads, edge = _Wait.apply(reverse, *edges)
+        return None, None if ctx.has_anchor else edge, *grads
 
 
 class _Wait(torch.autograd.Function):
-    """Wait for started transfers; return what they bring, and a token for the next ``_Start``."""
+    """Wait for started transfers; return their rows, and an edge for the next ``_Start``."""
 
     @staticmethod
-    def forward(ctx: Any, transfers: Sequence[Transfer], *tickets: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, transfers: Sequence[Transfer], *edges: Tensor) -> tuple[Tensor, ...]:
         ctx.transfers = transfers
         ctx.save_for_backward(*(transfer.counts for transfer in transfers))
-        return *(transfer.wait() for transfer in transfers), tickets[0].new_empty(0)
+        return *(transfer.wait() for transfer in transfers), edges[0].new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *grads, token = grads
+        *grads, edge = grads
         ctx.transfers[0].exchange.needs.check_present()
-        if torch.is_grad_enabled() and not token.requires_grad:
-            token = anchor(token)
+        if torch.is_grad_enabled() and not edge.requires_grad:
+            edge = anchor(edge)
         for transfer, counts in zip(ctx.transfers, ctx.saved_tensors, strict=True):
             transfer.reverse = transfer.opposite(counts)
         reverse = [transfer.reverse for transfer in ctx.transfers]
-        return None, *_Start.apply(reverse, token, *grads)
+        return None, *_Start.apply(reverse, edge, *grads)
 
 
 class _Reorder(torch.autograd.Function):
-    """rows[order]; a permutation's gradient is the inverse permutation, no scatter needed."""
+    """rows[order]; the gradient is a gather with the inverse permutation, without atomics."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -300,7 +319,7 @@ class _Reorder(torch.autograd.Function):
 
 
 class _Permute(torch.autograd.Function):
-    """[T, H] to [T * K, H]: the token of every row, rows of dropped routes last."""
+    """[T, H] to [T * K, H]: copy each row's token; rows of dropped routes are last."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, token_of_row: Tensor, row_of_route: Tensor) -> Tensor:
@@ -313,7 +332,7 @@ class _Permute(torch.autograd.Function):
 
 
 class _Unpermute(torch.autograd.Function):
-    """[T * K, H] to [T, H]: the sum of every token's rows; adjoint of the above for kept routes."""
+    """[T * K, H] to [T, H]: sum each token's kept rows; the adjoint of ``_Permute``."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, token_of_row: Tensor, row_of_route: Tensor) -> Tensor:
@@ -326,7 +345,7 @@ class _Unpermute(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """[R, H] to [T, H]: every token's weighted sum; R may count the rows of dropped routes."""
+    """[R, H] to [T, H]: each token's weighted sum; rows of dropped routes may be part of R."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor, row_of_route: Tensor) -> Tensor:
@@ -339,9 +358,10 @@ class _Combine(torch.autograd.Function):
 
 
 class _CombineBackward(torch.autograd.Function):
-    """[T, H], [R, H] and [T, K] to the gradients of ``_Combine``, of which it is the adjoint.
+    """Gradients of ``_Combine`` from grad [T, H], rows [R, H] and weights [T, K].
 
-    Rows are w * grad and weights are <grad, row>: again linear in each of the three.
+    The gradient of a row is w * grad, that of a weight <grad, row>. Both are linear in each input,
+    so their own backward uses the same two operations.
     """
 
     @staticmethod
@@ -353,12 +373,12 @@ class _CombineBackward(torch.autograd.Function):
 
     @staticmethod
     @first_order_only
-    def backward(ctx: Any, for_rows: Tensor, for_weights: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, row_grads: Tensor, weight_grads: Tensor) -> tuple[Tensor | None, ...]:
         grad, rows, weights, row_of_route = ctx.saved_tensors
-        for_rows, for_weights = for_rows.contiguous(), for_weights.contiguous()
-        of_grad = sum_rows(for_rows, row_of_route, weights.contiguous())
-        of_grad += sum_rows(rows.contiguous(), row_of_route, for_weights)
-        return of_grad, *_combine_backward(grad, for_rows, for_weights, row_of_route), None
+        row_grads, weight_grads = row_grads.contiguous(), weight_grads.contiguous()
+        grad_of_grad = sum_rows(row_grads, row_of_route, weights.contiguous())
+        grad_of_grad += sum_rows(rows.contiguous(), row_of_route, weight_grads)
+        return grad_of_grad, *_combine_backward(grad, row_grads, weight_grads, row_of_route), None
 
 
 def _combine_backward(

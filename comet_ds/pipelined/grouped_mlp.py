@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Applying a rank's experts to their rows: grouped GEMM for MLPs, one by one for the rest."""
+"""Applying a rank's experts to their rows: grouped GEMM for MLPs, else module by module."""
 
 from __future__ import annotations
 
@@ -15,27 +15,31 @@ from comet_ds.experts.calls import run_container, run_experts
 from comet_ds.experts.mlp import ACTIVATIONS, ExpertMLP, RecognisedExperts
 from comet_ds.experts.views import find_stack
 
-# From this many FLOP in one expert's matrix on, a GEMM of its own runs as fast as its share of a
-# grouped one and needs no stacked copy of the weights (H200: Phi-3.5's experts, 107 GFLOP, 3%
-# faster one by one, OLMoE's, 9 GFLOP, 44% slower).
+# From this many FLOP per expert and matrix, separate GEMMs are as fast as a grouped one, and they
+# need no stacked copy of the weights (H200: Phi-3.5's experts, 107 GFLOP, are 3% faster one by
+# one; OLMoE's, 9 GFLOP, are 44% slower).
 LARGE_GEMM_FLOP = 40e9
 
-# torch.nn.functional.grouped_mm wants addresses and outer strides that are multiples of 16 bytes.
+# torch.nn.functional.grouped_mm requires addresses and outer strides to be multiples of 16 bytes.
 GEMM_ALIGNMENT_BYTES = 16
 
 
 class ExpertRunner:
     """Applies the local experts of one layer to expert-major rows.
 
-    Where all of them are recognised MLPs of one form on a CUDA device in bf16, their matrices go
-    through torch's grouped GEMM: one launch a matrix whatever the number of experts, and row counts
-    stay on the device. Everything else calls the modules one by one.
+    If all experts are recognised MLPs of one form, in bf16 on a CUDA device, torch's grouped GEMM
+    computes them: one launch per matrix for any number of experts, and row counts stay on the
+    device. Otherwise the modules are called one by one.
+
+    Args:
+        experts: the layer's expert modules.
+        grouped_gemm: False always calls the modules.
 
     Attributes:
-        experts: the layer's modules; looked at again on every call.
-        container: a module to call in place of all of them, None where there is none.
-        overridden: why the modules must be called, None where they need not be.
-        reason: why grouped GEMM does not apply, or None where it does; set by ``refresh``.
+        experts: the layer's expert modules; checked for changes on every call.
+        container: module to call once for all experts; None to call them separately.
+        overridden: why the modules must be called; None if grouped GEMM may replace them.
+        reason: why grouped GEMM does not apply; None if it does. Set by ``refresh``.
     """
 
     def __init__(self, experts: Sequence[nn.Module], *, grouped_gemm: bool = True) -> None:
@@ -43,16 +47,16 @@ class ExpertRunner:
         self.grouped_gemm = grouped_gemm
         self.container: nn.Module | None = None
         self.overridden: str | None = None
-        self.reason: str | None = "not looked at yet"
+        self.reason: str | None = "refresh was not called"
         self._mlps: list[ExpertMLP] = []
         self._recognised = RecognisedExperts()
 
     def refresh(self, x: Tensor, expected_rows: float) -> None:
-        """Decide how to run; recognise the experts if they have changed.
+        """Decide how to run; recognise the experts again if they have changed.
 
         Args:
-            x: the layer's input.
-            expected_rows: rows an expert would get if they were spread evenly.
+            x: [T, H]; the layer's input.
+            expected_rows: mean number of rows of an expert.
         """
         self.reason = self._why_not_grouped(x)
         if self.reason is None:
@@ -61,7 +65,7 @@ class ExpertRunner:
                 self.reason = f"{self._mlps[0].describe()} large enough to fill the GPU alone"
 
     def are_mlps(self) -> bool:
-        """Whether the experts are recognised MLPs, which take inputs of their dtype alone."""
+        """Return whether all experts are recognised MLPs, which accept only their own dtype."""
         if self.overridden is not None or not self.experts:
             return False
         return not isinstance(self._recognised.find(self.experts), str)
@@ -74,13 +78,13 @@ class ExpertRunner:
         return f"experts {how}, {self.reason}"
 
     def stack(self, experts: range) -> list[Tensor | None]:
-        """Return the matrices of some experts as [n, ...] tensors, for ``run``; grad flows back.
+        """Return the matrices of n local experts as [n, ...] tensors for ``run``; differentiable.
 
-        Those of all experts are the stacked parameters, where the layer has such.
+        For all local experts of a layer with stacked parameters, these are the stacks themselves.
 
         Returns:
-            up, up bias, gate, gate bias, down, down bias (None where there is none); empty where
-            the experts run one by one.
+            [up, up bias, gate, gate bias, down, down bias], None for one that the experts do not
+            have; an empty list if the experts run one by one.
         """
         if self.reason is not None:
             return []
@@ -93,9 +97,9 @@ class ExpertRunner:
                 if params[0] is None:
                     stacked.append(None)
                 elif (stack := find_stack(linears, name)) is not None:
-                    found = stack.view(len(linears), *params[0].shape)
-                    is_aligned = found.data_ptr() % GEMM_ALIGNMENT_BYTES == 0
-                    stacked.append(found if is_aligned else found.clone())
+                    matrices = stack.view(len(linears), *params[0].shape)
+                    is_aligned = matrices.data_ptr() % GEMM_ALIGNMENT_BYTES == 0
+                    stacked.append(matrices if is_aligned else matrices.clone())
                 else:
                     stacked.append(_Stack.apply(*params))
         return stacked
@@ -111,12 +115,12 @@ class ExpertRunner:
         """Apply a range of the experts.
 
         Args:
-            rows: [R, H], expert-major. With grouped GEMM rows behind the last expert's are
-                allowed, and the output is undefined there.
-            experts: local experts the rows belong to.
+            rows: [R, H], expert-major. With grouped GEMM there may be rows after the last
+                expert's; their outputs are undefined.
+            experts: local experts that own the rows.
             stacked: ``stack(experts)``.
             offsets: [n] int32, device; end of each expert's rows.
-            host_counts: rows of each expert, on the host; None is allowed only where ``reason`` is
+            host_counts: number of rows of each expert, on the host; may be None if ``reason`` is
                 None.
 
         Returns:
@@ -135,7 +139,7 @@ class ExpertRunner:
         ep_size: int,
         num_local_experts: int,
     ) -> Tensor:
-        """Apply ``container``; see ``run_container``."""
+        """Apply ``container`` to the rows of all local experts; see ``run_container``."""
         return run_container(self.container, rows, segments, ep_size, num_local_experts)
 
     def _why_not_grouped(self, x: Tensor) -> str | None:
@@ -166,14 +170,14 @@ def grouped_mlp(
 
     Args:
         rows: [R, H] bf16, expert-major.
-        offsets: [n] int32; end of each expert's rows; R or less at the end.
-        stacked: up [n, F, H], its bias [n, F], gate, its bias, down [n, H, F], its bias [n, H];
-            biases and gate may be None.
-        activation: key of ``experts.ACTIVATIONS``.
+        offsets: [n] int32; end of each expert's rows; the last is at most R.
+        stacked: up [n, F, H], up bias [n, F], gate [n, F, H], gate bias [n, F], down [n, H, F],
+            down bias [n, H]; gate and biases may be None.
+        activation: key of ``ACTIVATIONS``.
 
     Returns:
-        [R, H] bf16, undefined from row offsets[-1] on. Gradients are deterministic; an expert
-        without rows gets zeros.
+        [R, H] bf16, undefined from row offsets[-1] on. Gradients are deterministic, and zero for an
+        expert without rows.
     """
     up, up_bias, gate, gate_bias, down, down_bias = stacked
     act = ACTIVATIONS[activation]
@@ -191,10 +195,10 @@ def _grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: 
 
 
 class _Stack(torch.autograd.Function):
-    """n parameters as one [n, ...] tensor; each gets its slice of the gradient.
+    """Stack n parameters into one [n, ...] tensor; backward gives each its slice of the gradient.
 
-    ZeRO lays the parameters of a layer's experts out at a constant stride in one buffer, which
-    needs no copy: the stack is a view of it.
+    ZeRO lays the parameters of a layer's experts out at a constant stride in one buffer. There the
+    result is a view of that buffer, without a copy.
     """
 
     @staticmethod
@@ -213,7 +217,7 @@ class _Stack(torch.autograd.Function):
 
 
 def _constant_stride(params: Sequence[Tensor]) -> int | None:
-    """Return the distance between neighbours, in elements, where a strided view can hold all."""
+    """Return the distance between parameters in elements, None if no strided view holds them."""
     pointers = [p.data_ptr() for p in params]
     steps = {b - a for a, b in itertools.pairwise(pointers)}
     if len(steps) != 1:
@@ -228,7 +232,7 @@ def _constant_stride(params: Sequence[Tensor]) -> int | None:
 
 
 class _AddBias(torch.autograd.Function):
-    """rows[r] + bias[expert of r]; the bias gradient is a grouped GEMM with ones: no atomics."""
+    """rows[r] + bias[expert of r]; the bias gradient is a grouped GEMM with ones, no atomics."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, bias: Tensor, offsets: Tensor) -> Tensor:
@@ -241,7 +245,7 @@ class _AddBias(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         (offsets,) = ctx.saved_tensors
         grad = grad.contiguous()
-        # Eight columns of ones, stored row after row, keep the operand's strides aligned.
+        # Eight bf16 columns are 16 bytes, which keeps the operand's strides aligned.
         ones = torch.ones(grad.shape[0], 8, dtype=grad.dtype, device=grad.device).t()
         return grad, F.grouped_mm(ones, grad, offs=offsets)[:, 0], None
 
@@ -252,7 +256,7 @@ def _why_not_stackable(mlps: Sequence[ExpertMLP]) -> str | None:
     for mlp in mlps:
         shapes = [tuple(m.weight.shape) for m in (mlp.gate or mlp.up, mlp.down)]
         if shapes != [(ffn, hidden), (hidden, ffn)]:
-            return f"grouped GEMM needs equal up and gate, and down the other way, got {shapes}"
+            return f"grouped GEMM needs up and gate [F, H] and down [H, F], got {shapes}"
     for size in (ffn, hidden):
         if size * mlps[0].up.weight.element_size() % GEMM_ALIGNMENT_BYTES:
             return f"grouped GEMM needs sizes that are multiples of 8, got {size}"

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which row is which token: the chunk schedule and the routing plan.
+"""The chunk schedule and the routing plan: which row holds which token.
 
-Rows are routes in the order in which they travel. With expert parallelism the order is
+A route is a token and one of its K experts. A row is a route in the order of the dispatch. With
+expert parallelism this order is
 
     chunk, destination rank, local expert, token
 
-so that what one chunk sends to one rank is contiguous, and so is what one expert receives from
-one rank. A chunk is a group of local experts; when a rank has fewer experts than chunks are
-wanted, it is one expert and a part of the tokens.
+so that the rows that one chunk sends to one rank are contiguous, and so are the rows that one
+expert receives from one rank. A chunk is a group of local experts, or, if a rank has fewer experts
+than the number of chunks asked for, one expert and a part of the tokens.
 
 Worked example: 2 ranks with 2 experts each (rank 0 owns experts 0 and 1, rank 1 owns 2 and 3), 2
 chunks, so chunk 0 is the first expert of every rank and chunk 1 the second. On a rank whose three
@@ -38,8 +39,8 @@ class Chunk:
     """One step of the pipeline.
 
     Attributes:
-        experts: local experts it computes.
-        first_segment: index, in dispatch order, of its first (rank, expert) segment. Its
+        experts: local experts that compute the chunk.
+        first_segment: index, in dispatch order, of the chunk's first (rank, expert) segment. Its
             ep_size * len(experts) segments are contiguous, rank-major.
     """
 
@@ -53,9 +54,9 @@ class ChunkSchedule:
 
     Attributes:
         ep_size: ranks in the EP group.
-        num_local_experts: experts on each of them.
-        num_chunks: chunks wanted; ``len(chunks)`` may be larger so that every chunk is whole
-            experts or equal parts of one.
+        num_local_experts: experts on each rank.
+        num_chunks: number of chunks asked for; ``len(chunks)`` may be larger, because a chunk is
+            made of whole experts or of an equal part of one.
     """
 
     ep_size: int
@@ -64,19 +65,19 @@ class ChunkSchedule:
 
     @property
     def num_token_parts(self) -> int:
-        """Parts the tokens are cut into: 1 unless there are fewer local experts than chunks."""
+        """Number of parts the tokens are cut into; 1 unless chunks outnumber local experts."""
         return -(-self.num_chunks // self.num_local_experts)
 
     @cached_property
     def expert_groups(self) -> list[range]:
-        """Contiguous groups of local experts, sizes differing by at most one."""
+        """Contiguous groups of local experts; their sizes differ by at most one."""
         num_groups = min(self.num_chunks, self.num_local_experts)
         cuts = [i * self.num_local_experts // num_groups for i in range(num_groups + 1)]
         return [range(lo, hi) for lo, hi in itertools.pairwise(cuts)]
 
     @cached_property
     def chunks(self) -> list[Chunk]:
-        """The chunks in the order in which they travel."""
+        """The chunks in dispatch order."""
         chunks, first = [], 0
         for experts in self.expert_groups:
             for _ in range(self.num_token_parts):
@@ -110,8 +111,8 @@ class RoutingPlan:
 
     Attributes:
         row_of_route: [T, K] int64; row of each route, -1 = dropped.
-        token_of_row: [T * K] int64; token whose activation a row carries. The rows of dropped
-            routes come last and do not travel.
+        token_of_row: [T * K] int64; token of each row. Rows of dropped routes are last and are not
+            dispatched.
         tokens_per_segment: [num_segments] int64; rows of each segment, in dispatch order.
     """
 
@@ -121,14 +122,12 @@ class RoutingPlan:
 
 
 def plan_routes(topk_ids: Tensor, segment_of_expert: Tensor) -> RoutingPlan:
-    """Order the routes by segment, tokens ascending within one.
+    """Order the routes by segment, tokens ascending within a segment. No host synchronisation.
 
     Args:
         topk_ids: [T, K] int64, -1 = dropped.
-        segment_of_expert: [P, E] int64 on the same device; tokens are cut into P equal parts.
-
-    Returns:
-        The plan. No host synchronisation.
+        segment_of_expert: [P, E] int64 on the same device, from ``ChunkSchedule``; the tokens are
+            cut into P equal parts.
     """
     kernels = load_kernels(topk_ids.device)
     if kernels is not None and segment_of_expert.numel() <= kernels.max_segments:
@@ -140,7 +139,7 @@ def plan_routes(topk_ids: Tensor, segment_of_expert: Tensor) -> RoutingPlan:
     if num_parts > 1:
         part = torch.arange(num_tokens, device=device) * num_parts // max(num_tokens, 1)
         topk_ids = torch.where(topk_ids < 0, -1, topk_ids + part.unsqueeze(1) * num_experts)
-    # Index -1, a dropped route, picks the entry behind the last segment.
+    # The index -1 of a dropped route selects the appended last entry, which is no segment.
     table = F.pad(segment_of_expert.flatten(), (0, 1), value=num_segments)
     segment = table[topk_ids.flatten()]
     sorted_segment, route_of_row = torch.sort(segment, stable=True)
@@ -176,18 +175,20 @@ def _plan_routes_cuda(
 
 
 def expert_major_order(counts: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the index that turns rank-major segments into expert-major ones.
+    """Return the permutation from order of arrival (rank-major) to expert-major order.
+
+    Worked example: 2 ranks, 2 experts and counts [[1, 2], [1, 0]], that is rows e0r0 e1r0 e1r0
+    e0r1, give order [0, 3, 1, 2] and offsets [2, 4].
 
     Args:
-        counts: [W, n] int64, rows may be strided; rows that arrived from each rank for each of n
-            experts.
-        num_rows: their sum, known on the host.
+        counts: [W, n] int64, first dimension may be strided; number of rows received from each rank
+            for each of n experts.
+        num_rows: sum of the counts, known on the host.
 
     Returns:
         order, inverse: [num_rows] int64; ``rows[order]`` is expert-major, ranks ascending within
-            an expert, and ``[inverse]`` undoes it. counts [[1, 2], [1, 0]], that is rows
-            e0r0 e1r0 e1r0 e0r1, gives order [0, 3, 1, 2].
-        offsets: [n] int32; end of each expert's rows in that order, [2, 4] in the example.
+            an expert; ``rows[order][inverse]`` equals ``rows``.
+        offsets: [n] int32; end of each expert's rows in expert-major order.
     """
     kernels = load_kernels(counts.device)
     if kernels is not None and counts.numel() <= kernels.max_segments:

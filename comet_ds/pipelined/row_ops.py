@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Summing a token's rows, forward and backward: CUDA kernels, and the same in plain PyTorch.
+"""Weighted sums of each token's rows, forward and backward, as CUDA kernels and in plain PyTorch.
 
-Neither version uses atomics and both sum routes in order of k, in fp32 (fp64 for fp64 rows), with
-one rounding at the end.
+Both versions sum a token's routes in order of k, in fp32 (fp64 for fp64 rows), round once at the
+end and use no atomics.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from comet_ds.kernels import current_stream, load_kernels
 
-DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType in csrc
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum DType in csrc
 
 
 def sum_rows(rows: Tensor, row_of_route: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -51,7 +51,8 @@ def sum_rows_backward(
         rows, row_of_route, weights: as in ``sum_rows``.
 
     Returns:
-        grad_rows [R, H] in rows' dtype, undefined for rows of no route; grad_weights [T, K] fp32.
+        grad_rows: [R, H] in rows' dtype; undefined for rows that belong to no route.
+        grad_weights: [T, K] fp32.
     """
     kernels = _kernels_for(rows)
     if kernels is None:
@@ -70,7 +71,7 @@ def sum_rows_backward(
 
 
 def describe(rows: Tensor) -> str:
-    """Return which version runs for rows like these, for the log line."""
+    """Name the version that runs for rows of this dtype and device, for the log line."""
     return "CUDA row kernels" if _kernels_for(rows) is not None else "PyTorch row operations"
 
 
@@ -92,11 +93,12 @@ def _kernels_for(rows: Tensor) -> ModuleType | None:
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of sums: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def _routes(rows: Tensor, row_of_route: Tensor) -> Iterator[Tensor]:
-    """Yield, for k = 0 ... K - 1, the [T, H] rows of every token's k-th route, 0 where dropped."""
+    """Yield, for k = 0 ... K - 1, [T, H]: the row of each token's k-th route, 0 if dropped."""
     padded = F.pad(rows, (0, 0, 0, 1))
     for column in row_of_route.unbind(dim=1):
         yield padded.index_select(0, torch.where(column < 0, rows.shape[0], column))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which gradients a backward computes, agreed on by all ranks; and what refuses one more.
+"""Agreement on which gradients a backward computes, and refusal of higher derivatives.
 
 The backward of an expert parallel layer exchanges rows as its forward does, so either all ranks of
-the group take part or none does. Whether a rank needs a gradient is its own affair: its input may
-not want one, its experts may be frozen, it may have no tokens. So every rank tells the others, in
-the message they wait for anyway, and all attach the same exchanges to their graphs.
+the group take part or none does. Ranks may differ in the gradients they need: one rank's input may
+not require grad, its experts may be frozen, it may have no tokens. So every rank states its needs
+in a message that all ranks exchange anyway, and all attach the same exchanges to their graphs.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ def find_needs(x: Tensor, weights: Iterable[Tensor], parameters: Iterable[Tensor
     """Return which gradients this rank needs, as bits for ``BackwardNeeds.agree``.
 
     Args:
-        x: the layer's input.
-        weights: what the routing weights come from, or they.
-        parameters: the experts'; those behind the first that requires a gradient are not looked at.
+        x: [..., H]; the layer's input.
+        weights: the routing weights, or the tensors they are computed from.
+        parameters: the experts' parameters; read up to the first that requires a gradient.
+
+    Returns:
+        A bit mask of ``NUM_NEED_BITS`` bits; 0 under ``torch.no_grad``.
     """
     if not torch.is_grad_enabled():
         return 0
@@ -36,14 +39,14 @@ def find_needs(x: Tensor, weights: Iterable[Tensor], parameters: Iterable[Tensor
 
 
 class BackwardNeeds(NamedTuple):
-    """Which gradients some rank of a group needs; the same on all its ranks.
+    """Which gradients at least one rank of a group needs; the same on all its ranks.
 
     Attributes:
-        input: of tokens.
-        weights: of routing weights.
-        experts: of expert parameters.
-        absent: the first rank that ran the forward without gradients (``torch.no_grad``), and so
-            has no backward; None if there is none.
+        input: whether a rank needs the gradient of its tokens.
+        weights: whether a rank needs the gradient of its routing weights.
+        experts: whether a rank needs the gradient of its experts' parameters.
+        absent: first rank of the group that ran the forward under ``torch.no_grad`` and therefore
+            has no backward; None if all ranks have one.
     """
 
     input: bool
@@ -53,20 +56,21 @@ class BackwardNeeds(NamedTuple):
 
     @classmethod
     def agree(cls, bits: Sequence[int]) -> BackwardNeeds:
-        """Put together what ``find_needs`` has returned on every rank."""
+        """Merge the masks that ``find_needs`` returned, in order of the group's ranks."""
         modes = [bool(b & _GRAD_MODE) for b in bits]
         absent = modes.index(False) if False in modes else None
         return cls(*(any(b & bit for b in bits) for bit in (_INPUT, _WEIGHTS, _EXPERTS)), absent)
 
     @property
     def has_any(self) -> bool:
+        """Whether there is a gradient to compute."""
         return self.input or self.weights or self.experts
 
     def check_present(self) -> None:
-        """Refuse a backward that a rank will not come to.
+        """Refuse a backward in which a rank will not take part.
 
         Raises:
-            RuntimeError: naming the rank.
+            RuntimeError: a rank ran the forward under ``torch.no_grad``; names the rank.
         """
         if self.absent is not None:
             raise RuntimeError(
@@ -77,40 +81,44 @@ class BackwardNeeds(NamedTuple):
 
 
 def anchor(like: Tensor, needs_grad: bool = True) -> Tensor:
-    """Return an empty tensor that attaches a node to the graph, if ``needs_grad``."""
+    """Return an empty leaf tensor.
+
+    Args:
+        like: gives the dtype and device.
+        needs_grad: whether a node that takes the anchor becomes part of the autograd graph.
+    """
     return like.new_empty(0).requires_grad_(needs_grad)
 
 
 def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate the backward of an autograd function whose results must not be differentiated.
 
-    What torch's ``once_differentiable`` returns can be differentiated all the same where no
-    incoming gradient requires one, as that of ``output.sum()``: gradients are then wrong in
-    silence. Here every second derivative raises.
+    torch's ``once_differentiable`` raises only if an incoming gradient requires grad. The gradient
+    of ``output.sum()`` does not, and its second derivative is silently wrong. Here every second
+    derivative raises.
     """
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Tensor | None) -> Any:
         with torch.no_grad():
-            found = backward(ctx, *grads)
+            results = backward(ctx, *grads)
         if not torch.is_grad_enabled():
-            return found
-        found = list(found) if isinstance(found, tuple) else [found]
-        places = [i for i, grad in enumerate(found) if isinstance(grad, Tensor)]
-        if places:
+            return results
+        results = list(results) if isinstance(results, tuple) else [results]
+        indices = [i for i, grad in enumerate(results) if isinstance(grad, Tensor)]
+        if indices:
             name = type(ctx).__name__.removesuffix("Backward")
-            tensors = [found[i] for i in places]
-            for i, grad in zip(
-                places, _Refused.apply(name, anchor(tensors[0]), *tensors), strict=True
-            ):
-                found[i] = grad
-        return tuple(found)
+            tensors = [results[i] for i in indices]
+            refused = _RefuseBackward.apply(name, anchor(tensors[0]), *tensors)
+            for i, grad in zip(indices, refused, strict=True):
+                results[i] = grad
+        return tuple(results)
 
     return wrapper
 
 
-class _Refused(torch.autograd.Function):
-    """Gradients as they are, whose own gradient is an error."""
+class _RefuseBackward(torch.autograd.Function):
+    """Identity in the forward; raises in the backward."""
 
     @staticmethod
     def forward(ctx: Any, name: str, anchor: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
@@ -121,6 +129,6 @@ class _Refused(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
             f"{ctx.name.lstrip('_')} of comet_ds cannot be differentiated once more: its gradient "
-            "comes from kernels, or is itself a gradient of gradients. Where a loss needs them "
-            "(create_graph=True), compute this layer with DeepSpeed's, or on the CPU"
+            "comes from kernels, or is itself a second derivative. If a loss needs it "
+            "(create_graph=True), use DeepSpeed's layer here, or run this one on the CPU"
         )

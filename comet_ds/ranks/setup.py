@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Agreement of all ranks on how a layer is set up, through the key-value store."""
+"""Checks that ranks have the same set-up, through the key-value store, and a maximum over ranks."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from deepspeed.constants import default_pg_timeout
 def agree_on_setup(
     facts: Mapping[str, Any], ranks: range, *, timeout: timedelta = default_pg_timeout
 ) -> None:
-    """Check that a range of ranks is set up alike.
+    """Check that a range of ranks has the same set-up. Waits for all of them.
 
-    Goes through the process group's key-value store, not through a collective: ranks that disagree
-    would not issue the same collectives.
+    Uses the process group's key-value store and no collective, because ranks that disagree would
+    not issue the same collectives.
 
     Args:
-        facts: JSON values that must be equal on all ranks, by name.
-        ranks: global ranks taking part, this one included. The n-th call of each for this range
+        facts: JSON values by name; they must be equal on all ranks.
+        ranks: global ranks taking part, this one included. The n-th call of a rank for this range
             is compared with the n-th call of the others.
-        timeout: how long to wait for the others.
+        timeout: how long to wait for another rank.
 
     Raises:
         ValueError: on every rank, naming the first fact that differs and both values, or the rank
-            that did not come.
+            that did not call in time.
     """
     rank, first = dist.get_rank(), ranks.start
     store = torch.distributed.distributed_c10d._get_default_store()
@@ -53,7 +53,7 @@ def agree_on_setup(
 def _compare(
     store: Any, key: str, facts: Mapping[str, Any], ranks: range, timeout: timedelta
 ) -> str:
-    """Return what is wrong, or an empty string."""
+    """Return a sentence that names the first difference, or an empty string."""
     mine = json.loads(json.dumps(dict(facts)))
     for rank in ranks:
         try:
@@ -71,7 +71,13 @@ def _compare(
 
 
 def agree_on_largest(value: int, group: Any, device: torch.device) -> int:
-    """Return the largest of all ranks' values. Collective; waits for the device."""
+    """Return the maximum over a group. Collective; the host waits for the device.
+
+    Args:
+        value: this rank's value.
+        group: process group.
+        device: where the collective runs.
+    """
     message = torch.tensor([value], device=device)
     dist.all_reduce(message, op=dist.ReduceOp.MAX, group=group)
     return int(message)

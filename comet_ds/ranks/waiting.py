@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Waiting for the other ranks of an expert parallel group, and naming the one that does not come.
+"""Bounded waits for the other ranks of an expert parallel group that name the rank that is late.
 
-A rank that waits for long writes into the process group's key-value store which wait it is in.
-When its time is up it reads what the others have written: who is in the same wait has come. As
-long as nobody is late, nothing is written or read.
+All ranks of a group go through the same sequence of waits. A rank that has waited for
+``PATIENCE_S`` writes the number of its wait to the process group's key-value store. At the timeout
+it reads the numbers of the others: a rank with a smaller number is the late one. The store is not
+touched as long as nobody is late.
 
-The device's collectives (NCCL) are waited for by the device. Here only the host waits: for what it
-must read, and on the CPU for everything.
+Only host waits are bounded here: for counts that the host must read, and for all collectives on the
+CPU. NCCL collectives are waited for by the device.
 """
 
 from __future__ import annotations
@@ -21,28 +22,28 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-# A wait longer than this is written down; another rank that is also there has done so by then.
+# A longer wait is written to the store, well before the timeout at which other ranks read it.
 PATIENCE_S = 1.0
-# What a rank that does not come misses, in front of "forward number 3".
-FORWARD, BACKWARD = "rows of its", "backward of its"
-# The host polls an event without pause for so long, then at these intervals.
+# Parts of a forward that a late rank has missed, for messages: "the backward of its forward ...".
+FORWARD, BACKWARD = "the row exchange of", "the backward of"
+# The host polls an event without a pause for POLLING_S, then every POLL_INTERVAL_S.
 POLLING_S, POLL_INTERVAL_S = 0.01, 1e-4
 
 
 class Attendance:
-    """The waits of one layer on this rank; its n-th wait is every rank's n-th.
+    """The waits of one layer on this rank; the n-th wait of one rank is the n-th of all ranks.
 
-    Collective in construction: returns when all ranks of the group have come.
+    The constructor is collective: it returns when all ranks of the group have entered it.
 
     Args:
         group: expert parallel group.
-        timeout_s: how long to wait for another rank.
+        timeout_s: how long to wait for another rank, in seconds.
 
     Attributes:
-        num_forwards: forwards begun, see ``begin``.
+        num_forwards: number of forwards begun, see ``begin``.
 
     Raises:
-        RuntimeError: naming a rank that has not come.
+        RuntimeError: a rank did not enter the constructor in time; names the rank.
     """
 
     def __init__(self, group: Any, timeout_s: float) -> None:
@@ -60,10 +61,10 @@ class Attendance:
             try:
                 self._store.wait([self._key(rank)], timedelta(seconds=timeout_s))
             except torch.distributed.DistError as error:
-                raise RuntimeError(self._message(rank, "forward number 1")) from error
+                raise RuntimeError(self._message(rank, "its forward number 1")) from error
 
     def begin(self) -> int:
-        """Return the number of the forward that begins."""
+        """Count a forward; return its number, from 1."""
         self.num_forwards += 1
         return self.num_forwards
 
@@ -71,12 +72,13 @@ class Attendance:
         """Wait for a collective: on the host for a CPU tensor, else on the current stream.
 
         Args:
-            work: of a collective under way.
-            tensor: one that it writes.
-            what: rank's part in it, for the message, such as "forward number 3".
+            work: handle of the collective.
+            tensor: a tensor that the collective writes.
+            what: name of the wait in messages, such as "its forward number 3".
 
         Raises:
-            RuntimeError: the collective failed, or a rank did not come in time; named where known.
+            RuntimeError: the collective failed, or a rank did not join it in time; the message
+                names the rank if it is known.
         """
         if tensor.is_cuda:
             work.wait()
@@ -92,7 +94,16 @@ class Attendance:
                 self._raise_late(what)
 
     def finish_event(self, event: torch.cuda.Event, what: str) -> None:
-        """Wait on the host for an event behind a collective; else as ``finish``."""
+        """Wait on the host for an event that was recorded after a collective.
+
+        Args:
+            event: recorded on the current stream.
+            what: name of the wait in messages.
+
+        Raises:
+            RuntimeError: a rank did not join the collective in time; the message names the rank if
+                it is known.
+        """
         self._num_waits += 1
         start, is_noted = time.monotonic(), False
         while not event.query():
@@ -113,26 +124,26 @@ class Attendance:
         except RuntimeError as error:
             if not work.is_completed():
                 return False
-            # A rank has ended, or the process group's own time is up.
+            # A process has ended, or the process group's own timeout has passed.
             self._note(self._num_waits)
-            time.sleep(2 * PATIENCE_S)  # others that wait write it down
-            absent = self._absent()
-            if not absent:
+            time.sleep(2 * PATIENCE_S)  # until the other waiting ranks have written their number
+            late = self._late_ranks()
+            if not late:
                 raise
-            raise RuntimeError(f"{self._place(absent[0])} did not come to its {what}") from error
+            raise RuntimeError(f"{self._describe(late[0])} did not reach {what}") from error
         return True
 
     def _raise_late(self, what: str) -> None:
-        absent = self._absent()
-        if absent:
-            raise RuntimeError(self._message(absent[0], what))
+        late = self._late_ranks()
+        if late:
+            raise RuntimeError(self._message(late[0], what))
         raise RuntimeError(
-            f"all ranks of the expert parallel group came to their {what}, but it did not end "
+            f"all ranks of the expert parallel group reached {what}, but it did not finish "
             f"within {self.timeout_s:g} s"
         )
 
-    def _absent(self) -> list[int]:
-        """Return the ranks that have not written down this wait; empty if nobody knows."""
+    def _late_ranks(self) -> list[int]:
+        """Return the ranks that have not written this wait; empty if the store cannot be read."""
         try:
             return [rank for rank in self._ranks if self._last_wait(rank) < self._num_waits]
         except torch.distributed.DistError:  # the store's process has ended
@@ -142,15 +153,15 @@ class Attendance:
         return int(self._store.get(self._key(rank)))
 
     def _note(self, wait: int) -> None:
-        # Where it fails, ``_absent`` does likewise, and the caller's error says what it knows.
+        # If the store cannot be reached, ``_late_ranks`` cannot either and names no rank.
         with contextlib.suppress(torch.distributed.DistError):
             self._store.set(self._key(self._own), str(wait))
 
     def _key(self, rank: int) -> str:
         return f"{self._prefix}/{rank}"
 
-    def _place(self, rank: int) -> str:
+    def _describe(self, rank: int) -> str:
         return f"rank {self._ranks.index(rank)} of the expert parallel group"
 
     def _message(self, rank: int, what: str) -> str:
-        return f"{self._place(rank)} did not come to its {what} within {self.timeout_s:g} s"
+        return f"{self._describe(rank)} did not reach {what} within {self.timeout_s:g} s"

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradients' norm and clipping of ZeRO 1 and 2, for parameter groups that are one stack each.
+"""Gradient norm and clipping of ZeRO 1 and 2, for models with stacked experts.
 
-DeepSpeed takes the norm of a group from copies in fp64, four times the size of bf16 gradients, and
-waits for the GPU once a group in the norm and once more before clipping. With one parameter per
-expert that is a fraction of a step; with stacks, a group of which is a third of a layer, it is more
-than a tenth. Here norms are summed up in fp64 without a copy, all groups travel in one message, and
-the factor that clips is computed once a step.
+DeepSpeed computes the norm of a group from fp64 copies, four times the size of bf16 gradients, and
+waits for the GPU once per group for the norm and once more before clipping. With stacked experts,
+where one stack can fill a group, this takes more than a tenth of a step. Here squares are summed in
+fp64 without a copy, one all-reduce serves all groups, and the clipping factor is computed once per
+step.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from torch import Tensor, nn
 
 
 def install_norm(optimizer: DeepSpeedZeroOptimizer) -> None:
-    """Replace how an optimizer takes norms and clips; results differ by fp64's rounding at most."""
+    """Replace an optimizer's norm and clipping; results differ by fp64 rounding at most."""
     optimizer.scaled_global_norm = _NormOfAllGroups(optimizer)
     optimizer._average_expert_grad_norms = _AverageOfExpertNorms(optimizer)
     optimizer.unscale_and_clip_grads = _ClipByOneFactor(optimizer)
 
 
 def is_counted(tagged: Tensor, is_first_rank: bool) -> bool:
-    """Whether DeepSpeed counts a gradient on this rank of a model parallel group.
+    """Return whether DeepSpeed counts a gradient on this rank of a model parallel group.
 
     Args:
-        tagged: what has the tags of the parameter.
-        is_first_rank: of that group.
+        tagged: tensor with the tags of the parameter.
+        is_first_rank: whether this is the first rank of that group.
     """
     if getattr(tagged, "ds_pipe_replicated", False):
         return False
@@ -40,13 +40,13 @@ def is_counted(tagged: Tensor, is_first_rank: bool) -> bool:
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """Return it as 0-dim fp64, summed up in fp64 without a copy; at least one tensor."""
+    """Return the sum of squares of all elements, [] fp64; needs at least one tensor, no copies."""
     norms = torch._foreach_norm([t.detach() for t in tensors], 2, dtype=torch.float64)
     return torch.stack(norms).square().sum()
 
 
 class _NormOfAllGroups:
-    """``scaled_global_norm``, whose groups' norms are taken together."""
+    """Replaces ``scaled_global_norm``: computes the norms of all groups together."""
 
     def __init__(self, optimizer: DeepSpeedZeroOptimizer) -> None:
         self._optimizer = optimizer
@@ -54,17 +54,17 @@ class _NormOfAllGroups:
 
     def __call__(self, norm_type: float = 2) -> Tensor:
         optimizer = self._optimizer
-        if norm_type != 2:  # an error, DeepSpeed's
+        if norm_type != 2:  # DeepSpeed raises its error
             return self._original(norm_type)
         norms = iter(self._norms_of_groups().unbind())
         optimizer.get_grad_norm_direct = lambda *_, **__: next(norms)
         try:
             return self._original(norm_type)
         finally:
-            del optimizer.get_grad_norm_direct  # the class has the method
+            del optimizer.get_grad_norm_direct  # uncovers the class's method
 
     def _norms_of_groups(self) -> Tensor:
-        """Return [groups] fp32: norms over the data parallel ranks, -1 where one is not finite."""
+        """Return [groups] fp32: norms over the data parallel ranks, -1 if not finite."""
         optimizer = self._optimizer
         squares = [
             self._sum_of_squares(optimizer.averaged_gradients[i], optimizer.params_in_partition[i])
@@ -79,11 +79,11 @@ class _NormOfAllGroups:
     def _sum_of_squares(
         self, gradients: Iterable[Tensor], params: Iterable[nn.Parameter]
     ) -> Tensor:
-        """Return it as fp32, of this rank's part of a group; DeepSpeed's choice of gradients."""
+        """Return [] fp32 for this rank's part of a group; only gradients that DeepSpeed counts."""
         optimizer = self._optimizer
-        found = (g for g in gradients if not getattr(g, "_zero_padding", False))
+        no_padding = (g for g in gradients if not getattr(g, "_zero_padding", False))
         is_first_rank = optimizer.model_parallel_rank == 0
-        pairs = zip(found, params)  # noqa: B905 - padding has no parameter
+        pairs = zip(no_padding, params)  # noqa: B905 - padding has no parameter
         counted = [grad for grad, param in pairs if is_counted(param, is_first_rank)]
         if not counted:
             return torch.zeros((), device=optimizer.device)
@@ -91,7 +91,7 @@ class _NormOfAllGroups:
 
 
 class _AverageOfExpertNorms:
-    """``_average_expert_grad_norms`` with one message for all groups of the same ranks."""
+    """Replaces ``_average_expert_grad_norms``: one all-reduce per process group."""
 
     def __init__(self, optimizer: DeepSpeedZeroOptimizer) -> None:
         self._optimizer = optimizer
@@ -111,7 +111,7 @@ class _AverageOfExpertNorms:
 
 
 class _ClipByOneFactor:
-    """``unscale_and_clip_grads``, whose factor is DeepSpeed's, computed once for a norm."""
+    """Replaces ``unscale_and_clip_grads``: computes DeepSpeed's factor once per norm."""
 
     def __init__(self, optimizer: DeepSpeedZeroOptimizer) -> None:
         self._optimizer = optimizer
@@ -129,6 +129,6 @@ class _ClipByOneFactor:
             self._factor = torch.ones((), device=total_norm.device)
             self._original([self._factor], total_norm)
         for grads in grad_groups_flat:
-            found = grads if isinstance(grads, list) else [grads]
-            torch._foreach_mul_([grad.data for grad in found], self._factor)
+            tensors = grads if isinstance(grads, list) else [grads]
+            torch._foreach_mul_([grad.data for grad in tensors], self._factor)
         return None

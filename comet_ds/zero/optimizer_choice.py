@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layout of the experts' parameters an optimizer needs.
+"""Whether an optimizer can train stacks or needs one parameter per expert.
 
-An optimizer that treats every element by itself trains a stack as it trains the experts one by
-one. One that looks at a whole parameter (a norm, a factored moment, an orthogonalisation) needs
-one parameter per expert. Only optimizers that are known to be of the first kind get stacks.
+An elementwise optimizer trains a stack exactly as it trains the experts' own parameters. One that
+computes something from a whole parameter (a norm, a factored moment, an orthogonalisation) needs
+one parameter per expert. Only optimizers that are known to be elementwise get stacks.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import logger
 from torch import nn
 
-from comet_ds.experts.stacked import StackedExperts, unstacked_parameters
+from comet_ds.experts.stacked import StackedExperts
+from comet_ds.experts.unstacked import unstacked_parameters
 
-# By module and name, so that none need be imported. A subclass may compute something else.
+# Full class names, so that nothing has to be imported. A subclass has another name: it may compute
+# something else.
 ELEMENTWISE = {
     *(f"torch.optim.{name.lower()}.{name}" for name in (
         "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop",
@@ -32,33 +34,34 @@ ELEMENTWISE = {
     "deepspeed.ops.lion.fused_lion.FusedLion",
     "lion_pytorch.lion_pytorch.Lion",
 }  # fmt: skip
-# DeepSpeed's Muon orthogonalises the last two dimensions: each expert's matrix by itself.
+# DeepSpeed's Muon orthogonalises the last two dimensions, so each expert's matrix by itself.
 MUON = "deepspeed.runtime.zero.muon.muon_optimizer.MuonWithAuxAdam"
-# Of DeepSpeed's names in the JSON; others are classes in torch.optim.
+# DeepSpeed's own names in the JSON; any other name is that of a class in torch.optim.
 ELEMENTWISE_NAMES = ("adam", "adamw", "adagrad", "lion")
 
 
 def stacked_experts(module: nn.Module) -> list[StackedExperts]:
-    """Return a model's stacked experts."""
+    """Return the stacked experts of all layers of a model."""
     return [m for m in module.modules() if isinstance(m, StackedExperts) and m.is_stacked]
 
 
 def choose_layout(
     engine: DeepSpeedEngine, client_optimizer: Any, parameters: list[Any]
 ) -> tuple[Any, list[Any]]:
-    """Unstack the engine's experts where its optimizer needs one parameter per expert.
+    """Unstack the engine's experts if its optimizer needs one parameter per expert.
 
     Args:
-        engine: with its module, before it has an optimizer.
-        client_optimizer: the user's optimizer, or a function that makes one of parameters, or None.
-        parameters: for the optimizer: a list of parameters or of groups.
+        engine: an engine that has its module and no optimizer yet.
+        client_optimizer: the user's optimizer, a function that makes one from parameters, or None.
+        parameters: the optimizer's parameters, or groups of them.
 
     Returns:
-        The client's optimizer, made where it was a function, and the parameters: with rows instead
-        of stacks where the experts have been unstacked.
+        The user's optimizer (the function's result if it was a function), and the parameters. If
+        the experts were unstacked, both have the experts' own parameters in place of the stacks.
 
     Raises:
-        ValueError: the user's optimizer works by parameter and has a state of a stack already.
+        ValueError: the user's optimizer needs one parameter per expert and already has a state for
+            a stack.
     """
     reason = _reason_of_engine(engine)
     if client_optimizer is None:
@@ -77,7 +80,7 @@ def choose_layout(
 
 
 def _call(make: Callable[[list[Any]], Any], engine: DeepSpeedEngine, parameters: list[Any]) -> Any:
-    """Return the optimizer that a user's function makes; called again if it cannot have stacks."""
+    """Return the optimizer that a user's function makes; call it again if it cannot use stacks."""
     if not stacked_experts(engine.module):
         return make(parameters)
     try:
@@ -104,14 +107,14 @@ def _unstack(engine: DeepSpeedEngine, reason: str) -> None:
 
 
 def _replace(parameters: list[Any]) -> list[Any]:
-    """Return parameters or groups of them with rows in the place of what were stacks."""
+    """Replace former stacks in a list of parameters or of groups by the experts' parameters."""
     if not any(isinstance(item, dict) for item in parameters):
         return unstacked_parameters(parameters)
     for group in parameters:
-        rows = unstacked_parameters(group["params"])
-        if len(rows) != len(group["params"]):
+        params = unstacked_parameters(group["params"])
+        if len(params) != len(group["params"]):
             group.pop("param_names", None)
-        group["params"] = rows
+        group["params"] = params
     return parameters
 
 
@@ -127,7 +130,7 @@ def _reason_of_engine(engine: DeepSpeedEngine) -> str | None:
 
 
 def _reason_of_name(engine: DeepSpeedEngine) -> str | None:
-    """Return why the optimizer of the JSON needs one parameter per expert, None if it does not."""
+    """Return why the JSON's optimizer needs one parameter per expert, None if it does not."""
     name = engine.optimizer_name()
     if name in ELEMENTWISE_NAMES:
         return None
@@ -136,18 +139,18 @@ def _reason_of_name(engine: DeepSpeedEngine) -> str | None:
     cls = getattr(torch.optim, name, None)
     if cls is not None and _full_name(cls) in ELEMENTWISE:
         return None
-    return f"the optimizer {name} works on whole parameters"
+    return f"the optimizer {name} may compute something from whole parameters"
 
 
 def _reason_of_muon(engine: DeepSpeedEngine) -> str | None:
     if (engine.optimizer_params() or {}).get("per_head_muon", False):
-        return '"per_head_muon" looks at shapes'
+        return '"per_head_muon" goes by the shapes of parameters'
     _mark_for_muon(engine.module)
     return None
 
 
 def _mark_for_muon(module: nn.Module) -> None:
-    """Tell DeepSpeed's Muon that a stack of matrices has one for each expert.
+    """Tell DeepSpeed's Muon that a stack of matrices holds one matrix per expert.
 
     Source: ``deepspeed/moe/ep_experts.py``.
     """
@@ -161,7 +164,7 @@ def _reason_of_class(optimizer: Any) -> str | None:
     name = _full_name(type(optimizer))
     if name in ELEMENTWISE or name == MUON:
         return None
-    return f"the optimizer {type(optimizer).__name__} works on whole parameters, or may do so"
+    return f"the optimizer {type(optimizer).__name__} may compute something from whole parameters"
 
 
 def _full_name(cls: type) -> str:
@@ -169,11 +172,11 @@ def _full_name(cls: type) -> str:
 
 
 def _check_no_state(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer that has a state of a stack that is none any more."""
+    """Refuse an optimizer that has a state for a former stack."""
     for param, state in optimizer.state.items():
         if getattr(param, "_unstacked", None) is not None and state:
             raise ValueError(
-                f"{type(optimizer).__name__} has a state of a stack of experts of shape "
+                f"{type(optimizer).__name__} has a state for a stack of experts of shape "
                 f"{tuple(param.shape)}, but needs one parameter per expert: give it to "
                 'deepspeed.initialize before its first step, or set "stack_experts" to false'
             )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Groups of a user's optimizer as DeepSpeed wants them: experts apart, marked ``"moe": True``."""
+"""Splitting a user's optimizer into the groups that DeepSpeed requires: experts marked "moe"."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from deepspeed.moe.utils import (
 )
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-# What a learning rate scheduler of torch's has for each group of the optimizer.
+# Attributes of torch's learning rate schedulers that have one value per group of the optimizer.
 PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums",
              "max_momentums")  # fmt: skip
-# And what those of DeepSpeed's compute from them.
+# Attributes that DeepSpeed's schedulers compute from them.
 _DERIVED = ("delta_lrs", "org_lrs")
-_ORIGIN = "comet_ds_origin"
+_ORIGIN = "comet_ds_origin"  # temporary key of a group: index of the group it was split from
 
 
 def split_expert_groups(
     optimizer: torch.optim.Optimizer, lr_scheduler: Any = None
 ) -> torch.optim.Optimizer:
-    """Give the experts groups of their own, with the settings of the groups they are in.
+    """Move the experts to groups of their own, with the settings of their present groups.
 
-    For engines with ZeRO 1 or 2 and an optimizer that is made before ``deepspeed.initialize``, as
-    by Hugging Face's Trainer and Accelerate. ``comet_ds.initialize`` does it. State of the
-    optimizer stays. Does nothing where no group has experts that are not marked.
+    Needed with ZeRO 1 or 2 and an optimizer that was made before ``deepspeed.initialize``, as
+    Hugging Face's Trainer and Accelerate do. ``comet_ds.initialize`` calls it. The optimizer's
+    state is kept. Does nothing if all experts are in groups marked "moe".
 
     Args:
         optimizer: changed in place.
-        lr_scheduler: a scheduler of torch's that was made for it, if one was; changed alike.
+        lr_scheduler: torch scheduler that was made for the optimizer, if any; changed in place.
 
     Returns:
         The optimizer.
 
     Raises:
-        ValueError: there is a scheduler, by the groups' "initial_lr", and it was not given.
+        ValueError: the groups have an "initial_lr", so a scheduler was made, and it was not given.
 
     Source: ``deepspeed/moe/utils.py``.
     """
@@ -49,9 +49,9 @@ def split_expert_groups(
         return optimizer
     if lr_scheduler is None and any("initial_lr" in group for group in groups):
         raise ValueError(
-            "the experts must be split off the optimizer's groups before a learning rate "
-            "scheduler is made for it, or the scheduler be given as lr_scheduler, got a scheduler "
-            "that was not given"
+            "the experts must be split off the optimizer's groups before a learning rate scheduler "
+            "is made for it, or the scheduler must be given as lr_scheduler; the groups' "
+            '"initial_lr" says that there is one, and it was not given'
         )
     open_groups = [group for group in groups if not is_moe_param_group(group)]
     for index, group in enumerate(groups):
@@ -75,7 +75,7 @@ def split_expert_groups(
 
 
 def _regroup(scheduler: Any, origins: list[int], num_groups: int) -> None:
-    """Let a scheduler have a value for each new group, that of the group it comes from."""
+    """Give a scheduler one value per new group, that of the group it was split from."""
     if scheduler is None:
         return
     for inner in getattr(scheduler, "_schedulers", ()):
@@ -87,7 +87,7 @@ def _regroup(scheduler: Any, origins: list[int], num_groups: int) -> None:
 
 
 def splitting(make: Callable[[Any], torch.optim.Optimizer]) -> Callable[[Any], Any]:
-    """Return a function that makes an optimizer, with experts split off."""
+    """Wrap a function that makes an optimizer, so that experts have groups of their own."""
 
     @functools.wraps(make)
     def made(parameters: Any) -> torch.optim.Optimizer:
@@ -97,7 +97,7 @@ def splitting(make: Callable[[Any], torch.optim.Optimizer]) -> Callable[[Any], A
 
 
 def num_unmarked(optimizer: torch.optim.Optimizer) -> int:
-    """Return how many expert parameters are in groups that are not marked."""
+    """Return the number of expert parameters in groups that are not marked "moe"."""
     groups = [g for g in optimizer.param_groups if not is_moe_param_group(g)]
     return sum(is_moe_param(param) for group in groups for param in group["params"])
 
@@ -106,20 +106,20 @@ def check_groups(engine: DeepSpeedEngine, optimizer: torch.optim.Optimizer) -> N
     """Refuse a user's optimizer that ZeRO would partition over the wrong ranks.
 
     Raises:
-        ValueError: naming the remedy.
+        ValueError: with ZeRO 1 or 2, experts are in groups that are not marked; names the remedy.
     """
     count = num_unmarked(optimizer) if engine.zero_optimization_stage() in (1, 2) else 0
     if count:
         raise ValueError(
             "with ZeRO 1 and 2 an optimizer must have the experts in groups of their own, marked "
-            f'"moe", got {count} expert parameters in others: call comet_ds.initialize in place of '
-            "deepspeed.initialize, or comet_ds.split_expert_groups(optimizer) when it has been "
+            f'"moe", got {count} expert parameters in others: call comet_ds.initialize instead of '
+            "deepspeed.initialize, or comet_ds.split_expert_groups(optimizer) right after it is "
             "made (with a Trainer, in its create_optimizer), or configure the optimizer in the JSON"
         )
 
 
 def name_groups(parameters: list[Any]) -> None:
-    """Name the groups of parameters that have no name, by which DeepSpeed splits them."""
+    """Give a name to each group that has none: DeepSpeed splits groups by name."""
     for index, group in enumerate(parameters):
         if isinstance(group, dict):
             group.setdefault("name", f"group {index}")

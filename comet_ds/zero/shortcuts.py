@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What DeepSpeed's optimizers need not do for stacked experts: of ZeRO 1 and 2 here.
+"""Work that ZeRO 1 and 2 can skip for stacked experts.
 
-Where every rank of the data parallel group has experts of its own (ep_size is the number of
-ranks), the group that shares a stack has one rank. ZeRO still copies the stack's gradient into a
-bucket, flattens it, reduces it over that rank, copies it back and out of the bucket again. ZeRO 2
-does so after every micro-batch, and adds the gradient to those before. All that is needed is to let
-the gradient grow in place and to divide it by the number of ranks in the end.
+If ep_size is the number of data parallel ranks, each rank has experts of its own, and the process
+group that shares a stack has one rank. Such a stack is called unshared here. ZeRO still copies its
+gradient into a bucket, flattens it, reduces it over the one rank and copies it back. ZeRO 2 does so
+after every micro-batch, and adds the result to the sum of earlier ones. It is enough to accumulate
+the gradient in place and to divide it by the number of ranks at the end.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from comet_ds.zero import unsharded
 
 
 def install_shortcuts(engine: DeepSpeedEngine, stacks: Iterable[nn.Parameter]) -> None:
-    """Spare an engine and its optimizer needless work, where there is a shortcut.
+    """Replace methods of an engine and its optimizer by cheaper ones, where they apply.
 
     Checked with DeepSpeed 0.19.6 and 0.19.8.
 
     Args:
-        engine: whose optimizer is configured.
-        stacks: the model's.
+        engine: engine with a configured optimizer.
+        stacks: all stacks of the model.
     """
     optimizer = engine.optimizer
     unsharded.install_reduction(engine)
@@ -46,22 +46,23 @@ def install_shortcuts(engine: DeepSpeedEngine, stacks: Iterable[nn.Parameter]) -
     zero_norm.install_norm(optimizer)
     is_plain = optimizer.reduce_scatter and optimizer.contiguous_gradients
     if is_plain and not optimizer.overlap_comm and not _accumulates_elsewhere(optimizer):
-        lone = {id(s) for s in stacks if _is_lone(optimizer, s)}
-        growing = _GrowingGrads(optimizer, lone) if _may_grow(optimizer) else None
-        reduce = _LoneDivided(optimizer, lone, growing)
+        unshared = {id(s) for s in stacks if _is_unshared(optimizer, s)}
+        in_place = _can_sum_in_place(optimizer)
+        accumulated = _AccumulateInPlace(optimizer, unshared) if in_place else None
+        reduce = _ReduceByDividing(optimizer, unshared, accumulated)
         optimizer.reduce_independent_p_g_buckets_and_remove_grads = reduce
-        optimizer.copy_grads_in_partition = _CopyOfOthers(optimizer, lone)
+        optimizer.copy_grads_in_partition = _CopySharedGrads(optimizer, unshared)
 
 
-def _is_lone(optimizer: DeepSpeedZeroOptimizer, stack: nn.Parameter) -> bool:
-    """Whether one rank has a stack alone, and would not round its gradient to send it."""
+def _is_unshared(optimizer: DeepSpeedZeroOptimizer, stack: nn.Parameter) -> bool:
+    """Return whether only this rank has a stack, and its gradient is not rounded to be reduced."""
     group = optimizer.expert_dp_process_group.get(stack.group_name)
     is_alone = group is not None and dist.get_world_size(group=group) == 1
     return is_alone and optimizer.get_param_comm_dtype(stack) == stack.dtype
 
 
 def _accumulates_elsewhere(optimizer: DeepSpeedZeroOptimizer) -> bool:
-    """Whether gradients are summed up in another dtype or buffer, by code that copies them."""
+    """Return whether DeepSpeed accumulates gradients in another dtype or buffer."""
     if getattr(optimizer, "use_grad_accum_attribute", False):
         return True
     uses_buffer = getattr(optimizer, "_use_compact_grad_partition_buffer", None)
@@ -69,72 +70,75 @@ def _accumulates_elsewhere(optimizer: DeepSpeedZeroOptimizer) -> bool:
 
 
 def _divisor(optimizer: DeepSpeedZeroOptimizer) -> float:
-    """Return what ZeRO divides a gradient by."""
+    """Return the number by which ZeRO divides a gradient."""
     num_ranks = dist.get_world_size(group=optimizer.dp_process_group)
     return num_ranks / float(optimizer.sequence_parallel_size)
 
 
-def _may_grow(optimizer: DeepSpeedZeroOptimizer) -> bool:
-    """Whether dividing the sum of ZeRO 2's micro-batches gives the bits of the divided ones' sum.
+def _can_sum_in_place(optimizer: DeepSpeedZeroOptimizer) -> bool:
+    """Return whether ZeRO 2 may divide the sum of the micro-batches instead of each, bit for bit.
 
-    Powers of two only move the exponent; but a sum in fp16 may overflow before it is divided.
+    Dividing by a power of two changes the exponent only. In fp16 the undivided sum may overflow.
     """
     is_exact = math.log2(_divisor(optimizer)).is_integer() and optimizer.dtype != torch.float16
     return is_exact and optimizer.partition_gradients and optimizer.gradient_average
 
 
-class _LoneDivided:
-    """``reduce_independent_p_g_buckets_and_remove_grads``, which only divides lone stacks.
+class _ReduceByDividing:
+    """Replaces ``reduce_independent_p_g_buckets_and_remove_grads``: divides unshared stacks' grads.
 
     Args:
-        optimizer: whose method it is.
-        lone: ids of the stacks that one rank has alone.
-        growing: those whose gradients are divided later; None for none.
+        optimizer: the optimizer whose method it replaces.
+        unshared: ids of the unshared stacks.
+        accumulated: divides the gradients of its groups later; None if there are none.
     """
 
     def __init__(
         self,
         optimizer: DeepSpeedZeroOptimizer,
-        lone: set[int],
-        growing: _GrowingGrads | None,
+        unshared: set[int],
+        accumulated: _AccumulateInPlace | None,
     ) -> None:
-        self._optimizer, self._lone, self._growing = optimizer, lone, growing
+        self._optimizer, self._unshared, self._accumulated = optimizer, unshared, accumulated
         self._original = optimizer.reduce_independent_p_g_buckets_and_remove_grads
 
     def __call__(self, param: nn.Parameter, i: int) -> None:
         optimizer = self._optimizer
         grad, param_id = param.grad, optimizer.get_param_id(param)
-        is_simple = id(param) in self._lone and grad is not None
-        if not is_simple or optimizer.params_already_reduced[param_id]:  # an error, DeepSpeed's
+        is_unshared = id(param) in self._unshared and grad is not None
+        # For a parameter that was reduced already, DeepSpeed raises its error.
+        if not is_unshared or optimizer.params_already_reduced[param_id]:
             return self._original(param, i)
         if not getattr(param, "ds_grad_is_ready", True):
             return None
-        is_growing = self._growing is not None and i in self._growing.groups
-        if optimizer.gradient_average and not is_growing:
+        is_divided_later = self._accumulated is not None and i in self._accumulated.groups
+        if optimizer.gradient_average and not is_divided_later:
             grad.div_(_divisor(optimizer))
         optimizer.params_already_reduced[param_id] = True
         return None
 
 
-class _GrowingGrads:
-    """Gradients of lone stacks that ZeRO 2 leaves in ``grad`` from one micro-batch to the next.
+class _AccumulateInPlace:
+    """Makes ZeRO 2 accumulate the gradients of unshared stacks in ``grad``.
 
-    DeepSpeed takes every micro-batch's gradient away and adds it to the first one's. Here the sum
-    of those before stands in ``grad`` when a backward begins, so that it grows where it is, as with
-    ZeRO 1, and is divided when the step comes.
+    DeepSpeed removes the gradient of every micro-batch and adds it to the first one's. Here the sum
+    of the earlier micro-batches is put back into ``grad`` before the next backward, so that
+    autograd adds to it, as with ZeRO 1. It is divided before the step.
 
     Args:
-        optimizer: whose methods are replaced.
-        lone: ids of the stacks that one rank has alone.
+        optimizer: the optimizer whose methods it replaces.
+        unshared: ids of the unshared stacks.
 
     Attributes:
-        groups: the parameter groups that have no other parameters.
+        groups: indices of the parameter groups that hold unshared stacks only.
     """
 
-    def __init__(self, optimizer: DeepSpeedZeroOptimizer, lone: set[int]) -> None:
+    def __init__(self, optimizer: DeepSpeedZeroOptimizer, unshared: set[int]) -> None:
         self._optimizer = optimizer
         self.groups = frozenset(
-            i for i, group in enumerate(optimizer.bit16_groups) if all(id(p) in lone for p in group)
+            i
+            for i, group in enumerate(optimizer.bit16_groups)
+            if all(id(p) in unshared for p in group)
         )
         self._epilogue = optimizer.independent_gradient_partition_epilogue
         self._finalize = optimizer.finalize_gradient_accumulation_boundary
@@ -142,12 +146,12 @@ class _GrowingGrads:
         optimizer.finalize_gradient_accumulation_boundary = self._end_unmanaged
 
     def _end_micro_batch(self) -> None:
-        """``independent_gradient_partition_epilogue``, behind each backward."""
+        """Replace ``independent_gradient_partition_epilogue``, called after each backward."""
         optimizer = self._optimizer
         is_last = optimizer.is_gradient_accumulation_boundary()
         for i in self.groups:
             self._keep_sums(i)
-            optimizer.all_grad_tensors[i] = None  # DeepSpeed takes what stands in grad
+            optimizer.all_grad_tensors[i] = None  # then DeepSpeed reads the gradients from grad
             if is_last:
                 self._divide(p.grad for p in optimizer.params_in_partition[i])
         self._epilogue()
@@ -158,7 +162,7 @@ class _GrowingGrads:
                     param.grad = grad
 
     def _keep_sums(self, i: int) -> None:
-        """Add sums that someone has taken out of ``grad``, ``zero_grad`` for one."""
+        """Add the earlier sum again if someone, such as ``zero_grad``, removed it from ``grad``."""
         sums = self._optimizer.all_grad_tensors.get(i) or ()
         for param, grad in zip(self._optimizer.params_in_partition[i], sums, strict=False):
             if param.grad is None:
@@ -167,7 +171,7 @@ class _GrowingGrads:
                 param.grad.add_(grad)
 
     def _end_unmanaged(self) -> None:
-        """``finalize_gradient_accumulation_boundary``, where the user says when to step."""
+        """Replace ``finalize_gradient_accumulation_boundary``: the user decides when to step."""
         for i in self.groups:
             self._divide(self._optimizer.all_grad_tensors.get(i) or ())
         self._finalize()
@@ -181,23 +185,23 @@ class _GrowingGrads:
                 grad.div_(_divisor(self._optimizer))
 
 
-class _CopyOfOthers:
-    """``copy_grads_in_partition``, with a buffer that has no room for lone stacks.
+class _CopySharedGrads:
+    """Replaces ``copy_grads_in_partition``: its buffer has no space for unshared stacks.
 
     Args:
-        optimizer: whose method it is.
-        lone: ids of the stacks that one rank has alone.
+        optimizer: the optimizer whose method it replaces.
+        unshared: ids of the unshared stacks.
     """
 
-    def __init__(self, optimizer: DeepSpeedZeroOptimizer, lone: set[int]) -> None:
-        self._optimizer, self._lone = optimizer, lone
+    def __init__(self, optimizer: DeepSpeedZeroOptimizer, unshared: set[int]) -> None:
+        self._optimizer, self._unshared = optimizer, unshared
         self._original = optimizer.copy_grads_in_partition
 
     def __call__(self, param: nn.Parameter, *args: Any) -> None:
         optimizer = self._optimizer
-        if id(param) not in self._lone and optimizer.grads_in_partition is None:
-            parts = (p for group in optimizer.params_in_partition for p in group)
-            size = sum(p.numel() for p in parts if id(p) not in self._lone)
+        if id(param) not in self._unshared and optimizer.grads_in_partition is None:
+            params = (p for group in optimizer.params_in_partition for p in group)
+            size = sum(p.numel() for p in params if id(p) not in self._unshared)
             optimizer.grads_in_partition_offset = 0
             optimizer.grads_in_partition = torch.empty(
                 size, dtype=optimizer.dtype, device=param.grad.device

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What DeepSpeed need not do for stacked experts without ZeRO.
+"""Work that DeepSpeed can skip for stacked experts without ZeRO.
 
-In half precision it looks for overflows in one gradient after the other, and takes their norms so,
-with some ten launches and a wait for the GPU each, while the GPU has nothing else to do: here all
-gradients are looked at together. And gradients of stacks that one rank has alone it copies into a
-bucket and back to divide them: here they are divided where they are.
+In half precision DeepSpeed checks gradients for overflow one by one, and computes their norms one
+by one, with about ten launches and a wait for the GPU each while the GPU is idle. Here all
+gradients are checked together. DeepSpeed also copies the gradients of stacks that only one rank has
+into a bucket and back to divide them. Here they are divided in place.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from comet_ds.zero.norm import is_counted, sum_of_squares
 
 
 def install_norm(optimizer: FP16_Optimizer | FP16_UnfusedOptimizer) -> None:
-    """Replace how an optimizer looks for overflows, and takes the norm where it works unfused.
+    """Replace an optimizer's overflow check, and the norm of an FP16_UnfusedOptimizer.
 
     Checked with DeepSpeed 0.19.6 and 0.19.8.
     """
@@ -38,7 +38,7 @@ def install_norm(optimizer: FP16_Optimizer | FP16_UnfusedOptimizer) -> None:
 
 
 def install_reduction(engine: DeepSpeedEngine) -> None:
-    """Replace how an engine reduces gradients over a group of one rank; to the same bits."""
+    """Replace an engine's reduction of gradients over a group of one rank; the bits are equal."""
     engine.allreduce_and_copy = functools.partial(_reduce, engine, engine.allreduce_and_copy)
 
 
@@ -49,30 +49,30 @@ def _reduce(
     dp_group: Any,
     dp_world_size: int | None = None,
 ) -> None:
-    """``DeepSpeedEngine.allreduce_and_copy``."""
-    is_alone = dist.get_world_size(group=dp_group) == 1 and dp_world_size is not None
+    """Replace ``DeepSpeedEngine.allreduce_and_copy``."""
+    is_unshared = dist.get_world_size(group=dp_group) == 1 and dp_world_size is not None
     is_plain = engine.gradient_average and engine.gradient_predivide_factor() == 1.0
     is_rounded = any(grad.dtype != engine.communication_data_type for grad in grads)
-    if not (is_alone and is_plain) or is_rounded:
+    if not (is_unshared and is_plain) or is_rounded:
         original(grads, dp_group, dp_world_size)
     elif dp_world_size != 1:
         torch._foreach_mul_([grad.data for grad in grads], 1.0 / dp_world_size)
 
 
 def _has_overflow(original: Any, params: Iterable[nn.Parameter]) -> bool:
-    """``CheckOverflow.has_overflow_serial``: whether a gradient is not finite."""
+    """Replace ``CheckOverflow.has_overflow_serial``: whether a gradient is not finite."""
     params = list(params)
     grads = [p.grad.detach() for p in params if p.grad is not None and p.grad.numel() > 0]
     if not grads:
         return False
     if any(grad.layout != torch.strided for grad in grads):
         return original(params)
-    largest = torch._foreach_norm(grads, torch.inf)  # NaN where there is one
+    largest = torch._foreach_norm(grads, torch.inf)  # NaN for a gradient that has one
     return not bool(torch.stack([norm.float() for norm in largest]).isfinite().all())
 
 
 def _step(original: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run a step, in which ``_weight_norm`` stands for DeepSpeed's function of the module."""
+    """Run a step with ``_weight_norm`` in the place of the module's ``get_weight_norm``."""
     replaced = unfused_optimizer.get_weight_norm
     unfused_optimizer.get_weight_norm = functools.partial(_weight_norm, replaced)
     try:
@@ -84,7 +84,7 @@ def _step(original: Any, *args: Any, **kwargs: Any) -> Any:
 def _weight_norm(
     original: Any, parameters: Tensor | Iterable[Tensor], norm_type: float = 2, mpu: Any = None
 ) -> float:
-    """``get_weight_norm``: the norm of all tensors, -1 where it is not finite; equal to 2e-7."""
+    """Replace ``get_weight_norm``: norm of all tensors, -1 if not finite; equal to 2e-7."""
     if norm_type != 2 or isinstance(parameters, Tensor):
         return original(parameters, norm_type, mpu)
     is_first_rank = bwc_tensor_model_parallel_rank(mpu=mpu) == 0
@@ -92,5 +92,5 @@ def _weight_norm(
     if not counted:
         return original(parameters, norm_type, mpu)
     total = sum_of_squares(counted).sqrt().float()
-    total.model_parallel = True  # counted on this rank, whichever it is
+    total.model_parallel = True  # so that the original function counts it on every rank
     return original([total], norm_type, mpu)

@@ -28,15 +28,15 @@ def natives(**sizes: int) -> list[list[NativeParameter]]:
 def test_flat_group() -> None:
     group = flatten(natives(a=4, b=2, c=3), 2, end_alignment=4)
     assert (group.offsets, group.size, group.partition_size) == ([0, 4, 6], 12, 6)
-    assert group.pieces(0) == [("a", 0, 4, 0), ("b", 0, 2, 4)]
-    assert group.pieces(1) == [("c", 0, 3, 0)]
+    assert group.fragments(0) == [("a", 0, 4, 0), ("b", 0, 2, 4)]
+    assert group.fragments(1) == [("c", 0, 3, 0)]
     assert [group.padding_of(rank) for rank in range(2)] == [0, 3]
     group = flatten(natives(a=4, b=2, c=3), 2, alignment=8, end_alignment=4, is_round_robin=True)
-    assert [unit[0].name for unit in group.units] == ["a", "c", "b"]
+    assert [param[0].name for param in group.params] == ["a", "c", "b"]
     assert (group.offsets, group.paddings, group.size) == ([0, 8, 16], [4, 5, 0], 20)
-    assert group.pieces(0) == [("a", 0, 4, 0), ("c", 0, 2, 8)]
-    assert group.pieces(1) == [("c", 2, 1, 0), ("b", 0, 2, 6)]
-    assert group.whole_pieces(1) == [("c", 0, 3, 0), ("b", 0, 2, 3)]
+    assert group.fragments(0) == [("a", 0, 4, 0), ("c", 0, 2, 8)]
+    assert group.fragments(1) == [("c", 2, 1, 0), ("b", 0, 2, 6)]
+    assert group.whole_fragments(1) == [("c", 0, 3, 0), ("b", 0, 2, 3)]
     assert {k: vars(v) for k, v in group.slice_mapping(1).items()} == {
         "b": {"numel": 2, "start": 6},
         "c": {"numel": 1, "start": 0},
@@ -47,7 +47,7 @@ def test_moves() -> None:
     """Two experts of a (3 elements) and b (2): from a0 a1 b0 b1 to a0 b0 a1 b1."""
     a0, a1, b0, b1 = natives(a0=3, a1=3, b0=2, b1=2)
     source, target = flatten([a0 + a1, b0 + b1], 1), flatten([a0, b0, a1, b1], 1)
-    moves = plan_moves([[source.pieces(0)]], [[target.pieces(0)]])
+    moves = plan_moves([[source.fragments(0)]], [[target.fragments(0)]])
     found = run_moves(moves, [torch.arange(10)], [10], torch.int64, None)
     assert found[0].tolist() == [0, 1, 2, 6, 7, 3, 4, 5, 8, 9]
 

@@ -25,7 +25,8 @@ from torch import nn
 
 from comet_ds import MoE
 from comet_ds.experts.calls import run_expert, run_experts
-from comet_ds.experts.mlp import ExpertMLP, ModuleStructure, RecognisedExperts, recognise_mlp
+from comet_ds.experts.mlp import ExpertMLP, RecognisedExperts, recognise_mlp
+from comet_ds.experts.structure import ModuleStructure
 from comet_ds.pipelined.grouped_mlp import ExpertRunner, _Stack
 
 HIDDEN, FFN = 16, 40
@@ -40,13 +41,13 @@ RECOGNISED = {
 }
 REFUSED = {
     "dropout": (sequential(HIDDEN, FFN, dropout=0.1), "Dropout"),
-    "normalisation": (NormMLP(HIDDEN, FFN), "a matrix more"),
+    "normalisation": (NormMLP(HIDDEN, FFN), "one more Linear"),
     "tuple output": (TupleMLP(HIDDEN, FFN), "returns a tuple"),
     "shared parameter": (TiedMLP(HIDDEN), "share a parameter"),
     "third matrix": (nn.Sequential(sequential(HIDDEN, FFN), nn.Linear(HIDDEN, HIDDEN)), "Linear"),
     "no activation": (nn.Sequential(nn.Linear(HIDDEN, FFN), nn.Linear(FFN, HIDDEN)), "Linear"),
     "one matrix": (nn.Linear(HIDDEN, HIDDEN), ""),
-    "in-place clamp": (ClampedMLP(HIDDEN, FFN), "clamp_ beside the MLP"),
+    "in-place clamp": (ClampedMLP(HIDDEN, FFN), "clamp_ outside the MLP"),
     "keyword call": (KeywordMLP(HIDDEN, FFN), "Linear"),
     "activation unknown": (
         nn.Sequential(nn.Linear(HIDDEN, FFN), nn.Tanh(), nn.Linear(FFN, HIDDEN)),

@@ -44,9 +44,9 @@ def backward(layer: MoE, x: Tensor, grad: Tensor, comes: bool) -> None:
 
 
 MISSED = {
-    "first forward": (first_forward, "forward number 1"),
-    "later forward": (later_forward, "forward number 3"),
-    "backward": (backward, "backward of its forward number 1"),
+    "first forward": (first_forward, "its forward number 1"),
+    "later forward": (later_forward, "its forward number 3"),
+    "backward": (backward, "the backward of its forward number 1"),
 }
 
 
@@ -75,7 +75,7 @@ def test_late_rank_is_named(world, name: str, variant: str) -> None:
         answers = running.run(check_late, case, VARIANTS[variant], timeout=60)
     finally:
         running.close()  # its process group has a collective under way
-    expected = f"rank {LATE} of the expert parallel group did not come to its {missed} within 4 s"
+    expected = f"rank {LATE} of the expert parallel group did not reach {missed} within 4 s"
     for rank, (answer, waited_s) in enumerate(answers):
         assert answer == ("" if rank == LATE else expected), f"rank {rank}: {answer}"
         assert waited_s < 4 * TIMEOUT_S
@@ -96,7 +96,7 @@ def test_killed_rank_is_named(variant: str) -> None:
     with pytest.raises(AssertionError) as failure:
         World(4).run(check_killed, VARIANTS[variant], timeout=60)
     # Two hear of it from a broken connection, the one opposite waits for the time it has.
-    named = f"RuntimeError: rank {LATE} of the expert parallel group did not come to its forward"
+    named = f"RuntimeError: rank {LATE} of the expert parallel group did not reach its forward"
     assert str(failure.value).count(named) == 3
 
 

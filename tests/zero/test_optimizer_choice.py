@@ -217,7 +217,7 @@ def check_choice(rank: int, size: int, make: Any, settings: dict, reason: str | 
     assert not torch.equal(before, experts.deepspeed_experts[1][0].weight), "it is not trained"
 
 
-WHOLE = "works on whole parameters"
+WHOLE = "may compute something from whole parameters"
 
 
 @pytest.mark.parametrize(

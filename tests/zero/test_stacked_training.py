@@ -34,7 +34,7 @@ from torch import nn
 
 import comet_ds
 from comet_ds.experts import stackable
-from comet_ds.experts.stacked import unstacked_parameters
+from comet_ds.experts.unstacked import unstacked_parameters
 from comet_ds.observe.flops import flop_per_token
 
 STEPS = 4

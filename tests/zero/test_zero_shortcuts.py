@@ -75,7 +75,7 @@ def count_reductions(optimizer: Any, stacks: set[int]) -> dict[str, list[int]]:
         return call
 
     outer = getattr(optimizer, name)
-    if isinstance(outer, zero_shortcuts._LoneDivided):
+    if isinstance(outer, zero_shortcuts._ReduceByDividing):
         outer._original = noting("deepspeed", outer._original)
         setattr(optimizer, name, noting("all", outer))
     else:
