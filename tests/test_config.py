@@ -10,8 +10,8 @@ from pathlib import Path
 
 import deepspeed
 import pytest
+from helpers.training import config
 from torch import nn
-from training import config
 
 import comet_ds
 from comet_ds.config import (

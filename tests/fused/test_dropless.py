@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from experts_zoo import GatedMLP
-from parity import build, run
-from virtual_ranks import VirtualGroup
+from helpers.experts_zoo import GatedMLP
+from helpers.parity import build, run
+from helpers.virtual_ranks import VirtualGroup
 
 from comet_ds import MoE
 from comet_ds.fused.call import CallSizes, max_rows
@@ -112,7 +112,7 @@ def test_more_rows_than_the_bound_are_an_error_that_names_rank_and_key() -> None
 import sys; sys.path[:0] = [{str(TESTS)!r}, {str(TESTS / "fused")!r}]
 import torch
 from test_dropless import TOP_K, draw, options, route_to_first
-from virtual_ranks import VirtualGroup
+from helpers.virtual_ranks import VirtualGroup
 xs, grads = draw([512, 512])
 group = VirtualGroup(2, **options(comet_ds={{"max_rows_factor": 1.25}}))
 group.run(xs, grads)  # an even routing fits

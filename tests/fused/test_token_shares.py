@@ -10,9 +10,9 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.utils import groups
-from experts_zoo import GatedMLP
-from parity import build, run
-from tolerance import assert_close
+from helpers.experts_zoo import GatedMLP
+from helpers.parity import build, run
+from helpers.tolerance import assert_close
 
 from comet_ds import MoE
 from comet_ds.tensor_parallel import count_slots
