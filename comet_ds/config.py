@@ -18,7 +18,7 @@ CONFIG_KEY = "comet_ds"
 
 # Options that all layers of an expert parallel group share; the rest may differ between layers.
 GROUP_OPTIONS = ("timeout_s", "tuning_table", "refine")
-# Options of the training engine, of which a layer knows nothing.
+# Options of the training engine; a layer does not use them.
 ENGINE_OPTIONS = ("metrics", "metrics_interval", "timeline_step")
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmarks of layers and whole models, beside other MoE layers."""
+"""Benchmarks of layers and whole models against other MoE layers."""

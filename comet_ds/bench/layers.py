@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One layer beside DeepSpeed's: checked, then timed with its gate and its kernels.
+"""One layer compared with DeepSpeed's: checked, then timed with its gate and its kernels.
 
 Layers are bf16, in one expert parallel group over all ranks. DeepSpeed's layer gets the same input
 and weights as ours. Nothing is timed before our output and gradients are as close to fp32 as

@@ -115,7 +115,7 @@ def load_example() -> ModuleType:
     """Import the example of this checkout.
 
     Raises:
-        RuntimeError: there is none beside the package.
+        RuntimeError: there is no example next to the package.
     """
     path = EXAMPLES / "train_gpt_moe.py"
     if not path.exists():

@@ -17,8 +17,8 @@ time lasts from a barrier of the ranks until the GPU is done. The slowest rank c
 medians over the blocks of all rounds.
 
 FLOP are counted for each token: 6 for each weight in the matrices of attention, router, head and
-``top_k`` experts, dropped or not, and 6 H L in each layer for attention in a sequence of L tokens,
-of which a token attends to half on average. Embeddings and norms count nothing.
+``top_k`` experts, dropped or not, and 6 H L in each layer for attention in a sequence of L tokens:
+a token attends to half of them on average. Embeddings and norms count nothing.
 
 Activities and times by kind are those of one more step on rank 0, under the profiler
 (``comet_ds.bench.profile``). The busy share is the time in which that step has an activity, over

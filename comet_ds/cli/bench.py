@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check and time a layer beside other MoE layers; with ``train``, a whole model.
+"""Check and time a layer against other MoE layers; with ``train``, a whole model.
 
 Examples:
     python -m comet_ds bench --shapes qwen2-moe,mixtral-8x7b

@@ -112,7 +112,7 @@ class TokenCounter:
 
 
 def layer_label(index: int) -> str:
-    """Return the prefix of a layer's labels, of which W&B makes a section."""
+    """Return the prefix of a layer's labels; W&B makes a section for each prefix."""
     return f"comet_ds_layer_{index:02d}"
 
 
