@@ -77,7 +77,7 @@ def test_split_groups_train_as_before(name: str) -> None:
 def test_a_scheduler_that_was_not_given_is_missed() -> None:
     optimizer = adamw(Model(comet_ds.MoE))
     LambdaLR(optimizer, lambda step: 0.5)
-    with pytest.raises(ValueError, match="or the scheduler be given as lr_scheduler"):
+    with pytest.raises(ValueError, match="or the scheduler must be given as lr_scheduler"):
         comet_ds.split_expert_groups(optimizer)
 
 
