@@ -50,8 +50,8 @@ def split_expert_groups(
     if lr_scheduler is None and any("initial_lr" in group for group in groups):
         raise ValueError(
             "the experts must be split off the optimizer's groups before a learning rate scheduler "
-            "is made for it, or the scheduler must be given as lr_scheduler; the groups' "
-            '"initial_lr" says that there is one, and it was not given'
+            "is made for it, or the scheduler must be given as lr_scheduler: the groups have an "
+            '"initial_lr", so there is a scheduler that was not given'
         )
     open_groups = [group for group in groups if not is_moe_param_group(group)]
     for index, group in enumerate(groups):
