@@ -152,7 +152,7 @@ class HostStatusExchange:
             raise RuntimeError(f"{where}: its process has ended")
         if waited_s > self.timeout_s:
             raise RuntimeError(
-                f"{where} did not come to its forward number {self._number} within "
+                f"{where} did not reach its forward number {self._number} within "
                 f"{self.timeout_s:g} s"
             )
 

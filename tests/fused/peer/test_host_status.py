@@ -68,7 +68,7 @@ def check_late(rank: int, size: int) -> str:
 
 def test_late_rank_is_named_with_its_forward(world) -> None:
     message = world(2).run(check_late)[0]
-    assert "rank 1 of the expert parallel group did not come to its forward number 1" in message
+    assert "rank 1 of the expert parallel group did not reach its forward number 1" in message
     assert "within 1 s" in message
 
 
