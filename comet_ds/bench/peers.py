@@ -89,16 +89,18 @@ def fix_routing(layer: MoE, router: nn.Linear | None = None) -> None:
     Args:
         layer: has run once.
         router: ``gate.wg`` of another layer with the same ``top_k``. A gate with a copy of it runs,
-            so that its time counts, and gives the routes their weights. None runs no gate.
+            so that its time counts, and gives the routes their weights; the layer's own gate still
+            says how many experts there are. None runs no gate.
     """
     moe = layer.deepspeed_moe
-    found, run = moe.routing, moe.gate.route
+    found, timed = moe.routing, copy.deepcopy(moe.gate)
     if router is not None:
-        moe.gate.wg = copy.deepcopy(router)
+        timed.wg = copy.deepcopy(router)
 
     def route(x: Tensor, used_token: Tensor | None = None) -> Routing:
         if router is not None:
-            made = run(x, used_token)
+            timed.zero_grad(set_to_none=True)
+            made = timed.route(x, used_token)
             weights, l_aux, x = made.topk_weights, made.l_aux, made.tokens
         else:
             weights, l_aux = (t.clone().requires_grad_() for t in (found.topk_weights, found.l_aux))

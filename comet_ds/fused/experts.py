@@ -118,7 +118,7 @@ class FusedExperts:
         if gate.drop_tokens:
             by_count = {count: gate.capacity(count * num_shares) for count in set(num_tokens)}
             capacities = tuple(by_count[count] for count in num_tokens)
-        num_experts = gate.wg.weight.shape[0]
+        num_experts = weights.num_experts * len(num_tokens)
         factor = None if gate.drop_tokens else self.max_rows_factor
         sizes = CallSizes(num_tokens, capacities, gate.k, num_experts, factor)
         if exchange is None:
