@@ -43,7 +43,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["comet_ds", "comet_ds.*"]),
-    package_data={"comet_ds": ["csrc/*.*", "csrc/*/*.*"]},
+    package_data={"comet_ds": ["py.typed", "csrc/*.*", "csrc/*/*.*"]},
     ext_modules=[Extension("comet_ds.comet_ds_moe", [])] if IS_BUILT_AHEAD else [],
     cmdclass={"build_ext": BuildKernels},
     entry_points={"console_scripts": ["comet_ds=comet_ds.__main__:main"]},
@@ -64,6 +64,7 @@ setup(
         "dashboard": ["wandb-workspaces"],
         "timeline": ["matplotlib"],
         "test": [
+            "basedpyright",
             "build",
             "matplotlib",
             "pytest>=8",

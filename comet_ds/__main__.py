@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 # Each is a module of comet_ds.cli with main(arguments), described by its docstring's first line.
 COMMANDS = ("report", "bench", "tune", "simulate", "timeline", "dashboard", "checkpoint")
@@ -24,12 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("python -m comet_ds COMMAND --help shows a command's options and examples.")
 
 
-def _module(command: str):
+def _module(command: str) -> ModuleType:
     return importlib.import_module(f"comet_ds.cli.{command}")
 
 
 def _summary(command: str) -> str:
-    return _module(command).__doc__.split("\n")[0]
+    return (_module(command).__doc__ or "").split("\n")[0]
 
 
 if __name__ == "__main__":

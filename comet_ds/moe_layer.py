@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -14,9 +13,12 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.moe import sharded_moe
-from deepspeed.utils import groups, logger
 from torch import Tensor, nn
 
+from comet_ds._compat.deepspeed import (
+    expert_parallel_groups,
+    warn_once,
+)
 from comet_ds.config import CometConfig
 from comet_ds.experts.mlp import parameter_dtypes
 from comet_ds.experts.stacked import StackedExperts
@@ -62,6 +64,8 @@ class MOELayer(sharded_moe.MOELayer):
         path: "reference", "pipelined" or "fused"; what the last forward took.
         routing: the last forward's ``Routing``, detached; None before the first.
     """
+
+    hidden_size: int  # H, set by ``MoE``
 
     @property
     def l_aux(self) -> Any:
@@ -322,7 +326,7 @@ class MOELayer(sharded_moe.MOELayer):
         """Return the EP group, the world where DeepSpeed's inference engine set none."""
         if self.ep_size == 1 or self.ep_group is not None:
             return self.ep_group
-        found = groups._get_expert_parallel_group_dict().get(self.ep_group_name)
+        found = expert_parallel_groups().get(self.ep_group_name)
         if found is not None:  # a copy of a layer that has one
             return found
         if not dist.is_initialized() or dist.get_world_size() != self.ep_size:
@@ -396,9 +400,7 @@ class MOELayer(sharded_moe.MOELayer):
         why = "" if self.config.path == "auto" else ", pinned by the configuration"
         if self._reason is not None:
             why = f" (not fused: {self._reason})"
-        message = f"comet_ds: MoE path {self.path}{why}: {how}"
-        # DeepSpeed's logger hides everything below a warning.
-        logger.log_dist_once(message, ranks=[0], level=logging.WARNING)
+        warn_once(f"comet_ds: MoE path {self.path}{why}: {how}")
 
     def _timed(self, name: str) -> AbstractContextManager[None]:
         return self._running_timer(name) if self.wall_clock_breakdown else _NO_CONTEXT

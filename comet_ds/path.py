@@ -5,18 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from deepspeed.utils import groups
+from torch import nn
 
 from comet_ds.config import CometConfig
 from comet_ds.fused.peer.exchange import Exchange, connect
 from comet_ds.fused.peer.host_status import RankStatus
 from comet_ds.fused.refusal import Refusal
 from comet_ds.fused.weights import ExpertWeights
-from comet_ds.gate.topk_gate import TopKGate
+from comet_ds.kernels import Kernels
 from comet_ds.ranks.gradients import BackwardNeeds
 from comet_ds.tensor_parallel import has_tensor_parallel_experts
 from comet_ds.validation import InputRules
@@ -52,7 +52,7 @@ class PathChoice:
     """
 
     def __init__(
-        self, config: CometConfig, ep_size: int, num_local_experts: int, gate: TopKGate
+        self, config: CometConfig, ep_size: int, num_local_experts: int, gate: nn.Module
     ) -> None:
         self.config, self.ep_size = config, ep_size
         self.num_local_experts, self.gate = num_local_experts, gate
@@ -139,6 +139,7 @@ class PathChoice:
             can_fuse = not isinstance(weights, Refusal)
             own_needs = 0 if isinstance(weights, Refusal) else needs(weights)
             mine = RankStatus(num_tokens, can_fuse, (rules.OK, 0), own_needs)
+            assert exchange.host_status is not None, "connect() makes one"
             statuses = exchange.host_status.exchange(mine)
             last_statuses, last_decision = self._last_fused
             if statuses is last_statuses and weights is last_decision.weights:
@@ -158,7 +159,7 @@ class PathChoice:
         self._check_pin(weights)
         return Decision("pipelined", why_not_fused=weights.reason)
 
-    def _check_size(self, kernels: ModuleType) -> Refusal | None:
+    def _check_size(self, kernels: Kernels) -> Refusal | None:
         top_k = getattr(self.gate, "k", 1)
         if top_k > kernels.max_top_k:
             return Refusal(f"it takes at most {kernels.max_top_k} routes, k is {top_k}")

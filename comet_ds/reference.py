@@ -54,6 +54,7 @@ def reference_moe(
         if output is None:
             output = torch.zeros(x.shape, dtype=share.dtype, device=x.device)
         output = output.index_add(0, token, share)
+    assert output is not None, "a rank has at least one expert"
     return output, rows.dtype
 
 
@@ -156,8 +157,8 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *grads, edge = grads
-        *sums, edge = _SumOwn.apply(ctx.exchange, BACKWARD, _attached(edge), *grads)
+        *rows, edge = grads
+        *sums, edge = _SumOwn.apply(ctx.exchange, BACKWARD, _attached(edge), *rows)
         return None, None, None if ctx.has_anchor else edge, *sums
 
 
@@ -174,8 +175,8 @@ class _SumOwn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ctx.exchange.needs.check_present()
-        *grads, edge = grads
-        *gathered, edge = _AllGather.apply(ctx.exchange, BACKWARD, _attached(edge), *grads)
+        *rows, edge = grads
+        *gathered, edge = _AllGather.apply(ctx.exchange, BACKWARD, _attached(edge), *rows)
         return None, None, None if ctx.has_anchor else edge, *gathered
 
 

@@ -18,12 +18,13 @@ from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import Tensor
 
+from comet_ds._compat.deepspeed import expert_tensor_parallel_size
 from comet_ds.gate.routing import Routing
 
 
 def has_tensor_parallel_experts() -> bool:
     """Whether each expert is spread over a TP group."""
-    return groups.mpu is not None and groups._get_expert_model_parallel_world_size() > 1
+    return groups.mpu is not None and expert_tensor_parallel_size() > 1
 
 
 def num_shares() -> int:

@@ -175,7 +175,7 @@ def train_step(engine: Any, micro_batches: Iterable[Tensor]) -> Tensor:
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line, which includes DeepSpeed's own options."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--moe", choices=["comet_ds", "deepspeed", "autoep"], default="comet_ds")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps in all")
     parser.add_argument("--layers", type=int, default=2)
@@ -199,9 +199,14 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def accelerator() -> Any:
+    """Return DeepSpeed's accelerator, which its annotations take for optional."""
+    return get_accelerator()
+
+
 def start_ranks() -> tuple[int, int]:
     """Join the launcher's process group; return this rank and the number of ranks."""
-    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if not torch.cuda.is_available():  # DeepSpeed compiles its communication at first use
         for lock in find_stale_locks("deepspeed_shm_comm"):
             sys.exit(describe_stale_lock(lock))
@@ -218,7 +223,7 @@ def main() -> None:
     rank, world_size = start_ranks()
     args.ep_size = args.ep_size or world_size
     torch.manual_seed(0)
-    with torch.device(get_accelerator().current_device_name()):
+    with torch.device(accelerator().current_device_name()):
         model = GPT(args)
     config = json.loads(Path(args.deepspeed_config).read_text())
     if args.moe == "autoep":

@@ -15,6 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import cast
 
 import torch
 from deepspeed.ops.op_builder.builder import CUDAOpBuilder
@@ -95,7 +96,7 @@ class CometMoEBuilder(CUDAOpBuilder):
         """
         if reason := self._why_no_compiler():
             raise RuntimeError(f"{self.NAME} cannot be compiled: {reason}")
-        nvcc = find_nvcc()
+        nvcc = find_nvcc() or "nvcc"
         includes = [str(CSRC), *torch_includes(), sysconfig.get_path("include")]
         include_flags = [flag for path in includes for flag in ("-I", path)]
         macros = [
@@ -125,7 +126,7 @@ class CometMoEBuilder(CUDAOpBuilder):
     def prebuilt(self) -> Path | None:
         """Return the path of the module that the installation compiled, None if it did not."""
         spec = importlib.util.find_spec("comet_ds")
-        for folder in spec.submodule_search_locations if spec else ():
+        for folder in (spec and spec.submodule_search_locations) or ():
             path = Path(folder) / f"{self.NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
             if path.exists():
                 return path
@@ -143,6 +144,7 @@ class CometMoEBuilder(CUDAOpBuilder):
         path = self.prebuilt()
         if path and self.fits(path):
             spec = importlib.util.spec_from_file_location(self.NAME, path)
+            assert spec is not None and spec.loader is not None, "a module's file has both"
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             return module
@@ -150,8 +152,8 @@ class CometMoEBuilder(CUDAOpBuilder):
             self.warning(f"{path} {MISMATCH}; compiling again")
         start = time.perf_counter()
         with compiling(self.build_folder(), self.warning):
-            module = super().load(verbose)
-        module.fingerprint = self.fingerprint()
+            module = cast(ModuleType, super().load(verbose))  # DeepSpeed annotates nothing
+        vars(module)["fingerprint"] = self.fingerprint()
         if (seconds := time.perf_counter() - start) > 2:  # a cached module takes less
             self.warning(f"compiled the kernels of comet_ds in {seconds:.0f} s")
         return module
@@ -239,7 +241,7 @@ def cuda_version() -> tuple[int, int]:
     Raises:
         RuntimeError: nvcc does not run, or does not print its version.
     """
-    nvcc = find_nvcc()
+    nvcc = find_nvcc() or "nvcc"
     try:
         done = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
     except OSError as error:

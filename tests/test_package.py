@@ -36,6 +36,7 @@ def test_wheel_carries_everything(tmp_path: Path) -> None:
     }
     expected |= {str("comet_ds" / p.relative_to(ROOT)) for p in ROOT.glob("op_builder/*.py")}
     expected |= {str("comet_ds" / p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.*")}
+    expected.add("comet_ds/py.typed")
     assert expected <= names, expected - names
     tops = {name.split("/")[0] for name in names if "dist-info" not in name}
     assert tops == {"comet_ds"}, tops  # a top-level op_builder would shadow DeepSpeed's

@@ -29,7 +29,7 @@ from __future__ import annotations
 import copy
 import functools
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -37,9 +37,9 @@ import torch
 import torch.nn.functional as F
 from deepspeed import comm as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
-from torch import Tensor
+from torch import Tensor, nn
 
-from comet_ds.bench.peers import AutoEP, build, draw_tokens, fix_routing, skew_routing, step
+from comet_ds.bench.peers import AutoEP, build, draw_tokens, fix_routing, moe_of, skew_routing, step
 from comet_ds.bench.shapes import Shape
 from comet_ds.bench.timing import Timer, slowest_rank, time_functions
 from comet_ds.fused.call import CallSizes, plan_of, prepare_call
@@ -54,7 +54,9 @@ ERROR_RATIO = 1.5
 MIB = 2**20
 
 
-def check(layers: dict[str, DeepSpeedMoE], shape: Shape, x: Tensor, grad: Tensor) -> dict[str, Any]:
+def check(
+    layers: Mapping[str, DeepSpeedMoE], shape: Shape, x: Tensor, grad: Tensor
+) -> dict[str, Any]:
     """Compare our layer's and DeepSpeed's output and expert gradients with fp32.
 
     Returns:
@@ -71,8 +73,8 @@ def check(layers: dict[str, DeepSpeedMoE], shape: Shape, x: Tensor, grad: Tensor
             errors[name] = results
             layer.zero_grad(set_to_none=True)
             continue
-        ours = layers["comet_ds"].deepspeed_moe.routing
-        experts = layer.deepspeed_moe.experts.deepspeed_experts
+        ours = moe_of(layers["comet_ds"]).routing
+        experts = moe_of(layer).experts.deepspeed_experts
         got = [results[0], *(p.grad for p in experts.parameters())]
         oracle = copy.deepcopy(experts).float()
         expected, _ = reference_moe(x.float(), ours.topk_ids, ours.topk_weights, oracle)
@@ -98,12 +100,14 @@ def _pair(by_layer: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _relative_error(got: list[Tensor], expected: list[Tensor]) -> float:
-    difference = sum((g.float() - e.float()).square().sum() for g, e in zip(got, expected))  # noqa: B905
-    return (difference / sum(e.float().square().sum() for e in expected)).sqrt().item()
+    pairs = zip(got, expected)  # noqa: B905
+    difference = torch.stack([(g.float() - e.float()).square().sum() for g, e in pairs]).sum()
+    size = torch.stack([e.float().square().sum() for e in expected]).sum()
+    return (difference / size).sqrt().item()
 
 
 def time_layers(
-    layers: dict[str, DeepSpeedMoE], x: Tensor, grad: Tensor, num_runs: int
+    layers: Mapping[str, nn.Module], x: Tensor, grad: Tensor, num_runs: int
 ) -> dict[str, dict[str, float]]:
     """Return times in ms and memory in MiB of every layer: medians, the largest of all ranks'."""
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in layers}
@@ -205,7 +209,8 @@ def time_kernels(layer: MoE, shape: Shape, x: Tensor, num_runs: int) -> list[dic
     """
     weights, num_tokens = layer.deepspeed_moe.fused.weights, x.shape[0]
     routing = _even_routing(shape, num_tokens)
-    sizes = CallSizes((num_tokens,), (routing.capacity,), shape.top_k, shape.num_experts)
+    capacities = None if routing.capacity is None else (routing.capacity,)
+    sizes = CallSizes((num_tokens,), capacities, shape.top_k, shape.num_experts)
     prepared = prepare_call(weights, sizes)
     call, num_rows = prepared.launches.forward, prepared.max_rows
 
@@ -302,13 +307,14 @@ def bench(
     """
     x, grad = draw_tokens(shape, num_tokens)
     ours = build(MoE, shape, **options)
-    theirs = {key: value for key, value in options.items() if key != "comet_ds"}
-    layers = {"comet_ds": ours, "deepspeed": build(DeepSpeedMoE, shape, **theirs)}
+    theirs = build(DeepSpeedMoE, shape, **{k: v for k, v in options.items() if k != "comet_ds"})
+    pair = {"comet_ds": ours, "deepspeed": theirs}
+    layers: dict[str, nn.Module] = {**pair}
     if with_autoep and shape.gated:
         layers["autoep"] = AutoEP(shape)
     if skew:
         skew_routing(ours, [other for other in layers.values() if other is not ours], x, skew)
-    errors = check({k: v for k, v in layers.items() if k != "autoep"}, shape, x, grad)
+    errors = check(pair, shape, x, grad)
     if "autoep" in layers:
         step(layers["autoep"], x, grad)
     record: dict[str, Any] = {
@@ -324,7 +330,8 @@ def bench(
     }
     is_fused, has_peers = record["path"] == "fused", dist.get_world_size() > 1
     if is_fused and not has_peers:
-        record["gate"] = time_gates(ours, layers["deepspeed"], x, num_runs)
+        record["gate"] = time_gates(ours, theirs, x, num_runs)
+    del theirs, pair
     layers.clear()
     if is_fused and not has_peers:
         record["kernels"] = time_kernels(ours, shape, x, num_runs)

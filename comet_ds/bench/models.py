@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 import comet_ds
+from comet_ds._compat.deepspeed import accelerator
 from comet_ds.config import CometConfig
 
 EXAMPLES = Path(comet_ds.__file__).parent.parent / "examples"
@@ -124,6 +124,7 @@ def load_example() -> ModuleType:
             "a checkout, with `pip install -e .[examples]`"
         )
     spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None, "a Python file has both"
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -166,7 +167,7 @@ class Run:
         if block := BLOCKS[variant.moe]:
             settings[block] = blocks[variant.moe] | variant.options
         torch.manual_seed(0)
-        with torch.device(get_accelerator().current_device_name()):
+        with torch.device(accelerator().current_device_name()):
             model = example.GPT(args)
         if draw_experts:
             _draw_experts(model)
@@ -195,10 +196,10 @@ class Run:
     def time_block(self, num_steps: int) -> float:
         """Return the ms of a step. Collective."""
         dist.barrier()
-        get_accelerator().synchronize()
+        accelerator().synchronize()
         start = time.perf_counter()
         self.train(num_steps)
-        get_accelerator().synchronize()
+        accelerator().synchronize()
         return 1e3 * (time.perf_counter() - start) / num_steps
 
     def time_phases(self) -> dict[str, float]:
@@ -206,10 +207,10 @@ class Run:
         times = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
 
         def run(phase: str, function: Callable[[], Any]) -> Any:
-            get_accelerator().synchronize()
+            accelerator().synchronize()
             start = time.perf_counter()
             result = function()
-            get_accelerator().synchronize()
+            accelerator().synchronize()
             times[phase] += 1e3 * (time.perf_counter() - start)
             return result
 
@@ -235,7 +236,7 @@ class Run:
         self.engine.destroy()
         del self.engine, self._batches
         gc.collect()
-        get_accelerator().empty_cache()
+        accelerator().empty_cache()
 
 
 def _draw_experts(model: nn.Module) -> None:

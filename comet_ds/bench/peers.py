@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +31,10 @@ class GatedMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def build(
-    cls: type[DeepSpeedMoE], shape: Shape, ep_size: int | None = None, **options: Any
-) -> DeepSpeedMoE:
+Layer = TypeVar("Layer", bound=DeepSpeedMoE)
+
+
+def build(cls: type[Layer], shape: Shape, ep_size: int | None = None, **options: Any) -> Layer:
     """Build a layer whose weights differ between experts, but not between the classes.
 
     Args:
@@ -59,7 +60,7 @@ def build(
         )
     torch.manual_seed(1 + dist.get_rank())
     with torch.no_grad():
-        for param in layer.deepspeed_moe.experts.deepspeed_experts.parameters():
+        for param in moe_of(layer).experts.deepspeed_experts.parameters():
             param.copy_(torch.randn_like(param) * param.shape[-1] ** -0.5)
     layer.to(torch.bfloat16).set_deepspeed_parallelism()
     return layer
@@ -72,14 +73,20 @@ def draw_tokens(shape: Shape, num_tokens: int) -> tuple[Tensor, Tensor]:
     return x, grad
 
 
+def moe_of(layer: Any) -> Any:
+    """Return the MOELayer of a layer, DeepSpeed's or ours."""
+    return layer.deepspeed_moe
+
+
 def step(
-    layer: DeepSpeedMoE, x: Tensor, grad: Tensor, middle: Callable[[], Any] = lambda: None
+    layer: nn.Module, x: Tensor, grad: Tensor, middle: Callable[[], Any] = lambda: None
 ) -> list[Tensor]:
     """Run forward, ``middle`` and backward; return the output and the input's gradient."""
     x = x.detach().requires_grad_()
     output, l_aux, _ = layer(x)
     middle()
     torch.autograd.backward([output, l_aux], [grad, torch.ones_like(l_aux)])
+    assert x.grad is not None, "a layer's output depends on its input"
     return [output.detach(), x.grad]
 
 
@@ -151,7 +158,7 @@ def gate_weight(layer: nn.Module) -> Tensor:
     """Return the weight of a layer's gate, [E, H]."""
     if isinstance(layer, AutoEP):
         return layer.layer.router.gate.weight
-    return layer.deepspeed_moe.gate.wg.weight
+    return moe_of(layer).gate.wg.weight
 
 
 class AutoEP(nn.Module):

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 
+from comet_ds._compat.torch import occupy_gpu
+
 
 class Timer:
     """Events around a piece of work.
@@ -25,7 +27,7 @@ class Timer:
         dist.barrier()
         torch.cuda.synchronize()
         if hide_host_ms:
-            torch.cuda._sleep(int(hide_host_ms * 2e6))  # cycles, at 2 GHz at most
+            occupy_gpu(int(hide_host_ms * 2e6))  # cycles, at 2 GHz at most
             if dist.get_world_size() > 1:  # devices start together, wherever their hosts are
                 dist.all_reduce(torch.ones(1, device="cuda"))
         self._events: list[torch.cuda.Event] = []

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import set_default_mmap_options, skip_data
 
+from comet_ds._compat.torch import fake_tensors
 from comet_ds.checkpoints.entries import UNKNOWN
 from comet_ds.checkpoints.files import BF16, FP16_FLAT, FP16_UNFUSED, ZERO, Checkpoint
 from comet_ds.checkpoints.groups import Elements, read_entries, read_groups
@@ -166,7 +166,7 @@ def consolidate(checkpoint: Checkpoint, path: str | Path, *, dtype: str = "fp32"
 
 
 def _write_torch(weights: Weights, path: Path) -> None:
-    with FakeTensorMode():
+    with fake_tensors():
         empty = {name: torch.empty(s, dtype=d) for name, (s, d) in weights.tensors.items()}
     with skip_data(materialize_fake_tensors=True):
         torch.save(empty, path)
@@ -199,4 +199,4 @@ def _write_safetensors(weights: Weights, path: Path) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in weights.tensors:
             tensor = weights.read(name).contiguous().flatten()
-            file.write(memoryview(tensor.view(torch.uint8).numpy()))
+            file.write(tensor.view(torch.uint8).numpy().data)

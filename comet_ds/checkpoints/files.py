@@ -157,8 +157,9 @@ class Checkpoint:
                     f"{self.folder} lacks the files of {len(missing)} of {num_experts} experts of "
                     f"MoE layer {index}, such as layer_{index}_expert_{missing[0]}_{MODEL_FILE}"
                 )
-            prefix = parse(next(iter(read(paths[0])))).layer
-            layers.append(LayerFiles(prefix, [paths[i] for i in range(num_experts)]))
+            if (parts := parse(next(iter(read(paths[0]))))) is None:
+                raise ValueError(f"{paths[0]} has something else than an expert's parameters")
+            layers.append(LayerFiles(parts.layer, [paths[i] for i in range(num_experts)]))
         return layers
 
     def _find_kind(self) -> str | None:
@@ -237,19 +238,23 @@ class Checkpoint:
     @property
     def base_key(self) -> str | None:
         """The key of the wrapped optimizer's state_dict; None if nothing wraps it."""
-        return {ZERO: "base_optimizer_state", BF16: "base_optimizer_state", PLAIN: None}.get(
-            self.kind, OPTIMIZER_STATE_DICT
-        )
+        keys: dict[str | None, str | None] = {
+            ZERO: "base_optimizer_state",
+            BF16: "base_optimizer_state",
+            PLAIN: None,
+        }
+        return keys.get(self.kind, OPTIMIZER_STATE_DICT)
 
     @property
     def masters_key(self) -> str | None:
         """The key of the fp32 weights in the state_dict; None if it has none."""
-        return {
+        keys: dict[str | None, str] = {
             ZERO: "single_partition_of_fp32_groups",
             BF16: "single_partition_of_fp32_groups",
             FP16_FLAT: "fp32_groups_flat",
             FP16_UNFUSED: "fp32_groups",
-        }.get(self.kind)
+        }
+        return keys.get(self.kind)
 
     def base(self, number: int) -> Any:
         """Return the wrapped optimizer's state_dict in a file."""
@@ -297,7 +302,7 @@ class Checkpoint:
         for name in self.model.get("buffer_names") or []:
             parts = parse(name)
             layer = next((x for x in self.layers if parts and x.prefix == parts.layer), None)
-            if layer is None:
+            if parts is None or layer is None:
                 found.add(name)
             else:
                 found |= {str(parts._replace(expert=i)) for i in range(len(layer.paths))}

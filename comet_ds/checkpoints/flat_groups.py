@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.accelerator import get_accelerator
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
+from comet_ds._compat.deepspeed import accelerator
 from comet_ds.checkpoints.layout import NativeParameter
 
 
@@ -239,7 +239,9 @@ def run_moves(
     targets = [torch.zeros(size, dtype=dtype) for size in sizes]
 
     def read(move: Move) -> Tensor:
-        return sources[move.source].narrow(0, move.source_offset, move.numel).to(dtype)
+        source = sources[move.source]
+        assert source is not None, "a rank sends what it has"
+        return source.narrow(0, move.source_offset, move.numel).to(dtype)
 
     def write(move: Move, values: Tensor) -> None:
         targets[move.target].narrow(0, move.target_offset, move.numel).copy_(values)
@@ -253,7 +255,7 @@ def run_moves(
     ranks = range(dist.get_world_size(group=process_group))
     outgoing = [[m for m in away if (m.source_rank, m.target_rank) == (rank, r)] for r in ranks]
     incoming = [[m for m in away if (m.source_rank, m.target_rank) == (r, rank)] for r in ranks]
-    device = get_accelerator().current_device_name()
+    device = accelerator().current_device_name()
     parts = [read(move) for moves_to in outgoing for move in moves_to]
     sent = torch.cat([torch.empty(0, dtype=dtype), *parts]).to(device)
     received = torch.empty(sum(m.numel for ms in incoming for m in ms), dtype=dtype, device=device)

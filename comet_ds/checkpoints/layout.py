@@ -42,13 +42,14 @@ class NativeParameter:
     Attributes:
         name: name in ``state_dict()``.
         shape: shape of the parameter.
-        holder: the model's parameter itself, or the stack that contains it.
+        holder: the model's parameter itself, or the stack that contains it; of a
+            file, an object with the parameter's tags.
         expert: index in the stack, the local expert; None if ``holder`` is the parameter itself.
     """
 
     name: str
     shape: torch.Size
-    holder: nn.Parameter
+    holder: Any
     expert: int | None
 
     @property

@@ -74,7 +74,7 @@ def resize(
         if layer is None:
             found += [(name, name) for name, _ in run]
             continue
-        parts = [part for _, part in run]
+        parts = [part for _, part in run if part is not None]
         template = [part for part in parts if part.expert == 0]
         expected = [t._replace(expert=i) for i in range(old[layer]) for t in template]
         if parts != expected:

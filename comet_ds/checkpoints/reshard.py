@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -115,7 +115,7 @@ class _Plan:
         self.clusters: list[tuple[list[int], list[int]]] = []  # numbers of old and new groups
         is_flat = source.kind in (ZERO, BF16, FP16_FLAT)
         self.elements = Elements.of(source) if is_flat else None
-        self.old_groups = self.elements.groups if is_flat else read_groups(source)
+        self.old_groups = read_groups(source) if self.elements is None else self.elements.groups
         self._regroup()
         self.layouts: list[FlatGroup] = []
         if is_flat:
@@ -249,12 +249,13 @@ class _Plan:
 
     def _move(self, kind: str, index: int, part: int, first: Mapping[str, int]) -> Tensor:
         """Return one kind of flat tensor of a rank's partition of a new group."""
-        source, flat = self.source, self.layouts[index]
+        source, flat, elements = self.source, self.layouts[index], self.elements
+        assert elements is not None, "flat optimizers have elements"
         is_whole = self._is_whole(kind, index)
         fragments = flat.whole_fragments(part) if is_whole else flat.fragments(part)
         fragments = [p._replace(name=to_global(p.name, first)) for p in fragments]
         size = sum(fragment.numel for fragment in fragments) if is_whole else flat.partition_size
-        places = self.elements.whole_places() if is_whole else self.elements.places
+        places = elements.whole_places() if is_whole else elements.places
         sources: list[Any] = []
         held: list[list[list[Fragment]]] = []
         for fragment in fragments:
@@ -304,9 +305,10 @@ class _Plan:
             state["buffer_names"] = [n for n, _ in resize(state["buffer_names"], *self.counts)]
         if state.get("param_shapes"):
             old = state["param_shapes"][0]
-            kinds = type(old), type(next(iter(old.values())))  # torch.Size, or DeepSpeed's copy
+            # Dictionary and shapes may be DeepSpeed's own: made again by classes unknown here.
+            of_all, of_one = (cast(Any, type(v)) for v in (old, next(iter(old.values()))))
             state["param_shapes"] = [
-                kinds[0]((param[0].name, kinds[1](param[0].shape)) for param in flat.params)
+                of_all((param[0].name, of_one(param[0].shape)) for param in flat.params)
                 for flat in self.layouts
             ]
         for key in ("frozen_param_shapes", "frozen_param_fragments"):

@@ -171,9 +171,7 @@ class ParameterStates:
         base = state[OPTIMIZER_STATE_DICT] if self._is_wrapped else state
         new_groups, new_state, new_masters, first, number = [], {}, [], 0, 0
         for cluster in self._clusters:
-            sources, targets = cluster.stacked, cluster.native
-            if not to_native:
-                sources, targets = targets, sources
+            sources, targets = _direction(cluster, to_native)
             groups = base["param_groups"][first : first + len(sources)]
             entries = self._read(state, first, sources)
             first += len(sources)
@@ -251,6 +249,13 @@ class ParameterStates:
             else:
                 joined[key] = copy_common(values, f"{key!r} of {natives[0].name}")
         return joined
+
+
+def _direction(cluster: Cluster, to_native: bool) -> tuple[list[list[Any]], list[list[Any]]]:
+    """Return a cluster's groups of parameters as they are and as they become."""
+    if to_native:
+        return cluster.stacked, cluster.native
+    return cluster.native, cluster.stacked
 
 
 def take_step(entries: Mapping[str, dict[str, Any]]) -> int | None:

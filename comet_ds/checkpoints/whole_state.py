@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed import comm as dist
@@ -13,6 +13,9 @@ from torch import nn
 from comet_ds.checkpoints.names import renumber
 from comet_ds.ranks.setup import agree_on_setup
 
+if TYPE_CHECKING:
+    from comet_ds.layer import MoE as OwnMoE
+
 _OTHERS = (
     "having loaded another rank's experts, because ranks have another order here (load the "
     "state_dict after deepspeed.initialize),"
@@ -20,7 +23,7 @@ _OTHERS = (
 _EXPERTS = "deepspeed_moe.experts.deepspeed_experts."
 
 
-def keep_own_experts(layer: MoE, state_dict: dict[str, Any], prefix: str) -> None:
+def keep_own_experts(layer: OwnMoE, state_dict: dict[str, Any], prefix: str) -> None:
     """Reduce a state_dict with the experts of all ranks to this rank's, under their local names.
 
     A state_dict with as many experts as a rank has is taken for this rank's and stays unchanged.
@@ -55,7 +58,7 @@ def keep_own_experts(layer: MoE, state_dict: dict[str, Any], prefix: str) -> Non
             state_dict[f"{start}{number - first}.{rest}"] = tensors[name]
 
 
-def _ep_rank(layer: MoE) -> int:
+def _ep_rank(layer: OwnMoE) -> int:
     """Return the layer's expert parallel rank, DeepSpeed's default while it has no group."""
     group = layer.deepspeed_moe.ep_group
     if group is not None:
@@ -69,7 +72,7 @@ def _ep_rank(layer: MoE) -> int:
     return layer.loaded_ep_rank
 
 
-def check_loaded(layer: MoE, ranks: range) -> None:
+def check_loaded(layer: OwnMoE, ranks: range) -> None:
     """Check that experts which were loaded before the process groups existed are this rank's.
 
     Args:

@@ -16,6 +16,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from deepspeed import comm as dist
@@ -83,9 +84,9 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{num_ranks} x {device}, torch {torch.__version__}, medians of {args.num_runs}")
     records = []
     for (name, shape), skew in itertools.product(shapes.items(), args.skew):
-        options = {"comet_ds": {"path": args.path}, "drop_tokens": not args.no_drop}
-        sizes = (shape, args.num_tokens, args.num_runs)
-        records.append(layers.bench(name, *sizes, with_autoep=args.autoep, skew=skew, **options))
+        options: dict[str, Any] = {"comet_ds": {"path": args.path}, "drop_tokens": not args.no_drop}
+        options |= {"with_autoep": args.autoep, "skew": skew}
+        records.append(layers.bench(name, shape, args.num_tokens, args.num_runs, **options))
         torch.cuda.empty_cache()
     if args.json and dist.get_rank() == 0:
         facts = {"device": device, "num_ranks": num_ranks, "torch": torch.__version__}

@@ -16,16 +16,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 from comet_ds.cli.arguments import make_parser
 from comet_ds.observe.metrics import LAYER_METRICS, RUN_METRICS
-
-try:
-    import wandb_workspaces.reports.v2 as reports
-    import wandb_workspaces.workspaces as workspaces
-except ImportError:
-    workspaces = reports = None
 
 NAME = "Mixture of experts"
 # DeepSpeed's own labels.
@@ -49,8 +44,7 @@ def workspace(entity: str, project: str, name: str = NAME) -> Any:
     Raises:
         ImportError: wandb-workspaces is not installed.
     """
-    if workspaces is None:
-        raise ImportError("wandb-workspaces is needed: pip install wandb-workspaces")
+    _, workspaces = _library()
     routing = [metric for metric in LAYER_METRICS if metric not in (*TIMES, *CTA_SPLIT)]
     throughput = {f"comet_ds/{metric}": title for metric, title in RUN_METRICS.items()}
     sections = [
@@ -67,17 +61,30 @@ def workspace(entity: str, project: str, name: str = NAME) -> Any:
     )
 
 
+def _library() -> tuple[ModuleType, ModuleType]:
+    """Return the modules of wandb-workspaces for panels and for workspaces."""
+    try:
+        import wandb_workspaces.reports.v2 as reports
+        import wandb_workspaces.workspaces as workspaces
+    except ImportError as error:
+        raise ImportError("wandb-workspaces is needed: pip install wandb-workspaces") from error
+    return reports, workspaces
+
+
 def _section(name: str, panels: list[Any]) -> Any:
+    _, workspaces = _library()
     layout = workspaces.SectionLayoutSettings(columns=2, rows=-(-len(panels) // 2))
     return workspaces.Section(name, panels=panels, is_open=True, layout_settings=layout)
 
 
 def _line(label: str, title: str) -> Any:
+    reports, _ = _library()
     return reports.LinePlot(title=title, y=[label], title_x=SAMPLES)
 
 
 def _timeline() -> list[Any]:
     """Return the panels of a timeline, which a run with a ``timeline_step`` writes."""
+    reports, _ = _library()
     return [
         reports.MediaBrowser(media_keys=["comet_ds/timeline"]),
         reports.WeavePanelSummaryTable(table_name="comet_ds/timeline_launches"),
@@ -86,6 +93,7 @@ def _timeline() -> list[Any]:
 
 def _by_layer(metric: str) -> Any:
     """Return a panel with a line for every layer, however many there are."""
+    reports, _ = _library()
     pattern = rf"comet_ds_layer_\d+/{metric}"
     title = f"{metric}: {LAYER_METRICS[metric]}"
     return reports.LinePlot(title=title, metric_regex=pattern, title_x=SAMPLES)

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 
 import deepspeed
-from deepspeed.accelerator import get_accelerator
+
+from comet_ds._compat.deepspeed import accelerator
 
 
 def launch_ranks(arguments: Sequence[str], num_ranks: int) -> None:
@@ -26,7 +27,7 @@ def launch_ranks(arguments: Sequence[str], num_ranks: int) -> None:
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(num_ranks)]
         command = [sys.executable, *launcher, "-m", "comet_ds", *arguments]
         os.execv(sys.executable, command)
-    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from deepspeed import comm as dist
 
+from comet_ds._compat.torch import occupy_gpu
 from comet_ds.bench.peers import build, draw_tokens, step
 from comet_ds.bench.shapes import Shape
 from comet_ds.cli.arguments import (
@@ -46,8 +47,10 @@ def record_shape(name: str, shape: Shape, num_tokens: int, folder: Path) -> None
     for _ in range(3):
         step(layer, x, grad)
         layer.zero_grad(set_to_none=True)
-    recorder = TimelineRecorder(load_kernels(x.device), num_sms(x.device))
-    torch.cuda._sleep(50_000_000)  # until the host has enqueued all
+    kernels = load_kernels(x.device)
+    assert kernels is not None, "the layer is fused"
+    recorder = TimelineRecorder(kernels, num_sms(x.device))
+    occupy_gpu(50_000_000)  # until the host has enqueued all
     with recorder.recording():
         step(layer, x, grad)
     timeline = recorder.read()

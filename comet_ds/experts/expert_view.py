@@ -7,7 +7,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils.dlpack import from_dlpack, to_dlpack
+from torch.utils.dlpack import from_dlpack
+
+from comet_ds._compat.torch import plain_torch_function, to_dlpack
 
 REMEDY = 'set "stack_experts" to false to keep one parameter per expert'
 
@@ -22,7 +24,7 @@ class ExpertView(torch.Tensor):
     as DeepSpeed's tags, are set on the stack; ``data`` and ``grad`` are views of the stack's.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = plain_torch_function
     _is_param = True  # makes isinstance(view, nn.Parameter) true
     is_leaf = False
 
@@ -39,7 +41,7 @@ class ExpertView(torch.Tensor):
         """
         with torch.enable_grad():
             view = stack.view(shape)[index].as_subclass(ExpertView)
-        view.__dict__.update(_stack=stack, _shape=shape, _index=index)
+        vars(view).update(_stack=stack, _shape=shape, _index=index)
         return view
 
     def __getattr__(self, name: str) -> Any:
@@ -142,7 +144,7 @@ class ExpertView(torch.Tensor):
     def as_parameter(self) -> nn.Parameter:
         """Return an nn.Parameter that shares the stack's memory and has its tags, to pickle."""
         param = nn.Parameter(self.data, self.requires_grad)
-        param.__dict__.update(tags_of(self._stack))
+        vars(param).update(tags_of(self._stack))
         return param
 
     def __reduce_ex__(self, protocol: int) -> Any:

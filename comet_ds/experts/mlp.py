@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from comet_ds.bindings import WatchMaker
 from comet_ds.experts.structure import ModuleStructure
 from comet_ds.experts.views import ViewDict, place_of_row
 
@@ -127,7 +128,7 @@ class RecognisedExperts:
         return RecognisedExperts, ()
 
     def find(
-        self, experts: Sequence[nn.Module], watch: type | None = None
+        self, experts: Sequence[nn.Module], watch: WatchMaker | None = None
     ) -> list[ExpertMLP] | str:
         """Return the experts as MLPs of one form.
 
@@ -147,10 +148,12 @@ class RecognisedExperts:
 
     @staticmethod
     def _recognise(experts: Sequence[nn.Module]) -> list[ExpertMLP] | str:
-        found = [recognise_mlp(expert) for expert in experts]
-        for mlp in found:
+        found: list[ExpertMLP] = []
+        for expert in experts:
+            mlp = recognise_mlp(expert)
             if isinstance(mlp, str):
                 return f"not a recognised MLP: {mlp}"
+            found.append(mlp)
         if len({mlp.form() for mlp in found}) > 1:
             return "the experts differ in form"
         return found
@@ -200,24 +203,27 @@ class _Matcher:
         factors = [self._skip_identity(f) for f in product.args if isinstance(f, fx.Node)]
         if len(factors) != 2 or product.kwargs:
             raise _Unrecognised("a product of something other than two results")
-        found = [self._activation(f) for f in factors]
-        if (found[0] is None) == (found[1] is None):
+        first, second = (self._activation(f) for f in factors)
+        if first is not None and second is None:
+            (activation, gated), other = first, factors[1]
+        elif second is not None and first is None:
+            (activation, gated), other = second, factors[0]
+        else:
             raise _Unrecognised("a product that is not activation times linear")
-        act = 0 if found[0] else 1
-        activation, gated = found[act]
-        gate, up = self._linear_of(gated, source), self._linear_of(factors[1 - act], source)
-        return activation, gate, up
+        return activation, self._linear_of(gated, source), self._linear_of(other, source)
 
     def _linear(self, node: fx.Node) -> tuple[nn.Linear, fx.Node]:
         node = self._skip_identity(node)
-        module = self.modules.get(node.target) if node.op == "call_module" else None
-        has_plain_weight = type(module) is nn.Linear and (
-            place_of_row(module, "weight") is not None or type(module.weight) is nn.Parameter
-        )
-        if not has_plain_weight or not self._is_unary(node):
-            raise _Unrecognised(f"{self._name(node)} where a Linear is expected")
-        self.seen.add(node)
-        return module, node.args[0]
+        module = self.modules.get(str(node.target)) if node.op == "call_module" else None
+        argument = self._argument(node)
+        if (
+            type(module) is nn.Linear
+            and (place_of_row(module, "weight") is not None or type(module.weight) is nn.Parameter)
+            and argument is not None
+        ):
+            self.seen.add(node)
+            return module, argument
+        raise _Unrecognised(f"{self._name(node)} where a Linear is expected")
 
     def _linear_of(self, node: fx.Node, source: fx.Node) -> nn.Linear:
         module, argument = self._linear(node)
@@ -228,10 +234,10 @@ class _Matcher:
     def _activation(self, node: fx.Node) -> tuple[str, fx.Node] | None:
         """Return the activation's key and its input, None if the node is no activation."""
         name = None
-        if not self._is_unary(node, "approximate", "inplace"):
+        if (argument := self._argument(node, "approximate", "inplace")) is None:
             return None
         if node.op == "call_module":
-            module = self.modules[node.target]
+            module = self.modules[str(node.target)]
             if type(module) is nn.GELU:
                 name = {"none": "gelu", "tanh": "gelu_tanh"}[module.approximate]
             else:
@@ -245,7 +251,7 @@ class _Matcher:
         if name is None:
             return None
         self.seen.add(node)
-        return name, self._skip_identity(node.args[0])
+        return name, self._skip_identity(argument)
 
     def _is_product(self, node: fx.Node) -> bool:
         by_function = node.op == "call_function" and node.target in (operator.mul, torch.mul)
@@ -254,22 +260,23 @@ class _Matcher:
         return is_product
 
     def _skip_identity(self, node: fx.Node) -> fx.Node:
-        while node.op == "call_module" and self._is_unary(node):
-            module = self.modules[node.target]
+        while node.op == "call_module" and (argument := self._argument(node)) is not None:
+            module = self.modules[str(node.target)]
             if not (type(module) is nn.Identity or (type(module) is nn.Dropout and module.p == 0)):
                 break
             self.seen.add(node)
-            node = node.args[0]
+            node = argument
         return node
 
     @staticmethod
-    def _is_unary(node: fx.Node, *keywords: str) -> bool:
-        alone = len(node.args) == 1 and isinstance(node.args[0], fx.Node)
-        return alone and set(node.kwargs) <= set(keywords)
+    def _argument(node: fx.Node, *keywords: str) -> fx.Node | None:
+        """Return what an operation takes; None where that is not one result and some keywords."""
+        first = node.args[0] if len(node.args) == 1 else None
+        return first if isinstance(first, fx.Node) and set(node.kwargs) <= set(keywords) else None
 
     def _name(self, node: fx.Node) -> str:
         if node.op == "call_module":
-            return type(self.modules[node.target]).__name__
+            return type(self.modules[str(node.target)]).__name__
         return str(getattr(node.target, "__name__", node.target))
 
 

@@ -116,10 +116,10 @@ def make_stack(params: Sequence[nn.Parameter]) -> nn.Parameter:
 
 def set_attributes(stack: nn.Parameter, params: Sequence[nn.Parameter]) -> None:
     """Set a stack's attributes: the first parameter's tags, and which experts are frozen."""
-    stack.__dict__.update(params[0].__dict__)
+    vars(stack).update(vars(params[0]))
     if frozen := {i for i, param in enumerate(params) if not param.requires_grad}:
-        stack._frozen_experts = frozen if stack.requires_grad else set()
+        vars(stack)["_frozen_experts"] = frozen if stack.requires_grad else set()
     if stack.numel() > MAX_GROUP_NUMEL:
         # DeepSpeed sums ds_numel where it splits groups, and would leave an empty group before a
         # parameter that is larger than the limit.
-        stack.ds_numel = MAX_GROUP_NUMEL
+        vars(stack)["ds_numel"] = MAX_GROUP_NUMEL

@@ -26,16 +26,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from deepspeed.moe.experts import Experts
-from deepspeed.utils import logger
 from torch import Tensor, nn
 
+from comet_ds._compat.deepspeed import warn_once
 from comet_ds.experts.expert_view import REMEDY, ExpertView, frozen_experts, tags_of
 from comet_ds.experts.stackable import (
     StackHolder,
@@ -79,12 +78,12 @@ class StackedExperts(Experts):
     ) -> None:
         super().__init__(expert, num_local_experts, expert_group_name)
         self._reset()
-        experts = self.deepspeed_experts
+        experts = list(self.deepspeed_experts)
         self.reason = why_not_stackable(experts) if stack else "stack_experts is false"
         if self.reason is None:
             self._stack([{name: name for name, _ in e.named_parameters()} for e in experts])
         elif stack:
-            _warn(f"one parameter per expert: {self.reason}")
+            warn_once(f"comet_ds: one parameter per expert: {self.reason}")
 
     def _reset(self) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -108,7 +107,9 @@ class StackedExperts(Experts):
     def slot(self, key: str) -> tuple[dict[str, Any], str]:
         """Return the dictionary that holds a stack, and the stack's name in it."""
         holder, name = self._places[key]
-        return self._modules[holder]._parameters, name
+        module = self._modules[holder]
+        assert module is not None, "_stack put it there"
+        return module._parameters, name
 
     def stacks(self) -> dict[str, nn.Parameter]:
         """Return all stacks by key."""
@@ -144,9 +145,11 @@ class StackedExperts(Experts):
 
     def listed_view(self, key: str, index: int) -> ExpertView:
         """Return the view for ``listing``: one object each, so that tied ones are listed once."""
-        if (key, index) not in self._listed:
-            self._listed[key, index] = self.view(key, index)
-        return self._listed[key, index]
+        listed = self._listed
+        assert listed is not None, "listing() comes first"
+        if (key, index) not in listed:
+            listed[key, index] = self.view(key, index)
+        return listed[key, index]
 
     def view_for_pickle(self, key: str, index: int) -> nn.Parameter:
         """Return the parameter to pickle: one object each, so that tied parameters stay tied."""
@@ -168,7 +171,7 @@ class StackedExperts(Experts):
     def _replace(self, key: str, stack: nn.Parameter) -> None:
         """Replace a stack by another parameter, which gets its tags."""
         parameters, name = self.slot(key)
-        stack.__dict__.update(parameters[name].__dict__)
+        vars(stack).update(vars(parameters[name]))
         parameters[name] = stack
 
     # ---- for the layer -------------------------------------------------------------------------
@@ -190,8 +193,9 @@ class StackedExperts(Experts):
         stack, shape = self.stack(key), self.shapes[key]
         if not shape:
             return stack.unbind()
-        flat = stack.flatten(0, 1) if len(shape) > 1 else stack
-        return torch.unsafe_split_with_sizes(flat, [shape[0]] * self.num_local_experts)
+        length, *others = shape
+        flat = stack.flatten(0, 1) if others else stack
+        return torch.unsafe_split_with_sizes(flat, [length] * self.num_local_experts)
 
     def partly_frozen(self) -> dict[str, list[int]]:
         """Return, by key, the experts whose part of a stack is frozen while others' are not."""
@@ -227,7 +231,8 @@ class StackedExperts(Experts):
             path, _, leaf = key.rpartition(".")
             holder = holders.setdefault(holder_name(path), StackHolder())
             holder.register_parameter(leaf, make_stack(params))
-            set_attributes(holder._parameters[leaf], params)
+            # Looked up, because tools that make empty models put another in its place.
+            set_attributes(holder.get_parameter(leaf), params)
             self._places[key], self.shapes[key] = (holder_name(path), leaf), tuple(params[0].shape)
         for index, expert in enumerate(experts):
             for module in expert.modules():
@@ -285,12 +290,12 @@ class StackedExperts(Experts):
         if not self.is_stacked:
             return
         if log:
-            _warn(f"one parameter per expert from now on: {why}")
+            warn_once(f"comet_ds: one parameter per expert from now on: {why}")
         params: dict[tuple[str, int], nn.Parameter] = {}
         for key, stack in self.stacks().items():
             for index in range(self.num_local_experts):
                 params[key, index] = self.view(key, index).copy_parameter()
-                params[key, index].__dict__.update(tags_of(stack))
+                vars(params[key, index]).update(tags_of(stack))
         for module in self.view_modules:
             unwrap_methods(module)
             if isinstance(own := module._parameters, ViewDict):
@@ -299,7 +304,8 @@ class StackedExperts(Experts):
         in_use = {id(p) for p in self.deepspeed_experts.parameters()}
         for key, stack in self.stacks().items():
             made = [params[key, index] for index in range(self.num_local_experts)]
-            stack._unstacked = Unstacked(self, [p if id(p) in in_use else None for p in made])
+            kept = [p if id(p) in in_use else None for p in made]
+            vars(stack)["_unstacked"] = Unstacked(self, kept)
         for holder in {holder for holder, _ in self._places.values()}:
             del self._modules[holder]
         self._reset()
@@ -308,14 +314,14 @@ class StackedExperts(Experts):
     # ---- conversions and copies ----------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> StackedExperts:
-        tags = {key: dict(stack.__dict__) for key, stack in self.stacks().items()}
+        tags = {key: dict(vars(stack)) for key, stack in self.stacks().items()}
         self._is_applying = True
         try:
             super()._apply(fn, recurse)
         finally:
             self._is_applying = False
         for key, stack in self.stacks().items():  # torch may have made new parameters without tags
-            stack.__dict__.update(tags[key])
+            vars(stack).update(tags[key])
         return self
 
     def check_conversion(self, fn: Any) -> None:
@@ -362,7 +368,3 @@ class StackedExperts(Experts):
             if stack is not made.stack(key):
                 made._replace(key, stack)
         return made
-
-
-def _warn(message: str) -> None:
-    logger.log_dist_once(f"comet_ds: {message}", ranks=[0], level=logging.WARNING)

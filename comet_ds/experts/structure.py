@@ -9,6 +9,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from comet_ds._compat.torch import HOOKS
+from comet_ds.bindings import WatchMaker
+
 
 class ModuleStructure:
     """A snapshot of module trees that is cheap to compare with their present state.
@@ -24,20 +27,11 @@ class ModuleStructure:
             without kernels.
     """
 
-    def __init__(self, roots: Sequence[nn.Module], watch: type | None = None) -> None:
+    def __init__(self, roots: Sequence[nn.Module], watch: WatchMaker | None = None) -> None:
         self.roots = list(roots)
         modules = [m for root in self.roots for m in root.modules()]
         self._attributes = [m.__dict__ for m in modules]
-        self._hooks = [
-            a[name]
-            for a in self._attributes
-            for name in (
-                "_forward_hooks",
-                "_forward_pre_hooks",
-                "_backward_hooks",
-                "_backward_pre_hooks",
-            )
-        ]
+        self._hooks = [a[name] for a in self._attributes for name in HOOKS]
         # nn.Module has no __eq__, so comparing these dictionaries compares modules by identity.
         self._children = [m._modules for m in modules]
         self._children_then = [dict(children) for children in self._children]

@@ -168,7 +168,7 @@ def _is_asked_by_wrapper() -> bool:
     return False
 
 
-class _Methods:
+class _Methods(nn.Module):
     """Methods that replace those of the class in a stacked expert's modules."""
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:

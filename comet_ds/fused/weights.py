@@ -9,7 +9,6 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from comet_ds.experts.mlp import ExpertMLP
 from comet_ds.experts.views import find_stack, place_of_row
-from comet_ds.kernels import num_sms
+from comet_ds.kernels import Kernels, num_sms
 
 ACTIVATION_CODES = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}  # Activation in csrc
 TENSOR_MAP_BYTES = 128
@@ -57,7 +56,9 @@ class ParameterGroup:
         if stack is None:
             slots = [(m._parameters, name, getattr(m, name)) for m in linears]
             return cls([param for *_, param in slots], False, slots)
-        experts, key, _ = place_of_row(linears[0], name)
+        place = place_of_row(linears[0], name)
+        assert place is not None, "a stack has rows"
+        experts, key, _ = place
         rows = linears[0].__dict__
         slots = [(*experts.slot(key), stack), (rows, "_parameters", rows["_parameters"])]
         return cls([stack], True, slots)
@@ -87,7 +88,7 @@ class ExpertWeights:
         is_gated, activation, ffn, hidden, dtype, device, num_sms: what the kernels need to know.
     """
 
-    def __init__(self, mlps: Sequence[ExpertMLP], kernels: ModuleType) -> None:
+    def __init__(self, mlps: Sequence[ExpertMLP], kernels: Kernels) -> None:
         self.mlps, self.kernels = mlps, kernels
         first = mlps[0]
         self.is_gated = first.gate is not None

@@ -11,8 +11,7 @@ so a run that swaps the layer in keeps its loss curve; the result is one entry p
 from __future__ import annotations
 
 import functools
-from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from deepspeed.moe import sharded_moe
 from torch import Tensor
 
 from comet_ds.gate.routing import Routing, top1_routing, top2_routing, topk_routing
-from comet_ds.kernels import load_kernels
+from comet_ds.kernels import Kernels, load_kernels
 
 GATE_TIMER = "topk_gate"
 
@@ -53,7 +52,8 @@ class TopKGate(sharded_moe.TopKGate):
             routing = self.route(input, used_token)
             capacity = self.capacity(input.shape[0]) if self.drop_tokens else None
             return routing.as_deepspeeds(self.k, capacity)
-        return super().forward(input, used_token, sparse_routes, use_tutel)
+        # DeepSpeed annotates ``used_token`` without the None that it defaults to.
+        return super().forward(input, cast(Tensor, used_token), sparse_routes, use_tutel)
 
     def _set_ep_group(self, ep_group) -> None:
         """Set the expert parallel group; setting the same one again is allowed."""
@@ -93,7 +93,7 @@ class TopKGate(sharded_moe.TopKGate):
         return routing
 
     def _route_by_kernels(
-        self, x: Tensor, capacity: int | None, used_token: Tensor | None, kernels: ModuleType
+        self, x: Tensor, capacity: int | None, used_token: Tensor | None, kernels: Kernels
     ) -> Routing:
         weight = self.wg.weight
         has_jitter = self.noisy_gate_policy == "Jitter" and self.training

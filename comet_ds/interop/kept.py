@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -34,7 +34,8 @@ class Kept:
 
     def leave_graph_to(self, output: Tensor) -> None:
         """Let the graph of the layer's output hold the loss, if both have a graph."""
-        l_aux, node = self._l_aux, output.grad_fn
+        # torch's annotations take ``metadata``, a dictionary, for a method.
+        l_aux, node = self._l_aux, cast(Any, output.grad_fn)
         if not isinstance(l_aux, Tensor) or l_aux.grad_fn is None or node is None:
             return
         node.metadata["comet_ds l_aux"] = l_aux

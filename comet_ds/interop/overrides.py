@@ -27,6 +27,7 @@ from deepspeed.moe import layer as deepspeed_layer
 from deepspeed.moe import mappings, sharded_moe
 from torch import Tensor, nn
 
+from comet_ds._compat.torch import GLOBAL_HOOKS, has_hooks, uncompiled
 from comet_ds.gate.routing import Routing
 from comet_ds.gate.topk_gate import TopKGate
 
@@ -93,7 +94,7 @@ def find_overrides(gate: nn.Module, experts: nn.Module) -> Overrides:
         experts: the layer's ``Experts``.
     """
     patched = _deepspeed_code.find_patches()
-    is_hooked = any(_GLOBAL_HOOKS)
+    is_hooked = any(GLOBAL_HOOKS)
     if (
         patched is _NO_PATCHES
         and not is_hooked
@@ -106,7 +107,7 @@ def find_overrides(gate: nn.Module, experts: nn.Module) -> Overrides:
     hooks = "there are hooks on all modules" if is_hooked else None
     why_gate = _why_gate(gate, patched.gate)
     why_experts = _why_experts(experts) or (hooks and f"{hooks}, Experts among them")
-    if why_gate is None and (is_hooked or _has_hooks(gate)):
+    if why_gate is None and (is_hooked or has_hooks(gate)):
         why_gate = f"{hooks}, the gate among them" if is_hooked else "the gate has hooks"
         return Overrides(why_gate, True, why_experts, patched.layer, hooks)
     return Overrides(why_gate, why_gate is None, why_experts, patched.layer, hooks)
@@ -129,7 +130,7 @@ def _why_experts(experts: nn.Module) -> str | None:
         if is_subclass and type(experts).forward is deepspeed_experts.Experts.forward:
             return "deepspeed.moe.experts.Experts.forward is patched"
         return f"Experts is a {name}"
-    return "Experts has hooks" if _has_hooks(experts) else None
+    return "Experts has hooks" if has_hooks(experts) else None
 
 
 def _full_name(module: nn.Module) -> str:
@@ -137,30 +138,12 @@ def _full_name(module: nn.Module) -> str:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    return "forward" not in module.__dict__ and not _has_hooks(module)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-# torch's dictionaries of hooks on all modules, such as torch.utils.flop_counter's.
-_GLOBAL_HOOKS = (
-    torch.nn.modules.module._global_forward_hooks,
-    torch.nn.modules.module._global_forward_pre_hooks,
-    torch.nn.modules.module._global_backward_hooks,
-    torch.nn.modules.module._global_backward_pre_hooks,
-)
+    return "forward" not in module.__dict__ and not has_hooks(module)
 
 
 def has_hooks_on_all_modules() -> bool:
     """Return whether a hook is registered on all modules of the process."""
-    return any(_GLOBAL_HOOKS)
+    return any(GLOBAL_HOOKS)
 
 
 class _Patches(NamedTuple):
@@ -219,7 +202,7 @@ def _is_deepspeeds(value: Any) -> bool:
         methods = [m.__func__ for m in vars(value).values() if isinstance(m, staticmethod)]
         is_named = value.__module__ == sharded_moe.__name__
         return is_named and all(map(_is_deepspeeds, methods))
-    value = getattr(value, "_torchdynamo_orig_callable", value)  # DeepSpeed 0.19.6 compiles some
+    value = uncompiled(value)  # DeepSpeed 0.19.6 compiles some
     code = getattr(value, "__code__", None)
     return code is None or code.co_filename in FILES
 
@@ -334,7 +317,7 @@ def _check_gate_result(result: Any, gate: str, num_tokens: int, num_experts: int
 
 
 @contextmanager
-def _routing_in_forward(gate: TopKGate) -> Iterator[None]:
+def _routing_in_forward(gate: nn.Module) -> Iterator[None]:
     """Make the forward of this package's gate return the result of its ``route``."""
     gate.__dict__["is_in_layer"] = True
     try:

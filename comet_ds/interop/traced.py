@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from comet_ds._compat.torch import is_jit_tracing
 from comet_ds.experts.calls import as_tensor
 from comet_ds.experts.stacked import StackedExperts
+from comet_ds.gate.topk_gate import TopKGate
 from comet_ds.interop.kept import Kept
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ STRICT_EXPORT = "comet_ds.MoE is exported with torch.export.export(..., strict=F
 
 def is_traced() -> bool:
     """Return whether torch.jit.trace or torch.export is recording the layer."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+    return is_jit_tracing() or torch.compiler.is_exporting()
 
 
 def run_traced(
@@ -48,9 +50,8 @@ def run_traced(
     Raises:
         RuntimeError: the layer cannot be recorded; says what to do.
     """
-    _check(layer)
-    gate, hidden = layer.gate, layer.hidden_size
-    num_tokens = int(hidden_states.numel() // hidden) if torch.jit.is_tracing() else -1
+    gate, hidden = _checked_gate(layer), layer.hidden_size
+    num_tokens = int(hidden_states.numel() // hidden) if is_jit_tracing() else -1
     capacity = None
     if gate.drop_tokens:
         x = hidden_states.reshape(num_tokens, hidden)
@@ -64,7 +65,8 @@ def run_traced(
     return output.reshape(hidden_states.shape), Kept(routing.l_aux, routing.exp_counts)
 
 
-def _check(layer: MOELayer) -> None:
+def _checked_gate(layer: MOELayer) -> TopKGate:
+    """Return the gate of a layer that can be recorded."""
     if layer.ep_size > 1:
         raise RuntimeError(
             f"a layer with ep_size {layer.ep_size} cannot be traced or exported, because its "
@@ -73,6 +75,8 @@ def _check(layer: MOELayer) -> None:
     found = layer.overrides
     if (what := found.layer or found.gate or found.experts) is not None:
         raise RuntimeError(f"the layer cannot be traced or exported: {what}; remove it first")
+    assert isinstance(layer.gate, TopKGate), "another gate is named in found.gate"
+    return layer.gate
 
 
 def _all_experts(
@@ -85,4 +89,5 @@ def _all_experts(
         weights = (topk_weights * (topk_ids == index)).sum(dim=1, keepdim=True)
         share = weights * rows.to(torch.promote_types(rows.dtype, weights.dtype))
         total, dtype = share if total is None else total + share, rows.dtype
+    assert total is not None, "a layer has at least one expert"
     return total.to(dtype)

@@ -15,8 +15,8 @@ import torch.distributed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-# Attribute that both versions of FSDP set, for torch.compile, on the modules they manage.
-_FSDP_MARK = "_is_fsdp_managed_module"
+from comet_ds._compat.torch import FSDP_MARK, active_ddp
+
 _REMEDY = (
     "Build the model anew, without {wrapper}, and let comet_ds.initialize or deepspeed.initialize "
     "train it; or leave the experts out of {wrapper} ({how}) and reduce their gradients over the "
@@ -52,7 +52,7 @@ class WrapperCheck:
         if self._is_sharded():
             how = "ignored_states, for fully_shard ignored_params"
             raise ValueError(_message("FSDP", how, "shards parameters over all of them"))
-        wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        wrapper = active_ddp()
         if wrapper is None or (self._accepted is not None and self._accepted() is wrapper):
             return
         if self._is_replicated(wrapper, group):
@@ -75,7 +75,7 @@ class WrapperCheck:
             )
 
     def _is_sharded(self) -> bool:
-        return _FSDP_MARK in self.experts.__dict__ and is_sharded(self.experts)
+        return FSDP_MARK in self.experts.__dict__ and is_sharded(self.experts)
 
     def _is_replicated(self, wrapper: DistributedDataParallel, group: Any) -> bool:
         """Return whether the wrapper replicates an expert over ranks of the group."""

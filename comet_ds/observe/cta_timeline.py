@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from deepspeed.utils import logger
 from torch import Tensor, nn
 
 from comet_ds.fused.weights import Pass
-from comet_ds.kernels import load_kernels, num_sms
+from comet_ds.kernels import Kernels, load_kernels, num_sms
 from comet_ds.observe.layer_timer import LayerTimer
 
 # Activity in csrc/gemm/timeline.h.
@@ -257,7 +256,7 @@ class TimelineRecorder:
         num_ctas: CTAs of a launch, one for each SM of the GPU.
     """
 
-    def __init__(self, kernels: ModuleType, num_ctas: int) -> None:
+    def __init__(self, kernels: Kernels, num_ctas: int) -> None:
         if not kernels.has_timeline:
             raise ValueError("the kernels cannot record: call use_timeline_kernels first")
         self.kernels = kernels

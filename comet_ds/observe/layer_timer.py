@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from comet_ds._compat.torch import is_in_backward
+
 
 class LayerTimer:
     """Times the forward and backward of a layer, while it is armed.
@@ -48,7 +50,7 @@ class LayerTimer:
     def _is_timed(self, layer: nn.Module) -> bool:
         if not self.is_armed or not layer.training:  # most steps end here
             return False
-        is_run_again = torch._C._current_graph_task_id() != -1  # by activation checkpointing
+        is_run_again = is_in_backward()  # by activation checkpointing
         # A captured event has no time.
         is_captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         return not is_run_again and not is_captured

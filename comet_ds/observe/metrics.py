@@ -29,10 +29,17 @@ from deepspeed.utils import groups, logger
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import Tensor, nn
 
+from comet_ds._compat.deepspeed import (
+    TAKE_STEP,
+    data_parallel_group,
+    expert_tensor_parallel_size,
+)
+from comet_ds._compat.torch import is_in_backward
 from comet_ds.fused.peer.exchange import ExposureMeter
+from comet_ds.gate.routing import Routing
 from comet_ds.layer import MOELayer
 from comet_ds.observe.cta_timeline import LayerRecorder, Timeline, describe, write
-from comet_ds.observe.flops import device_peak_flops, flop_per_token
+from comet_ds.observe.flops import device_peak_flops, flop_per_token, top_k_of
 from comet_ds.observe.layer_timer import LayerTimer
 from comet_ds.ranks.setup import agree_on_setup
 from comet_ds.tuning.cost_model import Traffic
@@ -87,11 +94,11 @@ def attach_metrics(
     """
     if not engine.monitor.enabled:
         raise ValueError("no monitor is enabled: set wandb, tensorboard or csv_monitor in the JSON")
-    if isinstance(getattr(engine._take_model_step, "__self__", None), MetricsWriter):
+    if isinstance(getattr(getattr(engine, TAKE_STEP), "__self__", None), MetricsWriter):
         raise ValueError("the engine has metrics already")
-    interval = interval or engine.steps_per_print() or DEFAULT_INTERVAL
-    agree_on_setup({"metrics_interval": interval}, range(dist.get_world_size()))
-    return MetricsWriter(engine, interval, timeline_step)
+    num_steps = interval or engine.steps_per_print() or DEFAULT_INTERVAL
+    agree_on_setup({"metrics_interval": num_steps}, range(dist.get_world_size()))
+    return MetricsWriter(engine, num_steps, timeline_step)
 
 
 class TokenCounter:
@@ -106,7 +113,7 @@ class TokenCounter:
         layer.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        if layer.training and torch._C._current_graph_task_id() == -1:
+        if layer.training and not is_in_backward():
             hidden_states = args[0] if args else kwargs["hidden_states"]
             self.num_tokens += hidden_states.shape[:-1].numel()
 
@@ -140,8 +147,8 @@ class MetricsWriter:
         self._arm()
         self._since = time.perf_counter()
         # Both DeepSpeed's engine and its pipeline engine take their optimizer step here.
-        self._take_model_step = engine._take_model_step
-        engine._take_model_step = self._step
+        self._take_model_step = getattr(engine, TAKE_STEP)
+        setattr(engine, TAKE_STEP, self._step)
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         result = self._take_model_step(*args, **kwargs)
@@ -172,17 +179,17 @@ class MetricsWriter:
         for index, (layer, timer) in enumerate(zip(self.layers, self._timers, strict=True)):
             values = timer.read()
             if isinstance(layer, MOELayer) and layer.routing is not None:
-                values |= _layer_metrics(layer)
+                values |= _layer_metrics(layer, layer.routing)
             metrics |= {f"{layer_label(index)}/{name}": v for name, v in values.items()}
         counted = self._counter.num_tokens if self._counter else 0
         num_tokens = torch.tensor([counted], device=self.engine.device)
-        dist.all_reduce(num_tokens, group=groups._get_data_parallel_group())
+        dist.all_reduce(num_tokens, group=data_parallel_group())
         total = int(num_tokens)  # waits for the device, so the time is read after it
         now = time.perf_counter()
         seconds = now - self._since
         values = {"step_time_ms": 1e3 * seconds / max(self._num_steps, 1)}
         if total:
-            num_replicas = dist.get_world_size(group=groups._get_data_parallel_group())
+            num_replicas = dist.get_world_size(group=data_parallel_group())
             flops = self._flop_per_token * total / num_replicas / seconds
             values |= {"tokens_per_s": total / seconds, "tflops_per_gpu": flops / 1e12}
             if self._peak_flops:
@@ -255,16 +262,15 @@ class MetricsWriter:
             "moe": "comet_ds" if isinstance(moe.deepspeed_moe, MOELayer) else "deepspeed",
             "num_moe_layers": len(self.layers),
             "num_experts": moe.num_experts,
-            "top_k": moe.deepspeed_moe.gate.k,
+            "top_k": top_k_of(moe),
             "ep_size": moe.ep_size,
             "world_size": dist.get_world_size(),
         }
         wandb.run.config.update({"comet_ds": facts}, allow_val_change=True)
 
 
-def _layer_metrics(layer: MOELayer) -> dict[str, float]:
+def _layer_metrics(layer: MOELayer, routing: Routing) -> dict[str, float]:
     """Return a layer's metrics over its EP group; one all-reduce, one wait."""
-    routing = layer.routing
     num_experts = routing.exp_counts.numel()
     ids = routing.topk_ids.flatten() + 1  # bin 0 takes the dropped routes
     bins = torch.zeros(num_experts + 1, dtype=torch.float64, device=ids.device)
@@ -278,7 +284,7 @@ def _layer_metrics(layer: MOELayer) -> dict[str, float]:
     local = layer.num_local_experts
     first = local * dist.get_rank(group=layer._group()) if layer.ep_size > 1 else 0
     received = sum(rows[first : first + local])
-    if groups._get_expert_model_parallel_world_size() == 1:
+    if expert_tensor_parallel_size() == 1:
         # The ranks of a tensor parallel group hold the same routes and share them.
         received /= bwc_tensor_model_parallel_world_size(groups.mpu)
     return {

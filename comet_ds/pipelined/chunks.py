@@ -6,11 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from deepspeed.moe.experts import Experts
-from torch import Tensor
+from torch import Tensor, nn
 
 from comet_ds.config import CometConfig
-from comet_ds.gate.topk_gate import TopKGate
 from comet_ds.pipelined.plan import ChunkSchedule
 from comet_ds.ranks.setup import agree_on_largest
 from comet_ds.tuning.cost_model import ChunkedLayer
@@ -34,8 +32,8 @@ class ChunkChoice:
         config: CometConfig,
         ep_size: int,
         num_local_experts: int,
-        gate: TopKGate,
-        experts: Experts,
+        gate: nn.Module,
+        experts: nn.Module,
     ) -> None:
         self.config, self.ep_size, self.num_local_experts = config, ep_size, num_local_experts
         self.gate, self.experts = gate, experts

@@ -55,7 +55,7 @@ class CountExchange:
     ) -> None:
         self.group, self.rules = group, rules
         self.rank, self.ep_size = dist.get_rank(group=group), dist.get_world_size(group=group)
-        self.needs: BackwardNeeds | None = None
+        self._agreed: BackwardNeeds | None = None
         self.attendance, self.what = attendance, f"its forward number {attendance.begin()}"
         flags = needs if dtype is None else needs | dtype_code(dtype) << NUM_NEED_BITS
         message = F.pad(counts, (2, 0), value=flags << self.CODE_BITS)
@@ -64,15 +64,21 @@ class CountExchange:
             message[1].fill_(fault[1])
         self._gathered = message.new_empty(self.ep_size * message.numel())
         self._message = message  # must stay alive until it has been sent
-        self._work = dist.all_gather_into_tensor(
-            self._gathered, message, group=group, async_op=True
-        )
+        work = dist.all_gather_into_tensor(self._gathered, message, group=group, async_op=True)
+        assert work is not None, "it is asynchronous"
+        self._work = work
         self._host, self._copied = self._gathered, None
         if counts.is_cuda:
-            self._work.wait()
+            work.wait()
             self._host = self._gathered.to("cpu", non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()
+
+    @property
+    def needs(self) -> BackwardNeeds:
+        """The gradients that some rank needs; known when ``wait`` has returned."""
+        assert self._agreed is not None, "wait() comes first"
+        return self._agreed
 
     def wait(self) -> tuple[np.ndarray, Tensor]:
         """Wait on the host for the counts of all ranks.
@@ -94,5 +100,5 @@ class CountExchange:
         self.rules.raise_first([(word & mask, value) for word, value in words])
         flags = [word >> self.CODE_BITS for word, _ in words]
         self.rules.raise_if_dtypes_differ([f >> NUM_NEED_BITS for f in flags])
-        self.needs = BackwardNeeds.agree(flags)
+        self._agreed = BackwardNeeds.agree(flags)
         return host[:, 2:], self._gathered.view(self.ep_size, -1)[:, 2:]

@@ -90,10 +90,11 @@ def _run_local(
 ) -> Tensor:
     """Run all experts without expert parallelism: one chunk whose segments are the experts."""
     experts = range(schedule.num_local_experts)
-    offsets, host_counts = plan.tokens_per_segment.cumsum(0, dtype=torch.int32), None
-    if runner.reason is not None:
-        host_counts = plan.tokens_per_segment.tolist()
-        rows = rows[: sum(host_counts)]
+    offsets = plan.tokens_per_segment.cumsum(0, dtype=torch.int32)
+    if runner.reason is None:  # grouped GEMM does not wait for the counts
+        return runner.run(rows, experts, runner.stack(experts), offsets, None)
+    host_counts = plan.tokens_per_segment.tolist()
+    rows = rows[: sum(host_counts)]
     if runner.container is not None:
         segments = [(0, expert, count) for expert, count in enumerate(host_counts)]
         return runner.run_all(rows, segments, 1, schedule.num_local_experts)
@@ -257,6 +258,7 @@ class Transfer:
 
     def wait(self) -> Tensor:
         """Return the received rows; waits on the current stream, for CPU tensors on the host."""
+        assert self._pending is not None, "start() comes first"
         work, _, received = self._pending
         part = BACKWARD if self.is_backward else FORWARD
         self.exchange.attendance.finish(work, received, f"{part} {self.exchange.what}")
@@ -294,14 +296,14 @@ class _Wait(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *grads, edge = grads
+        *rows, edge = grads
         ctx.transfers[0].exchange.needs.check_present()
         if torch.is_grad_enabled() and not edge.requires_grad:
             edge = anchor(edge)
         for transfer, counts in zip(ctx.transfers, ctx.saved_tensors, strict=True):
             transfer.reverse = transfer.opposite(counts)
         reverse = [transfer.reverse for transfer in ctx.transfers]
-        return None, *_Start.apply(reverse, edge, *grads)
+        return None, *_Start.apply(reverse, edge, *rows)
 
 
 class _Reorder(torch.autograd.Function):

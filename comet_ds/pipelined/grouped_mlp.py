@@ -129,6 +129,7 @@ class ExpertRunner:
         if self.reason is None:
             activation = self._mlps[0].activation
             return grouped_mlp(rows, offsets, stacked, activation=activation)
+        assert host_counts is not None, "modules are called with rows that the host has counted"
         modules = [self.experts[i] for i in experts]
         return run_experts(modules, rows, host_counts)
 
@@ -140,6 +141,7 @@ class ExpertRunner:
         num_local_experts: int,
     ) -> Tensor:
         """Apply ``container`` to the rows of all local experts; see ``run_container``."""
+        assert self.container is not None, "without one, run() calls the experts"
         return run_container(self.container, rows, segments, ep_size, num_local_experts)
 
     def _why_not_grouped(self, x: Tensor) -> str | None:
@@ -180,6 +182,7 @@ def grouped_mlp(
         expert without rows.
     """
     up, up_bias, gate, gate_bias, down, down_bias = stacked
+    assert up is not None and down is not None
     act = ACTIVATIONS[activation]
     hidden = _grouped_linear(rows, up, up_bias, offsets)
     if gate is None:

@@ -25,13 +25,12 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from functools import cached_property
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from comet_ds.kernels import current_stream, load_kernels
+from comet_ds.kernels import Kernels, current_stream, load_kernels
 
 
 @dataclass(frozen=True)
@@ -155,9 +154,7 @@ def plan_routes(topk_ids: Tensor, segment_of_expert: Tensor) -> RoutingPlan:
     )
 
 
-def _plan_routes_cuda(
-    kernels: ModuleType, topk_ids: Tensor, segment_of_expert: Tensor
-) -> RoutingPlan:
+def _plan_routes_cuda(kernels: Kernels, topk_ids: Tensor, segment_of_expert: Tensor) -> RoutingPlan:
     num_blocks = -(-topk_ids.numel() // kernels.routes_per_block)
     num_segments = segment_of_expert.numel()
     row_of_route = torch.empty_like(topk_ids)
@@ -206,7 +203,7 @@ def expert_major_order(counts: Tensor, num_rows: int) -> tuple[Tensor, Tensor, T
 
 
 def _expert_major_order_cuda(
-    kernels: ModuleType, counts: Tensor, num_rows: int
+    kernels: Kernels, counts: Tensor, num_rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     order, inverse = counts.new_empty(2, num_rows)
     offsets = counts.new_empty(counts.shape[1], dtype=torch.int32)

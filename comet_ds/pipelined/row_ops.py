@@ -8,13 +8,12 @@ end and use no atomics.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from comet_ds.kernels import current_stream, load_kernels
+from comet_ds.kernels import Kernels, current_stream, load_kernels
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum DType in csrc
 
@@ -88,7 +87,7 @@ def _launch(
     )
 
 
-def _kernels_for(rows: Tensor) -> ModuleType | None:
+def _kernels_for(rows: Tensor) -> Kernels | None:
     return load_kernels(rows.device) if rows.dtype in DTYPE_CODES else None
 
 

@@ -59,7 +59,10 @@ class BackwardNeeds(NamedTuple):
         """Merge the masks that ``find_needs`` returned, in order of the group's ranks."""
         modes = [bool(b & _GRAD_MODE) for b in bits]
         absent = modes.index(False) if False in modes else None
-        return cls(*(any(b & bit for b in bits) for bit in (_INPUT, _WEIGHTS, _EXPERTS)), absent)
+        input, weights, experts = (
+            any(b & bit for b in bits) for bit in (_INPUT, _WEIGHTS, _EXPERTS)
+        )
+        return cls(input, weights, experts, absent)
 
     @property
     def has_any(self) -> bool:

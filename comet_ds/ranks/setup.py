@@ -13,6 +13,8 @@ import torch.distributed
 from deepspeed import comm as dist
 from deepspeed.constants import default_pg_timeout
 
+from comet_ds._compat.torch import default_store
+
 
 def agree_on_setup(
     facts: Mapping[str, Any], ranks: range, *, timeout: timedelta = default_pg_timeout
@@ -33,7 +35,7 @@ def agree_on_setup(
             that did not call in time.
     """
     rank, first = dist.get_rank(), ranks.start
-    store = torch.distributed.distributed_c10d._get_default_store()
+    store = default_store()
     span = f"comet_ds/{ranks.start}-{ranks.stop}"
     ordinal = store.add(f"{span}/calls/{rank}", 1)
     key = f"{span}/{ordinal}"

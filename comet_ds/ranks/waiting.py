@@ -22,6 +22,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from comet_ds._compat.torch import default_store
+
 # A longer wait is written to the store, well before the timeout at which other ranks read it.
 PATIENCE_S = 1.0
 # Parts of a forward that a late rank has missed, for messages: "the backward of its forward ...".
@@ -52,7 +54,7 @@ class Attendance:
         self._num_waits = 0
         self._ranks = torch.distributed.get_process_group_ranks(group)
         self._own = torch.distributed.get_rank()
-        self._store = torch.distributed.distributed_c10d._get_default_store()
+        self._store = default_store()
         span = "comet_ds/waits/" + "-".join(map(str, self._ranks))
         layer = self._store.add(f"{span}/layers/{self._own}", 1)
         self._prefix = f"{span}/{layer}"

@@ -178,16 +178,17 @@ class ShapeTuner:
 
     def next(self, num_tokens: int) -> Trial:
         """Return the next forward's trial; collective, and waits, after the last of a series."""
-        while self.best is None:
-            if (trial := self._trials.next(num_tokens)) is not None:
+        while (trials := self._trials) is not None:
+            if (trial := trials.next(num_tokens)) is not None:
                 return trial
-            medians = self._gather(self._trials.medians())
-            found = self._trials.best(medians, GAIN if self._is_final else 0.0)
+            medians = self._gather(trials.medians())
+            found = trials.best(medians, GAIN if self._is_final else 0.0)
             if self._is_final:
                 self.best, self._trials = CtaSplit(**found), None
                 break
             pairs = {name: [getattr(self.default, name), point] for name, point in found.items()}
             self._trials, self._is_final = Trials(pairs, FINAL_SAMPLES), True
+        assert self.best is not None, "trials end with a result"
         return Trial(self.best)
 
 

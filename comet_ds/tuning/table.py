@@ -209,7 +209,7 @@ def write(
 
 def _parse(entry: Mapping[str, Any]) -> tuple[TuningKey, int, CtaSplit]:
     key, num_tokens = TuningKey(**entry["key"]), entry["num_tokens"]
-    points = [GemmSplit(*entry["cta_split"][field], 0.0) for field in CtaSplit._fields]
+    points = [GemmSplit(*entry["cta_split"][field], seconds=0.0) for field in CtaSplit._fields]
     numbers = [num_tokens, *(value for point in points for value in point[:2])]
     if not all(type(number) is int for number in numbers) or num_tokens < 1:
         raise ValueError("numbers of an entry must be integers, and its tokens at least 1")

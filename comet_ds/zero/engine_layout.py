@@ -20,14 +20,24 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.checkpoint.constants import FROZEN_PARAM_FRAGMENTS, OPTIMIZER_STATE_DICT
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.utils import groups
 
+from comet_ds._compat.deepspeed import (
+    FROZEN_ATTRIBUTES,
+    LOAD_CHECKPOINT,
+    PARAM_SHAPES,
+    SHARED_PARAMS,
+    Engine,
+    model_file,
+    optimizer_file,
+    zero_file,
+)
 from comet_ds.checkpoints.flat_states import FlatStates
 from comet_ds.checkpoints.layout import Cluster, ParameterTable, find_clusters, is_trained
 from comet_ds.checkpoints.states import ParameterStates, regroup_scheduler
+
+_States = FlatStates | ParameterStates
 
 
 @contextlib.contextmanager
@@ -51,13 +61,11 @@ class EngineLayout:
         basic_optimizer: the optimizer before DeepSpeed wraps it; None without an optimizer.
     """
 
-    def __init__(
-        self, engine: DeepSpeedEngine, basic_optimizer: torch.optim.Optimizer | None
-    ) -> None:
+    def __init__(self, engine: Engine, basic_optimizer: torch.optim.Optimizer | None) -> None:
         self._engine = engine
         self._table = ParameterTable(engine.module, engine.param_names)
         self._clusters: list[Cluster] = []
-        self._states: FlatStates | ParameterStates | None = None
+        self._states: _States | None = None
         if basic_optimizer is not None:
             self._clusters = find_clusters(basic_optimizer.param_groups, self._table)
             is_flattened = (
@@ -97,8 +105,8 @@ class EngineLayout:
         engine, optimizer = self._engine, self._engine.optimizer
         self._table.check_current()
         engine_methods: dict[str, Any] = {
-            "_get_zero_frozen_param_attributes": self._frozen_attributes,
-            "_get_shared_params": functools.partial(self._shared, engine._get_shared_params),
+            FROZEN_ATTRIBUTES: self._frozen_attributes,
+            SHARED_PARAMS: functools.partial(self._shared, getattr(engine, SHARED_PARAMS)),
             "load_module_state_dict": functools.partial(
                 self._load_module, engine.load_module_state_dict
             ),
@@ -106,15 +114,16 @@ class EngineLayout:
         with contextlib.ExitStack() as stack:
             if optimizer is not None and self._clusters:
                 states = self._make_states()
-                engine_methods["_load_checkpoint"] = functools.partial(
-                    self._load_checked, engine._load_checkpoint
+                engine_methods[LOAD_CHECKPOINT] = functools.partial(
+                    self._load_checked, states, getattr(engine, LOAD_CHECKPOINT)
                 )
                 if isinstance(states, FlatStates):
-                    engine_methods["_get_zero_param_shapes"] = states.param_shapes
+                    engine_methods[PARAM_SHAPES] = states.param_shapes
                 load = self._load_zero if engine.zero_optimization() else self._load_optimizer
+                save = functools.partial(self._save_optimizer, states, optimizer.state_dict)
                 optimizer_methods = {
-                    "state_dict": functools.partial(self._save_optimizer, optimizer.state_dict),
-                    "load_state_dict": functools.partial(load, optimizer.load_state_dict),
+                    "state_dict": save,
+                    "load_state_dict": functools.partial(load, states, optimizer.load_state_dict),
                 }
                 stack.enter_context(replaced(optimizer, **optimizer_methods))
                 if engine.lr_scheduler is not None and self._has_other_groups():
@@ -122,7 +131,7 @@ class EngineLayout:
             stack.enter_context(replaced(engine, **engine_methods))
             yield
 
-    def _make_states(self) -> FlatStates | ParameterStates:
+    def _make_states(self) -> _States:
         optimizer = self._engine.optimizer
         if self._states is None:
             flat = DeepSpeedZeroOptimizer | BF16_Optimizer | FP16_Optimizer
@@ -132,21 +141,23 @@ class EngineLayout:
 
     # ---- the optimizer ---------------------------------------------------------------------
 
-    def _save_optimizer(self, save: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        return self._states.to_native(save())
+    @staticmethod
+    def _save_optimizer(states: _States, save: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        return states.to_native(save())
 
+    @staticmethod
     def _load_optimizer(
-        self, load: Callable[..., None], state_dict: Mapping[str, Any], **kwargs: Any
+        states: _States, load: Callable[..., None], state_dict: Mapping[str, Any], **kwargs: Any
     ) -> None:
-        load(self._states.from_native(state_dict), **kwargs)
+        load(states.from_native(state_dict), **kwargs)
 
     def _load_zero(
-        self, load: Callable[..., None], state_dict_list: list[Any], **kwargs: Any
+        self, states: _States, load: Callable[..., None], state_dict_list: list[Any], **kwargs: Any
     ) -> None:
         rank = dist.get_rank(group=self._engine.optimizer.dp_process_group)
-        states = list(state_dict_list)
-        states[rank] = self._states.from_native(states[rank])
-        load(states, **kwargs)
+        by_rank = list(state_dict_list)
+        by_rank[rank] = states.from_native(by_rank[rank])
+        load(by_rank, **kwargs)
 
     # ---- the learning rate scheduler -------------------------------------------------------
 
@@ -215,11 +226,11 @@ class EngineLayout:
         load(checkpoint, *args, **kwargs)
 
     def _load_checked(
-        self, load: Callable[..., Any], folder: str, tag: str, **kwargs: Any
+        self, states: _States, load: Callable[..., Any], folder: str, tag: str, **kwargs: Any
     ) -> tuple[str | None, Any]:
         engine = self._engine
         if kwargs.get("load_optimizer_states", True) and not kwargs.get("load_module_only", False):
-            problem = self._find_problem(folder, tag)
+            problem = self._find_problem(states, folder, tag)
             problems: list[str | None] = [None] * engine.seq_dp_world_size
             # torch's function: DeepSpeed's communication logger fails on objects.
             group = engine.seq_data_parallel_group
@@ -234,10 +245,10 @@ class EngineLayout:
                     )
         return load(folder, tag, **kwargs)
 
-    def _find_problem(self, folder: str, tag: str) -> str | None:
+    def _find_problem(self, states: _States, folder: str, tag: str) -> str | None:
         """Return why a checkpoint's optimizer states cannot be loaded, None if they can."""
         engine = self._engine
-        path = engine._get_ckpt_name(folder, tag)
+        path = model_file(engine, folder, tag)
         if not os.path.exists(path):
             return None  # DeepSpeed reports the missing file
         shapes = None
@@ -248,15 +259,14 @@ class EngineLayout:
                     f"they were saved by {model['dp_world_size']} data parallel ranks, this engine "
                     f"has {engine.seq_dp_world_size}"
                 )
-            path, key = engine._get_zero_ckpt_name(folder, tag), OPTIMIZER_STATE_DICT
+            path, key = zero_file(engine, folder, tag), OPTIMIZER_STATE_DICT
             shapes = model["param_shapes"]
         else:
-            rank = groups._get_expert_parallel_rank(groups._get_max_expert_size_name())
-            path, key = engine._get_optimizer_ckpt_name(folder, tag, rank), "optimizer"
+            path, key = optimizer_file(engine, folder, tag), "optimizer"
         if not os.path.exists(path):
             return f"{os.path.basename(path)} is missing: ep_size or the ZeRO stage was different"
         state = self._read(path)[key]
-        return self._states.difference(state, *([shapes] if engine.zero_optimization() else []))
+        return states.difference(state, *([shapes] if engine.zero_optimization() else []))
 
     def _read(self, path: str) -> Mapping[str, Any]:
         """Read a file; its tensors stay on disk if the format allows it."""

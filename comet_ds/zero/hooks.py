@@ -27,6 +27,13 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import logger
 
+from comet_ds._compat.deepspeed import (
+    CHECK_OPTIMIZER,
+    CONFIGURE_MODEL,
+    CONFIGURE_OPTIMIZER,
+    Engine,
+    json_of,
+)
 from comet_ds.checkpoints.whole_state import gather_experts
 from comet_ds.config import CONFIG_KEY, ENGINE_OPTIONS, CometConfig, check_group_options
 from comet_ds.experts.stacked import StackedExperts
@@ -36,6 +43,9 @@ from comet_ds.zero.optimizer_choice import choose_layout, stacked_experts
 from comet_ds.zero.optimizer_groups import check_groups, name_groups
 from comet_ds.zero.shortcuts import install_shortcuts
 
+# Where an engine keeps its ``EngineLayout``.
+_LAYOUT = "_comet_ds_layout"
+
 
 def install_hooks() -> None:
     """Wrap the engine's methods; a second call does nothing.
@@ -43,7 +53,7 @@ def install_hooks() -> None:
     Checked with DeepSpeed 0.19.6 and 0.19.8.
     """
     for name, hook in (
-        ("_configure_optimizer", _configure_optimizer),
+        (CONFIGURE_OPTIMIZER, _configure_optimizer),
         ("save_checkpoint", _use_native_layout),
         ("load_checkpoint", _use_native_layout),
         ("save_16bit_model", _save_whole_model),
@@ -51,28 +61,33 @@ def install_hooks() -> None:
         original = getattr(DeepSpeedEngine, name)
         if not hasattr(original, "_is_comet_ds"):
             setattr(DeepSpeedEngine, name, _wrap(original, hook))
-    original = DeepSpeedEngine._configure_distributed_model
+    original = getattr(DeepSpeedEngine, CONFIGURE_MODEL)
     if not hasattr(original, "_is_comet_ds"):
-        DeepSpeedEngine._configure_distributed_model = _with_options(original)
+        setattr(DeepSpeedEngine, CONFIGURE_MODEL, _with_options(original))
+
+
+def _marked(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Note on a method that it is wrapped."""
+    method.__dict__["_is_comet_ds"] = True
+    return method
 
 
 def _with_options(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def method(engine: DeepSpeedEngine, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def method(engine: Engine, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         _apply_options(engine, model)
         return original(engine, model, *args, **kwargs)
 
-    method._is_comet_ds = True
-    return method
+    return _marked(method)
 
 
-def _apply_options(engine: DeepSpeedEngine, model: torch.nn.Module) -> None:
+def _apply_options(engine: Engine, model: torch.nn.Module) -> None:
     """Apply the "comet_ds" block, unless ``comet_ds.initialize`` has done so.
 
     Raises:
         ValueError: unknown key or bad value; layers of a group with different options of a group.
     """
-    block = engine._config._param_dict.get(CONFIG_KEY)
+    block = json_of(engine).get(CONFIG_KEY)
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     if block is not None and layers:
         options = CometConfig.parse(block)
@@ -95,31 +110,30 @@ def _apply_options(engine: DeepSpeedEngine, model: torch.nn.Module) -> None:
 
 def _wrap(original: Callable[..., Any], hook: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def method(engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> Any:
+    def method(engine: Engine, *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(module, StackedExperts) for module in engine.module.modules()):
             return hook(functools.partial(original, engine), engine, *args, **kwargs)
         return original(engine, *args, **kwargs)
 
-    method._is_comet_ds = True
-    return method
+    return _marked(method)
 
 
 def _configure_optimizer(
-    original: Callable[..., Any], engine: DeepSpeedEngine, client_optimizer: Any, parameters: list
+    original: Callable[..., Any], engine: Engine, client_optimizer: Any, parameters: list
 ) -> None:
     client_optimizer, parameters = choose_layout(engine, client_optimizer, parameters)
     if client_optimizer is None:
         name_groups(parameters)
-    check = engine._do_optimizer_sanity_check
+    check = getattr(engine, CHECK_OPTIMIZER)
 
     def note_groups(basic_optimizer: torch.optim.Optimizer) -> Any:
         if client_optimizer is not None:
             check_groups(engine, basic_optimizer)
         if stacked_experts(engine.module):
-            engine._comet_ds_layout = EngineLayout(engine, basic_optimizer)
+            engine.__dict__[_LAYOUT] = EngineLayout(engine, basic_optimizer)
         return check(basic_optimizer)
 
-    with replaced(engine, _do_optimizer_sanity_check=note_groups):
+    with replaced(engine, **{CHECK_OPTIMIZER: note_groups}):
         original(client_optimizer, parameters)
     if not (found := stacked_experts(engine.module)):
         return
@@ -127,9 +141,9 @@ def _configure_optimizer(
 
 
 def _use_native_layout(
-    original: Callable[..., Any], engine: DeepSpeedEngine, *args: Any, **kwargs: Any
+    original: Callable[..., Any], engine: Engine, *args: Any, **kwargs: Any
 ) -> Any:
-    layout = getattr(engine, "_comet_ds_layout", None)
+    layout = engine.__dict__.get(_LAYOUT)
     if layout is None and stacked_experts(engine.module):
         layout = EngineLayout(engine, None)
     if layout is None:
@@ -139,7 +153,7 @@ def _use_native_layout(
 
 
 def _save_whole_model(
-    original: Callable[..., Any], engine: DeepSpeedEngine, *args: Any, **kwargs: Any
+    original: Callable[..., Any], engine: Engine, *args: Any, **kwargs: Any
 ) -> Any:
     """Save the experts of all ranks; DeepSpeed's method saves those of rank 0 only."""
     get = engine.module_state_dict

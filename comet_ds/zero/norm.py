@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.utils import is_model_parallel_parameter
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from comet_ds._compat.deepspeed import ZeroOptimizer
+from comet_ds._compat.torch import multiply_, norms_of
 
-def install_norm(optimizer: DeepSpeedZeroOptimizer) -> None:
+
+def install_norm(optimizer: ZeroOptimizer) -> None:
     """Replace an optimizer's norm and clipping; results differ by fp64 rounding at most."""
     optimizer.scaled_global_norm = _NormOfAllGroups(optimizer)
     optimizer._average_expert_grad_norms = _AverageOfExpertNorms(optimizer)
@@ -41,14 +43,14 @@ def is_counted(tagged: Tensor, is_first_rank: bool) -> bool:
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     """Return the sum of squares of all elements, [] fp64; needs at least one tensor, no copies."""
-    norms = torch._foreach_norm([t.detach() for t in tensors], 2, dtype=torch.float64)
+    norms = norms_of([t.detach() for t in tensors], 2, torch.float64)
     return torch.stack(norms).square().sum()
 
 
 class _NormOfAllGroups:
     """Replaces ``scaled_global_norm``: computes the norms of all groups together."""
 
-    def __init__(self, optimizer: DeepSpeedZeroOptimizer) -> None:
+    def __init__(self, optimizer: ZeroOptimizer) -> None:
         self._optimizer = optimizer
         self._original = optimizer.scaled_global_norm
 
@@ -93,7 +95,7 @@ class _NormOfAllGroups:
 class _AverageOfExpertNorms:
     """Replaces ``_average_expert_grad_norms``: one all-reduce per process group."""
 
-    def __init__(self, optimizer: DeepSpeedZeroOptimizer) -> None:
+    def __init__(self, optimizer: ZeroOptimizer) -> None:
         self._optimizer = optimizer
 
     def __call__(self, norm_groups: list[Tensor]) -> None:
@@ -113,7 +115,7 @@ class _AverageOfExpertNorms:
 class _ClipByOneFactor:
     """Replaces ``unscale_and_clip_grads``: computes DeepSpeed's factor once per norm."""
 
-    def __init__(self, optimizer: DeepSpeedZeroOptimizer) -> None:
+    def __init__(self, optimizer: ZeroOptimizer) -> None:
         self._optimizer = optimizer
         self._original = optimizer.unscale_and_clip_grads
         self._norm: Tensor | None = None
@@ -124,11 +126,12 @@ class _ClipByOneFactor:
         optimizer = self._optimizer
         if optimizer.clip_grad <= 0 or not torch.is_tensor(total_norm):
             return self._original(grad_groups_flat, total_norm)
-        if total_norm is not self._norm or optimizer.loss_scale != self._scale:
-            self._norm, self._scale = total_norm, optimizer.loss_scale
-            self._factor = torch.ones((), device=total_norm.device)
-            self._original([self._factor], total_norm)
+        factor = self._factor
+        if factor is None or total_norm is not self._norm or optimizer.loss_scale != self._scale:
+            factor = torch.ones((), device=total_norm.device)
+            self._norm, self._scale, self._factor = total_norm, optimizer.loss_scale, factor
+            self._original([factor], total_norm)
         for grads in grad_groups_flat:
             tensors = grads if isinstance(grads, list) else [grads]
-            torch._foreach_mul_([grad.data for grad in tensors], self._factor)
+            multiply_([grad.data for grad in tensors], factor)
         return None

@@ -13,10 +13,10 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import logger
 from torch import nn
 
+from comet_ds._compat.deepspeed import Engine, config_of
 from comet_ds.experts.stacked import StackedExperts
 from comet_ds.experts.unstacked import unstacked_parameters
 
@@ -46,7 +46,7 @@ def stacked_experts(module: nn.Module) -> list[StackedExperts]:
 
 
 def choose_layout(
-    engine: DeepSpeedEngine, client_optimizer: Any, parameters: list[Any]
+    engine: Engine, client_optimizer: Any, parameters: list[Any]
 ) -> tuple[Any, list[Any]]:
     """Unstack the engine's experts if its optimizer needs one parameter per expert.
 
@@ -79,7 +79,7 @@ def choose_layout(
     return client_optimizer, _replace(parameters)
 
 
-def _call(make: Callable[[list[Any]], Any], engine: DeepSpeedEngine, parameters: list[Any]) -> Any:
+def _call(make: Callable[[list[Any]], Any], engine: Engine, parameters: list[Any]) -> Any:
     """Return the optimizer that a user's function makes; call it again if it cannot use stacks."""
     if not stacked_experts(engine.module):
         return make(parameters)
@@ -94,7 +94,7 @@ def _call(make: Callable[[list[Any]], Any], engine: DeepSpeedEngine, parameters:
     return make(_replace(parameters))
 
 
-def _unstack(engine: DeepSpeedEngine, reason: str) -> None:
+def _unstack(engine: Engine, reason: str) -> None:
     stacked = stacked_experts(engine.module)
     if not stacked:
         return
@@ -103,7 +103,7 @@ def _unstack(engine: DeepSpeedEngine, reason: str) -> None:
     for experts in stacked:
         experts.unstack(reason, log=False)
     engine.param_names = {param: name for name, param in engine.module.named_parameters()}
-    deepspeed.set_optimizer_flags(engine._config, engine.module)
+    deepspeed.set_optimizer_flags(config_of(engine), engine.module)
 
 
 def _replace(parameters: list[Any]) -> list[Any]:
@@ -118,7 +118,7 @@ def _replace(parameters: list[Any]) -> list[Any]:
     return parameters
 
 
-def _reason_of_engine(engine: DeepSpeedEngine) -> str | None:
+def _reason_of_engine(engine: Engine) -> str | None:
     """Return why an engine needs one parameter per expert, whatever its optimizer is."""
     if getattr(engine, "zenflow", False):
         return "ZenFlow selects columns of matrices"
@@ -129,7 +129,7 @@ def _reason_of_engine(engine: DeepSpeedEngine) -> str | None:
     return None
 
 
-def _reason_of_name(engine: DeepSpeedEngine) -> str | None:
+def _reason_of_name(engine: Engine) -> str | None:
     """Return why the JSON's optimizer needs one parameter per expert, None if it does not."""
     name = engine.optimizer_name()
     if name in ELEMENTWISE_NAMES:
@@ -142,7 +142,7 @@ def _reason_of_name(engine: DeepSpeedEngine) -> str | None:
     return f"the optimizer {name} may compute something from whole parameters"
 
 
-def _reason_of_muon(engine: DeepSpeedEngine) -> str | None:
+def _reason_of_muon(engine: Engine) -> str | None:
     if (engine.optimizer_params() or {}).get("per_head_muon", False):
         return '"per_head_muon" goes by the shapes of parameters'
     _mark_for_muon(engine.module)
@@ -156,7 +156,7 @@ def _mark_for_muon(module: nn.Module) -> None:
     """
     for experts in stacked_experts(module):
         for stack in experts.stacks().values():
-            stack.is_expert_group = stack.dim() == 3
+            vars(stack)["is_expert_group"] = stack.dim() == 3
 
 
 def _reason_of_class(optimizer: Any) -> str | None:

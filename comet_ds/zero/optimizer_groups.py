@@ -13,7 +13,8 @@ from deepspeed.moe.utils import (
     is_moe_param_group,
     split_params_into_different_moe_groups_for_optimizer,
 )
-from deepspeed.runtime.engine import DeepSpeedEngine
+
+from comet_ds._compat.deepspeed import Engine
 
 # Attributes of torch's learning rate schedulers that have one value per group of the optimizer.
 PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums",
@@ -86,7 +87,7 @@ def _regroup(scheduler: Any, origins: list[int], num_groups: int) -> None:
             setattr(scheduler, name, type(values)(values[origin] for origin in origins))
 
 
-def splitting(make: Callable[[Any], torch.optim.Optimizer]) -> Callable[[Any], Any]:
+def splitting(make: Callable[..., Any]) -> Callable[[Any], Any]:
     """Wrap a function that makes an optimizer, so that experts have groups of their own."""
 
     @functools.wraps(make)
@@ -102,7 +103,7 @@ def num_unmarked(optimizer: torch.optim.Optimizer) -> int:
     return sum(is_moe_param(param) for group in groups for param in group["params"])
 
 
-def check_groups(engine: DeepSpeedEngine, optimizer: torch.optim.Optimizer) -> None:
+def check_groups(engine: Engine, optimizer: torch.optim.Optimizer) -> None:
     """Refuse a user's optimizer that ZeRO would partition over the wrong ranks.
 
     Raises:

@@ -16,17 +16,22 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from comet_ds._compat.deepspeed import (
+    Engine,
+    ZeroOptimizer,
+    accumulates_in_buffer,
+    expert_group_name,
+    is_zero_optimizer,
+)
 from comet_ds.zero import norm as zero_norm
 from comet_ds.zero import unsharded
 
 
-def install_shortcuts(engine: DeepSpeedEngine, stacks: Iterable[nn.Parameter]) -> None:
+def install_shortcuts(engine: Engine, stacks: Iterable[nn.Parameter]) -> None:
     """Replace methods of an engine and its optimizer by cheaper ones, where they apply.
 
     Checked with DeepSpeed 0.19.6 and 0.19.8.
@@ -39,7 +44,7 @@ def install_shortcuts(engine: DeepSpeedEngine, stacks: Iterable[nn.Parameter]) -
     unsharded.install_reduction(engine)
     if isinstance(optimizer, (FP16_Optimizer, FP16_UnfusedOptimizer)):
         unsharded.install_norm(optimizer)
-    if not isinstance(optimizer, DeepSpeedZeroOptimizer):
+    if not is_zero_optimizer(optimizer):
         return
     if optimizer.cpu_offload or getattr(optimizer, "zenflow", False):
         return
@@ -54,28 +59,27 @@ def install_shortcuts(engine: DeepSpeedEngine, stacks: Iterable[nn.Parameter]) -
         optimizer.copy_grads_in_partition = _CopySharedGrads(optimizer, unshared)
 
 
-def _is_unshared(optimizer: DeepSpeedZeroOptimizer, stack: nn.Parameter) -> bool:
+def _is_unshared(optimizer: ZeroOptimizer, stack: nn.Parameter) -> bool:
     """Return whether only this rank has a stack, and its gradient is not rounded to be reduced."""
-    group = optimizer.expert_dp_process_group.get(stack.group_name)
+    group = optimizer.expert_dp_process_group.get(expert_group_name(stack))
     is_alone = group is not None and dist.get_world_size(group=group) == 1
     return is_alone and optimizer.get_param_comm_dtype(stack) == stack.dtype
 
 
-def _accumulates_elsewhere(optimizer: DeepSpeedZeroOptimizer) -> bool:
+def _accumulates_elsewhere(optimizer: ZeroOptimizer) -> bool:
     """Return whether DeepSpeed accumulates gradients in another dtype or buffer."""
     if getattr(optimizer, "use_grad_accum_attribute", False):
         return True
-    uses_buffer = getattr(optimizer, "_use_compact_grad_partition_buffer", None)
-    return uses_buffer is not None and any(map(uses_buffer, range(len(optimizer.bit16_groups))))
+    return accumulates_in_buffer(optimizer)
 
 
-def _divisor(optimizer: DeepSpeedZeroOptimizer) -> float:
+def _divisor(optimizer: ZeroOptimizer) -> float:
     """Return the number by which ZeRO divides a gradient."""
     num_ranks = dist.get_world_size(group=optimizer.dp_process_group)
     return num_ranks / float(optimizer.sequence_parallel_size)
 
 
-def _can_sum_in_place(optimizer: DeepSpeedZeroOptimizer) -> bool:
+def _can_sum_in_place(optimizer: ZeroOptimizer) -> bool:
     """Return whether ZeRO 2 may divide the sum of the micro-batches instead of each, bit for bit.
 
     Dividing by a power of two changes the exponent only. In fp16 the undivided sum may overflow.
@@ -95,7 +99,7 @@ class _ReduceByDividing:
 
     def __init__(
         self,
-        optimizer: DeepSpeedZeroOptimizer,
+        optimizer: ZeroOptimizer,
         unshared: set[int],
         accumulated: _AccumulateInPlace | None,
     ) -> None:
@@ -105,9 +109,9 @@ class _ReduceByDividing:
     def __call__(self, param: nn.Parameter, i: int) -> None:
         optimizer = self._optimizer
         grad, param_id = param.grad, optimizer.get_param_id(param)
-        is_unshared = id(param) in self._unshared and grad is not None
+        is_unshared = id(param) in self._unshared
         # For a parameter that was reduced already, DeepSpeed raises its error.
-        if not is_unshared or optimizer.params_already_reduced[param_id]:
+        if grad is None or not is_unshared or optimizer.params_already_reduced[param_id]:
             return self._original(param, i)
         if not getattr(param, "ds_grad_is_ready", True):
             return None
@@ -133,7 +137,7 @@ class _AccumulateInPlace:
         groups: indices of the parameter groups that hold unshared stacks only.
     """
 
-    def __init__(self, optimizer: DeepSpeedZeroOptimizer, unshared: set[int]) -> None:
+    def __init__(self, optimizer: ZeroOptimizer, unshared: set[int]) -> None:
         self._optimizer = optimizer
         self.groups = frozenset(
             i
@@ -157,7 +161,7 @@ class _AccumulateInPlace:
         self._epilogue()
         if not is_last:
             for i in self.groups:
-                sums = optimizer.all_grad_tensors[i]
+                sums = optimizer.all_grad_tensors[i] or ()
                 for param, grad in zip(optimizer.params_in_partition[i], sums, strict=True):
                     param.grad = grad
 
@@ -167,7 +171,7 @@ class _AccumulateInPlace:
         for param, grad in zip(self._optimizer.params_in_partition[i], sums, strict=False):
             if param.grad is None:
                 param.grad = grad
-            elif param.grad.data_ptr() != grad.data_ptr():
+            elif grad is not None and param.grad.data_ptr() != grad.data_ptr():
                 param.grad.add_(grad)
 
     def _end_unmanaged(self) -> None:
@@ -193,7 +197,7 @@ class _CopySharedGrads:
         unshared: ids of the unshared stacks.
     """
 
-    def __init__(self, optimizer: DeepSpeedZeroOptimizer, unshared: set[int]) -> None:
+    def __init__(self, optimizer: ZeroOptimizer, unshared: set[int]) -> None:
         self._optimizer, self._unshared = optimizer, unshared
         self._original = optimizer.copy_grads_in_partition
 
@@ -202,6 +206,7 @@ class _CopySharedGrads:
         if id(param) not in self._unshared and optimizer.grads_in_partition is None:
             params = (p for group in optimizer.params_in_partition for p in group)
             size = sum(p.numel() for p in params if id(p) not in self._unshared)
+            assert param.grad is not None, "DeepSpeed copies gradients that are there"
             optimizer.grads_in_partition_offset = 0
             optimizer.grads_in_partition = torch.empty(
                 size, dtype=optimizer.dtype, device=param.grad.device

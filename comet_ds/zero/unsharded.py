@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16 import unfused_optimizer
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank
 from torch import Tensor, nn
 
+from comet_ds._compat.deepspeed import Engine
+from comet_ds._compat.torch import multiply_, norms_of
 from comet_ds.zero.norm import is_counted, sum_of_squares
 
 
@@ -37,26 +38,26 @@ def install_norm(optimizer: FP16_Optimizer | FP16_UnfusedOptimizer) -> None:
         optimizer.step = functools.partial(_step, optimizer.step)
 
 
-def install_reduction(engine: DeepSpeedEngine) -> None:
+def install_reduction(engine: Engine) -> None:
     """Replace an engine's reduction of gradients over a group of one rank; the bits are equal."""
     engine.allreduce_and_copy = functools.partial(_reduce, engine, engine.allreduce_and_copy)
 
 
 def _reduce(
-    engine: DeepSpeedEngine,
+    engine: Engine,
     original: Any,
     grads: list[Tensor],
     dp_group: Any,
     dp_world_size: int | None = None,
 ) -> None:
     """Replace ``DeepSpeedEngine.allreduce_and_copy``."""
-    is_unshared = dist.get_world_size(group=dp_group) == 1 and dp_world_size is not None
+    is_unshared = dist.get_world_size(group=dp_group) == 1
     is_plain = engine.gradient_average and engine.gradient_predivide_factor() == 1.0
     is_rounded = any(grad.dtype != engine.communication_data_type for grad in grads)
-    if not (is_unshared and is_plain) or is_rounded:
+    if dp_world_size is None or not (is_unshared and is_plain) or is_rounded:
         original(grads, dp_group, dp_world_size)
     elif dp_world_size != 1:
-        torch._foreach_mul_([grad.data for grad in grads], 1.0 / dp_world_size)
+        multiply_([grad.data for grad in grads], 1.0 / dp_world_size)
 
 
 def _has_overflow(original: Any, params: Iterable[nn.Parameter]) -> bool:
@@ -67,7 +68,7 @@ def _has_overflow(original: Any, params: Iterable[nn.Parameter]) -> bool:
         return False
     if any(grad.layout != torch.strided for grad in grads):
         return original(params)
-    largest = torch._foreach_norm(grads, torch.inf)  # NaN for a gradient that has one
+    largest = norms_of(grads, torch.inf)  # NaN for a gradient that has one
     return not bool(torch.stack([norm.float() for norm in largest]).isfinite().all())
 
 
@@ -92,5 +93,5 @@ def _weight_norm(
     if not counted:
         return original(parameters, norm_type, mpu)
     total = sum_of_squares(counted).sqrt().float()
-    total.model_parallel = True  # so that the original function counts it on every rank
+    vars(total)["model_parallel"] = True  # so that the original function counts it on every rank
     return original([total], norm_type, mpu)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import pytest
 import wandb_workspaces.workspaces as workspaces
@@ -59,7 +60,7 @@ def test_library_reads_it_back() -> None:
 def test_missing_library_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(dashboard, "workspaces", None)
+    monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
     with pytest.raises(SystemExit):
         dashboard.main(["--entity", "team", "--project", "moe"])
     assert "pip install wandb-workspaces" in capsys.readouterr().err

@@ -13,7 +13,6 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -24,7 +23,7 @@ from comet_ds.config import CometConfig
 from comet_ds.fused.peer.host_status import HostStatusExchange
 from comet_ds.fused.peer.memory import GROWTH_BYTES, PeerMemory, SymmetricMemory, describe_link
 from comet_ds.fused.refusal import Refusal
-from comet_ds.kernels import load_kernels, why_no_kernels
+from comet_ds.kernels import Kernels, load_kernels, why_no_kernels
 from comet_ds.tuning.cost_model import CtaSplit, LayerShape, choose_split
 from comet_ds.tuning.online import RunTuner, Trial
 from comet_ds.tuning.table import Origin, TuningTable, default_path, read
@@ -167,7 +166,7 @@ class Exchange:
     def __init__(
         self,
         memory: PeerMemory,
-        kernels: ModuleType,
+        kernels: Kernels,
         host_status: HostStatusExchange | None = None,
         timeout_s: float = 600,
         table: TuningTable | None = None,
@@ -313,7 +312,9 @@ def connect(group: Any, device: torch.device, config: CometConfig) -> Exchange |
 
 def exchange_of(group: Any) -> Exchange:
     """Return the exchange of a group that has one."""
-    return _exchanges[group]
+    found = _exchanges[group]
+    assert isinstance(found, Exchange), found
+    return found
 
 
 def _connect(group: Any, device: torch.device, config: CometConfig) -> Exchange | Refusal:
@@ -323,6 +324,7 @@ def _connect(group: Any, device: torch.device, config: CometConfig) -> Exchange 
     torch.distributed.all_gather_object(facts, own, group=group)
     if reason := _why_not_connected(facts, kernels.max_ranks if kernels else 0):
         return Refusal(reason)
+    assert kernels is not None, "without kernels, that is the reason"
     try:
         memory = SymmetricMemory(group, device)
         memory.reserve(GROWTH_BYTES)
@@ -337,7 +339,7 @@ def _connect(group: Any, device: torch.device, config: CometConfig) -> Exchange 
     return Exchange(memory, kernels, *arguments)
 
 
-def _origin(device: torch.device, kernels: ModuleType) -> Origin:
+def _origin(device: torch.device, kernels: Kernels) -> Origin:
     return Origin(torch.cuda.get_device_name(device), describe_link(), kernels.fingerprint)
 
 
@@ -346,7 +348,7 @@ def _table_path(config: CometConfig) -> Path:
 
 
 def _own_facts(
-    device: torch.device, config: CometConfig, kernels: ModuleType | None, is_first: bool
+    device: torch.device, config: CometConfig, kernels: Kernels | None, is_first: bool
 ) -> dict[str, Any]:
     """Return what the ranks of a group have to know of each other."""
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]

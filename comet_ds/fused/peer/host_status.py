@@ -66,7 +66,8 @@ class HostStatusExchange:
 
     def _share_page(self, group: Any, has_name: bool) -> list[str]:
         """Map a page that all ranks have; return why some could not, nothing if all could."""
-        path, page, error = [None], None, None
+        path: list[str | None] = [None]
+        page, error = None, None
         if self.rank == 0:
             try:
                 page, path[0] = self._make_page(has_name)
@@ -86,7 +87,7 @@ class HostStatusExchange:
         torch.distributed.all_gather_object(answers, (os.getpid(), fault), group=group)
         if page is not None:  # all have it open, or have given up
             os.close(page)
-            if has_name:
+            if has_name and path[0] is not None:
                 os.unlink(path[0])
         self._processes = [process for process, _ in answers]
         return [fault for _, fault in answers if fault is not None]

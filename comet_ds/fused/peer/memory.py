@@ -17,6 +17,8 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor
 
+from comet_ds._compat.torch import symmetric_memory
+
 GROWTH_BYTES = 2**25  # blocks grow in steps of this
 ASKING_S = 10  # for nvidia-smi to answer
 
@@ -80,22 +82,20 @@ class SymmetricMemory:
                 f"the memory of the expert parallel group must grow to {num_bytes} bytes, which a "
                 "CUDA graph cannot capture: run inputs of all sizes once before"
             )
-        import torch.distributed._symmetric_memory as symmetric_memory
-
         os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # read by rendezvous
         size = -(-max(num_bytes, 2 * old) // GROWTH_BYTES) * GROWTH_BYTES
         group, fault, block = self._group(), None, self.block
         try:
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()  # this memory does not come from torch's cache
-            block = symmetric_memory.empty(size, dtype=torch.uint8, device=self.device)
+            block = symmetric_memory().empty(size, dtype=torch.uint8, device=self.device)
             block.zero_()
             torch.cuda.synchronize(self.device)
         except RuntimeError as error:
             fault = f"rank {dist.get_rank()}: {error}"
         # Also: nobody uses the old blocks any more.
         raise_first(fault, group, f"no symmetric memory of {size} bytes")
-        handle = symmetric_memory.rendezvous(block, group)
+        handle = symmetric_memory().rendezvous(block, group)
         addresses = [base + getattr(handle, "offset", 0) for base in handle.buffer_ptrs]
         assert addresses[self.rank] == block.data_ptr()
         if self.is_captured:
