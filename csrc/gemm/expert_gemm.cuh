@@ -52,11 +52,11 @@ namespace comet_ds {
 
 constexpr int kWarpgroupThreads = 128;
 
-// The thread of a CTA that has a role, or the first of those that have it.
+// The threads of a CTA that have a role.
 enum GemmThread : int {
     kLoadingThread = 0,                    // loads operands (load_tiles)
     kSchedulingThread = 32,                // finds tiles (find_tiles)
-    kFirstMathThread = kWarpgroupThreads,  // multiplies and stores (compute_tiles); also the others
+    kFirstMathThread = kWarpgroupThreads,  // it and all later ones do the math (compute_tiles)
 };
 
 // Named barriers of a CTA; 0 is __syncthreads. Each counts both math warpgroups.
