@@ -79,7 +79,7 @@ def reshard(
     if source.settings is None:
         raise ValueError(
             f"the settings of the run that saved {source.folder} must be known, but it only has "
-            f"the path {source.model['ds_config']}, which does not exist here: give --config"
+            f"the path {source.model['ds_config']}, which is no file here: give them with --config"
         )
     plan = _Plan(source, ep_size, num_ranks)
     folder.mkdir(parents=True, exist_ok=True)

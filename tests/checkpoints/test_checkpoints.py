@@ -211,7 +211,7 @@ def test_settings_that_are_elsewhere(world, tmp_path: Path) -> None:
     state = torch.load(path, weights_only=False)
     torch.save({**state, "ds_config": str(config_path)}, path)
     args = [str(tmp_path), str(tmp_path / "there"), "--num-ranks", "4"]
-    with pytest.raises(SystemExit, match=f"has the path {config_path} only"):
+    with pytest.raises(SystemExit, match=f"it only has the path {config_path}"):
         main(["checkpoint", "reshard", *args])
     consolidate(Checkpoint.open(tmp_path), tmp_path / "without.pt")
     config_path.write_text(json.dumps(config(2, **settings)))
