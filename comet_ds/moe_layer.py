@@ -33,7 +33,7 @@ from comet_ds.interop.kept import Kept
 from comet_ds.interop.overrides import Overrides, call_gate, find_overrides
 from comet_ds.interop.traced import STRICT_EXPORT, is_traced, run_traced
 from comet_ds.interop.wrappers import WrapperCheck
-from comet_ds.path import PathChoice
+from comet_ds.path import PathChoice, TakeOther
 from comet_ds.pipelined import row_ops
 from comet_ds.pipelined.chunks import ChunkChoice
 from comet_ds.pipelined.counts import CountExchange
@@ -66,6 +66,14 @@ class MOELayer(sharded_moe.MOELayer):
     """
 
     hidden_size: int  # H, set by ``MoE``
+    # DeepSpeed's, or whatever module the user has put in their place.
+    gate: Any
+    experts: Any
+    ep_group: Any
+    ep_size: int
+    num_local_experts: int
+    wall_clock_breakdown: bool
+    __dict__: dict[str, Any]
 
     @property
     def l_aux(self) -> Any:
@@ -103,7 +111,7 @@ class MOELayer(sharded_moe.MOELayer):
         self.overrides = Overrides()
         self.wrapper_check = WrapperCheck(self.experts)
         self.routing: Routing | None = None
-        self._attendance: Attendance | None = None
+        self._waits: Attendance | None = None
         self._announced: Any = None  # what the last line in the log was about
         self._reason: str | None = None  # why the path is not fused
         self._rules: InputRules | None = None
@@ -120,7 +128,7 @@ class MOELayer(sharded_moe.MOELayer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out of copies what belongs to this process or to the last forward's graph."""
-        own = ("ep_group", "_kept", "_announced", "_rules", "_attendance")
+        own = ("ep_group", "_kept", "_announced", "_rules", "_waits")
         return {**self.__dict__, **dict.fromkeys(own)}
 
     def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> Tensor:
@@ -161,10 +169,11 @@ class MOELayer(sharded_moe.MOELayer):
             return output
         group = self._group()
         self._check_experts(group)
-        fits = hidden_states.shape[-1:] == (self.hidden_size,)
-        x = hidden_states.reshape(-1, self.hidden_size) if fits else None
+        size = self.hidden_size
+        fits = hidden_states.shape[-1:] == (size,)
+        x = hidden_states.reshape(-1, size) if fits else hidden_states.new_empty(0, size)
         shares = num_shares()
-        own = take_share(x) if shares > 1 and fits else x  # what this rank takes through its group
+        own = take_share(x) if shares > 1 else x  # what this rank takes through its group
         exchange = self.choice.connect(group, self._weight().device)
         weights = self._recognise(own, exchange)
         rules = self._input_rules(weights)
@@ -178,8 +187,10 @@ class MOELayer(sharded_moe.MOELayer):
             decision = self.choice.choose(weights, needs, own.shape[0], exchange, rules)
             # Module.__setattr__ looks every one of these up in three tables.
             state, gate, call = self.__dict__, self.gate, None
-            state["path"], state["_reason"] = decision.path, decision.why_not_fused
-            if decision.path == "fused":
+            if isinstance(decision, TakeOther):
+                state["path"], state["_reason"] = decision.path, decision.why_not_fused
+            else:
+                state["path"], state["_reason"] = "fused", None
                 if self._announced is not decision.weights:
                     self._announce(f"{decision.weights.describe()} experts")
                     state["_announced"] = decision.weights
@@ -216,20 +227,22 @@ class MOELayer(sharded_moe.MOELayer):
         if self.ep_size > 1:
             self.wrapper_check.experts = self.experts
             self.wrapper_check.check(group)
-            if self._attendance is None or self._attendance.group is not group:
-                self._attendance = Attendance(group, self.config.timeout_s)
         if isinstance(self.experts, StackedExperts):
             if self.experts.is_stacked:
                 self.wrapper_check.check_stacks()
             self.experts.check_frozen()
 
-    def _recognise(
-        self, x: Tensor | None, exchange: Exchange | Refusal | None
-    ) -> ExpertWeights | Refusal:
+    def _attendance(self, group: Any) -> Attendance:
+        """Return what waits for the ranks of the group and names the one that is late."""
+        if self._waits is None or self._waits.group is not group:
+            self._waits = Attendance(group, self.config.timeout_s)
+        return self._waits
+
+    def _recognise(self, x: Tensor, exchange: Exchange | Refusal | None) -> ExpertWeights | Refusal:
         """Return the experts' weights for the fused path, or why it cannot be taken."""
         if isinstance(exchange, Refusal):
             return exchange
-        if not self.choice.may_fuse or x is None:
+        if not self.choice.may_fuse:
             return Refusal("the configuration pins another path")
         if (reason := self.overrides.why_not_fused()) is not None:
             return Refusal(reason)
@@ -262,8 +275,9 @@ class MOELayer(sharded_moe.MOELayer):
         self._announce("DeepSpeed's own forward")
         experts = self.experts
         with experts.unbound() if isinstance(experts, StackedExperts) else nullcontext():
-            output = super().forward(hidden_states, used_token)
-        self._kept.leave_graph_to(output)
+            inputs: tuple[Any, ...] = hidden_states, used_token
+            output = super().forward(*inputs)
+        state["_kept"].leave_graph_to(output)
         return output
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MOELayer:
@@ -294,7 +308,7 @@ class MOELayer(sharded_moe.MOELayer):
         exchange = None
         if self.ep_size > 1:
             needs = find_needs(x, (topk_weights,), self.experts.parameters())
-            arguments = (group, rules, self._attendance)
+            arguments = (group, rules, self._attendance(group))
             exchange = CountExchange(
                 plan.tokens_per_segment, *arguments, dtype=x.dtype, needs=needs
             )
@@ -310,7 +324,7 @@ class MOELayer(sharded_moe.MOELayer):
         if self.ep_size > 1:
             count = topk_ids.new_full((1,), x.shape[0])
             needs = find_needs(x, (topk_weights,), self.experts.parameters())
-            arguments = (group, rules, self._attendance)
+            arguments = (group, rules, self._attendance(group))
             exchange = CountExchange(count, *arguments, dtype=x.dtype, needs=needs)
         return reference_forward(
             x,
@@ -381,6 +395,7 @@ class MOELayer(sharded_moe.MOELayer):
     ) -> None:
         """Raise, after telling the peers, which wait for this rank's answer or counts."""
         if isinstance(exchange, Exchange):
+            assert exchange.host_status is not None, "connect() makes one"
             answers = exchange.host_status.exchange(RankStatus(0, False, fault))
             rules.raise_first([answer.fault for answer in answers])
         elif self.ep_size > 1:
@@ -388,7 +403,7 @@ class MOELayer(sharded_moe.MOELayer):
             if self.path != "reference":
                 size = self.chunks.schedule(0, group, rules)[0].num_segments
             counts = torch.zeros(size, dtype=torch.int64, device=rules.device)
-            CountExchange(counts, group, rules, self._attendance, fault=fault).wait()
+            CountExchange(counts, group, rules, self._attendance(group), fault=fault).wait()
         raise ValueError(rules.message(*fault))
 
     def _announce(self, how: str) -> None:

@@ -23,22 +23,31 @@ from comet_ds.validation import InputRules
 
 
 @dataclass(frozen=True)
-class Decision:
-    """What a forward does.
+class TakeFused:
+    """The decision for the fused path.
 
     Attributes:
-        path: "reference", "pipelined" or "fused".
-        weights: the experts' for the fused path; None on the others.
-        why_not_fused: why not, where the configuration leaves it open.
-        num_tokens: T of every rank of the group, for the fused path.
+        weights: the experts'.
+        num_tokens: T of every rank of the group.
         needs: gradients that any rank needs; None on a single rank.
     """
 
-    path: str
-    weights: ExpertWeights | None = None
-    why_not_fused: str | None = None
-    num_tokens: tuple[int, ...] = ()
+    weights: ExpertWeights
+    num_tokens: tuple[int, ...]
     needs: BackwardNeeds | None = None
+
+
+@dataclass(frozen=True)
+class TakeOther:
+    """The decision for another path.
+
+    Attributes:
+        path: "reference" or "pipelined".
+        why_not_fused: where the configuration leaves the fused path open.
+    """
+
+    path: str
+    why_not_fused: str | None = None
 
 
 class PathChoice:
@@ -58,12 +67,11 @@ class PathChoice:
         self.num_local_experts, self.gate = num_local_experts, gate
         self._connected: tuple[Any, torch.device, Exchange] | None = None
         # What the ranks said last and what followed: most forwards are like the one before.
-        self._last_fused: tuple[Any, Decision] = None, Decision("fused")
+        self._last_fused: tuple[Any, TakeFused] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out of copies what belongs to this process."""
-        forgotten = {"_connected": None, "_last_fused": (None, Decision("fused"))}
-        return {**self.__dict__, **forgotten}
+        return {**self.__dict__, "_connected": None, "_last_fused": None}
 
     @property
     def may_fuse(self) -> bool:
@@ -116,7 +124,7 @@ class PathChoice:
         num_tokens: int,
         exchange: Exchange | Refusal | None,
         rules: InputRules,
-    ) -> Decision:
+    ) -> TakeFused | TakeOther:
         """Decide for a forward with a valid input.
 
         Args:
@@ -132,7 +140,7 @@ class PathChoice:
             ValueError: another rank's input breaks a rule.
         """
         if not self.may_fuse:
-            return Decision(self.config.path)
+            return TakeOther(self.config.path)
         if isinstance(exchange, Refusal):
             weights = exchange
         if isinstance(exchange, Exchange):
@@ -141,9 +149,10 @@ class PathChoice:
             mine = RankStatus(num_tokens, can_fuse, (rules.OK, 0), own_needs)
             assert exchange.host_status is not None, "connect() makes one"
             statuses = exchange.host_status.exchange(mine)
-            last_statuses, last_decision = self._last_fused
-            if statuses is last_statuses and weights is last_decision.weights:
-                return last_decision
+            if self._last_fused is not None:
+                last_statuses, decision = self._last_fused
+                if statuses is last_statuses and weights is decision.weights:
+                    return decision
             rules.raise_first([status.fault for status in statuses])
             for rank, status in enumerate(statuses):
                 if not status.can_fuse and not isinstance(weights, Refusal):
@@ -151,13 +160,13 @@ class PathChoice:
             if not isinstance(weights, Refusal):
                 all_tokens = tuple(status.num_tokens for status in statuses)
                 agreed = BackwardNeeds.agree([status.needs for status in statuses])
-                decision = Decision("fused", weights, num_tokens=all_tokens, needs=agreed)
+                decision = TakeFused(weights, all_tokens, agreed)
                 self._last_fused = statuses, decision
                 return decision
         elif not isinstance(weights, Refusal):
-            return Decision("fused", weights, num_tokens=(num_tokens,))
+            return TakeFused(weights, (num_tokens,))
         self._check_pin(weights)
-        return Decision("pipelined", why_not_fused=weights.reason)
+        return TakeOther("pipelined", weights.reason)
 
     def _check_size(self, kernels: Kernels) -> Refusal | None:
         top_k = getattr(self.gate, "k", 1)

@@ -118,7 +118,8 @@ def prepare_call(
         "maps": weights.map_addresses(),
         "biases": weights.bias_addresses(),
     }
-    if exchange is None:
+    if exchange is None or cta_split is None:
+        assert exchange is cta_split is None, "other ranks need a CTA split"
         call = weights.kernels.LayerCall(**fixed)
         return PreparedCall(_launches(weights, [call]), weights, sizes, rows)
     fixed |= {name: list(point[:2]) for name, point in cta_split._asdict().items()}
@@ -233,15 +234,19 @@ class FusedCall:
             parameter; the same input gives the same bits.
         """
         prepared, needs, weights = self._prepared, self._needs, routing.topk_weights
-        if needs is not None and needs.has_any and not self._has_backward(routing):
+        tokens, slots, kept_counts = routing.tokens, routing.slot_in_expert, routing.kept_counts
+        assert tokens is not None and slots is not None and kept_counts is not None, (
+            "the routing must be the CUDA gate's"
+        )
+        if needs is not None and needs.has_any and not self._has_backward(tokens, weights):
             # Another rank's backward needs this one's, whatever is needed here.
             weights = weights.detach().requires_grad_(torch.is_grad_enabled())
         return prepared.weights.kernels.run_experts(
-            x=routing.tokens,
+            x=tokens,
             topk_weights=weights,
             topk_ids=routing.topk_ids,
-            slot_in_expert=routing.slot_in_expert,
-            kept_counts=routing.kept_counts,
+            slot_in_expert=slots,
+            kept_counts=kept_counts,
             launches=prepared.launches,
             prepared=prepared,
             trial=self._trial,
@@ -250,8 +255,8 @@ class FusedCall:
             side_stream=self._side_stream,
         )
 
-    def _has_backward(self, routing: Routing) -> bool:
-        needed = (routing.tokens, routing.topk_weights, *self._prepared.weights.parameters)
+    def _has_backward(self, *inputs: Tensor) -> bool:
+        needed = (*inputs, *self._prepared.weights.parameters)
         return torch.is_grad_enabled() and any(t.requires_grad for t in needed)
 
 
