@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import os
 from collections.abc import Sequence
@@ -14,6 +15,17 @@ from torch import Tensor
 
 from comet_ds import bindings
 from comet_ds._compat.torch import current_cuda_device, current_raw_stream
+
+
+class Pass(enum.IntEnum):
+    """Pass in csrc/gemm/expert_gemm.h."""
+
+    UP = 0
+    DOWN = 1
+    DOWN_GRAD = 2
+    UP_GRAD = 3
+    WEIGHT_GRAD = 4
+
 
 if TYPE_CHECKING:
     from comet_ds.op_builder.comet_moe import CometMoEBuilder

@@ -12,7 +12,8 @@ from deepspeed.utils import groups
 from torch import nn
 
 from comet_ds.config import CometConfig
-from comet_ds.fused.peer.exchange import Exchange, connect
+from comet_ds.fused.peer.connect import connect
+from comet_ds.fused.peer.exchange import Exchange
 from comet_ds.fused.peer.host_status import RankStatus
 from comet_ds.fused.refusal import Refusal
 from comet_ds.fused.weights import ExpertWeights

@@ -43,7 +43,7 @@ from comet_ds.bench.peers import AutoEP, build, draw_tokens, fix_routing, moe_of
 from comet_ds.bench.shapes import Shape
 from comet_ds.bench.timing import Timer, slowest_rank, time_functions
 from comet_ds.fused.call import CallSizes, plan_of, prepare_call
-from comet_ds.fused.peer.exchange import TABLES
+from comet_ds.fused.peer.layout import TABLES
 from comet_ds.gate.routing import Routing
 from comet_ds.layer import MoE
 from comet_ds.reference import reference_moe

@@ -40,7 +40,7 @@ from comet_ds.cli.arguments import (
 )
 from comet_ds.cli.ranks import launch_ranks
 from comet_ds.config import CometConfig, read_block
-from comet_ds.fused.peer.exchange import exchange_of
+from comet_ds.fused.peer.connect import exchange_of
 from comet_ds.layer import MoE
 from comet_ds.tuning.cost_model import CtaSplit, LayerShape, choose_split
 from comet_ds.tuning.table import candidates, default_path, write
@@ -60,13 +60,13 @@ def time_splits(
     samples: list[list[list[float]]] = [[] for _ in cta_splits]
     for _ in range(num_runs):
         for cta_split, found in zip(cta_splits, samples, strict=True):
-            exchange.cta_split = cta_split
+            exchange.policy.pinned = cta_split
             timer = Timer(hide_host_ms=20.0)
             step(layer, x, grad, timer.mark)
             timer.mark()
             found.append(timer.read())
             layer.zero_grad(set_to_none=True)
-    exchange.cta_split = None
+    exchange.policy.pinned = None
     medians = [[statistics.median(times) for times in zip(*s, strict=True)] for s in samples]
     return [(forward, both) for forward, both in slowest_rank(medians, x.device)]
 
@@ -123,7 +123,7 @@ def tune_shape(
     found = tune(layer, layer_shape, x, grad, num_runs)
     if dist.get_rank() == 0:
         path = Path(config.tuning_table or default_path())
-        write(path, layer_shape, exchange.origin, found.cta_split, found.ms)
+        write(path, layer_shape, exchange.policy.origin, found.cta_split, found.ms)
         times = f"{found.default_ms:7.3f} -> {found.ms:7.3f} ms, worst {found.worst_ms:7.3f}"
         print(f"{name:14s} {times}  {found.cta_split.describe()}  {path}", flush=True)
 

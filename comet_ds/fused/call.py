@@ -25,7 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comet_ds.fused.peer.exchange import CallShape, Exchange, ExposureMeter
+from comet_ds.fused.peer.exchange import Exchange
+from comet_ds.fused.peer.exposure import ExposureMeter
+from comet_ds.fused.peer.layout import CallShape
 from comet_ds.fused.weights import ACTIVATION_CODES, ALIGNMENT_BYTES, ExpertWeights
 from comet_ds.gate.routing import Routing
 from comet_ds.ranks.gradients import BackwardNeeds

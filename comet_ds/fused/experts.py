@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from comet_ds.config import CONFIG_KEY
 from comet_ds.experts.mlp import ExpertMLP, RecognisedExperts
 from comet_ds.fused.call import CallSizes, FusedCall, PreparedCall, layer_shape, prepare_call
-from comet_ds.fused.peer.exchange import Exchange, ExposureMeter
+from comet_ds.fused.peer.exchange import Exchange
+from comet_ds.fused.peer.exposure import ExposureMeter
 from comet_ds.fused.refusal import Refusal
 from comet_ds.fused.weights import ExpertWeights, why_not_addressable
 from comet_ds.gate.topk_gate import TopKGate
@@ -129,10 +130,10 @@ class FusedExperts:
                 f'its rows on the host: give a bound, "max_rows_factor" of "{CONFIG_KEY}"'
             )
         trial = None
-        if exchange.tuner is not None:
+        if exchange.policy.measures:
             shape = layer_shape(weights, sizes, exchange.memory.rank)
             has_backward = needs is not None and needs.has_any and needs.absent is None
-            trial = exchange.trial(shape, has_backward)
+            trial = exchange.policy.choose(shape, has_backward)
         prepared = self._launches(weights, sizes, exchange, trial)
         self.shape, self.cta_split = prepared.shape, prepared.cta_split
         is_measured = trial is not None and trial.samples
@@ -150,12 +151,12 @@ class FusedExperts:
             if (found := self._prepared.get(sizes)) is None:
                 found = self._remember(sizes, prepare_call(weights, sizes))
             return found
-        cta_split = trial.cta_split if trial is not None else exchange.cta_split
+        cta_split = trial.cta_split if trial is not None else exchange.policy.pinned
         key = exchange, sizes, cta_split, exchange.generation
         if (found := self._prepared.get(key)) is None:
             if cta_split is None:
                 shape = layer_shape(weights, sizes, exchange.memory.rank)
-                cta_split = exchange.trial(shape, has_backward=True).cta_split
+                cta_split = exchange.policy.choose(shape, has_backward=True).cta_split
             found = prepare_call(weights, sizes, exchange, cta_split)
             self._remember((*key[:3], exchange.generation), found)  # the memory may have grown
         return found

@@ -6,7 +6,6 @@ Shapes: H hidden, F ffn, E local experts.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,16 +21,6 @@ ACTIVATION_CODES = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3}  # Activati
 TENSOR_MAP_BYTES = 128
 # The copy engine wants addresses and rows that are multiples of this.
 ALIGNMENT_BYTES = 16
-
-
-class Pass(enum.IntEnum):
-    """Pass in csrc/gemm/expert_gemm.h."""
-
-    UP = 0
-    DOWN = 1
-    DOWN_GRAD = 2
-    UP_GRAD = 3
-    WEIGHT_GRAD = 4
 
 
 @dataclass(frozen=True)

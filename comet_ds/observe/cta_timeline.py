@@ -25,8 +25,7 @@ import torch
 from deepspeed.utils import logger
 from torch import Tensor, nn
 
-from comet_ds.fused.weights import Pass
-from comet_ds.kernels import Kernels, load_kernels, num_sms
+from comet_ds.kernels import Kernels, Pass, load_kernels, num_sms
 from comet_ds.observe.layer_timer import LayerTimer
 
 # Activity in csrc/gemm/timeline.h.

@@ -35,7 +35,7 @@ from comet_ds._compat.deepspeed import (
     expert_tensor_parallel_size,
 )
 from comet_ds._compat.torch import is_in_backward
-from comet_ds.fused.peer.exchange import ExposureMeter
+from comet_ds.fused.peer.exposure import ExposureMeter
 from comet_ds.gate.routing import Routing
 from comet_ds.layer import MOELayer
 from comet_ds.observe.cta_timeline import LayerRecorder, Timeline, describe, write

@@ -26,7 +26,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.utils import logger
 
-from comet_ds.fused.weights import Pass
+from comet_ds.kernels import Pass
 from comet_ds.tuning.cost_model import CtaSplit, GemmSplit, LayerShape, choose_split
 from comet_ds.tuning.table import Origin, TuningKey, candidates, write
 

@@ -35,6 +35,11 @@ class SplitPolicy:
         # A layer asks in every forward, and a model has few shapes.
         self._look_up = functools.lru_cache(maxsize=256)(self._find)
 
+    @property
+    def measures(self) -> bool:
+        """Whether a layer's split may change from forward to forward."""
+        return self._tuner is not None
+
     def choose(self, shape: LayerShape, has_backward: bool) -> Trial:
         """Return the trial of a layer's forward and its backward.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from comet_ds.experts.mlp import ACTIVATIONS, ExpertMLP
 from comet_ds.fused.call import CallSizes, plan_of, prepare_call
-from comet_ds.fused.peer.exchange import TABLES
+from comet_ds.fused.peer.layout import TABLES
 
 pytestmark = pytest.mark.gpu(1)
 

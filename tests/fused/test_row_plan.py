@@ -15,9 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from comet_ds.fused.call import CallSizes, max_rows, plan_of
-from comet_ds.fused.peer.exchange import (
-    TABLES,
-)
+from comet_ds.fused.peer.layout import TABLES
 from comet_ds.kernels import load_kernels
 
 

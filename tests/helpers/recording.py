@@ -7,8 +7,7 @@ import numpy as np
 import torch
 
 from comet_ds import MoE
-from comet_ds.fused.weights import Pass
-from comet_ds.kernels import use_timeline_kernels
+from comet_ds.kernels import Pass, use_timeline_kernels
 from comet_ds.observe.cta_timeline import (
     ACTIVITIES,
     MAX_LAUNCHES,

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from comet_ds import MoE
 from comet_ds.fused.call import CallSizes
+from comet_ds.fused.peer.connect import origin_of
 from comet_ds.fused.peer.exchange import Exchange
 from comet_ds.kernels import load_kernels
 from comet_ds.tuning.cost_model import CtaSplit, GemmSplit
+from comet_ds.tuning.policy import SplitPolicy
 from helpers.parity import build, named_grads
 
 SENT = GemmSplit(0, 0, 0.0)
@@ -58,8 +60,9 @@ class VirtualGroup:
         blocks = [
             torch.zeros(BLOCK_BYTES, dtype=torch.uint8, device="cuda") for _ in range(num_ranks)
         ]
+        origin = origin_of(torch.device("cuda", 0), kernels)
         self.exchanges = [
-            Exchange(VirtualMemory(blocks, rank), kernels, timeout_s=timeout_s)
+            Exchange(VirtualMemory(blocks, rank), kernels, SplitPolicy(origin), timeout_s=timeout_s)
             for rank in range(num_ranks)
         ]
         for exchange in self.exchanges:
@@ -85,10 +88,10 @@ class VirtualGroup:
             if alone is None or x.shape[0] in self._loaded:
                 continue
             with mock.patch.object(CallSizes, "counts_rows", counts):
-                alone.exchanges[0].cta_split = None
+                alone.exchanges[0].policy.pinned = None
                 alone.run([x], [grad])
                 for cta_split in both_ways(alone.layers[0].deepspeed_moe.fused.cta_split):
-                    alone.exchanges[0].cta_split = cta_split
+                    alone.exchanges[0].policy.pinned = cta_split
                     alone.run([x], [grad])
             self._loaded.add(x.shape[0])
 

@@ -13,7 +13,7 @@ import torch
 from helpers.training import build_engine, config, train
 
 import comet_ds
-from comet_ds.fused.peer.exchange import ExposureMeter
+from comet_ds.fused.peer.exposure import ExposureMeter
 from comet_ds.tuning.cost_model import LayerShape
 
 SHAPE = LayerShape((8192, 8192), 0, 8, 128, 2, 2048, 768, "bfloat16", 132)

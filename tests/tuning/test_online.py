@@ -13,7 +13,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from comet_ds.fused.weights import Pass
+from comet_ds.kernels import Pass
 from comet_ds.tuning import online as refine
 from comet_ds.tuning.cost_model import CtaSplit, GemmSplit, LayerShape, choose_split
 from comet_ds.tuning.online import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from comet_ds.fused.peer.exchange import _why_not_connected
+from comet_ds.fused.peer.connect import _why_not_connected
 
 FACTS = {"rank": 0, "host": ("a", "1"), "device": "x", "model": "H200, 132 SMs"}
 FACTS |= {"out of reach": ["z"], "reason": None}

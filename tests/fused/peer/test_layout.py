@@ -18,7 +18,9 @@ import torch
 
 from comet_ds.fused import call as fused_call
 from comet_ds.fused.call import PreparedCall
-from comet_ds.fused.peer.exchange import TABLES, CallShape, Exchange, Parts
+from comet_ds.fused.peer.exchange import Exchange
+from comet_ds.fused.peer.layout import TABLES, CallShape, Parts
+from comet_ds.tuning.policy import SplitPolicy
 from comet_ds.tuning.table import Origin
 
 ARRIVING = (*TABLES, "tokens")  # written by other ranks, at the end of the block
@@ -62,7 +64,7 @@ class Kernels:
 
 
 def exchange_over(memory: CountedMemory | HostMemory) -> Exchange:
-    return Exchange(memory, Kernels, origin=Origin("a GPU", "a link", "some kernels"))
+    return Exchange(memory, Kernels, SplitPolicy(Origin("a GPU", "a link", "some kernels")))
 
 
 def spans(call: CallShape, parts: Parts) -> dict[str, tuple[int, int]]:

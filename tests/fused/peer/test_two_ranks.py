@@ -30,9 +30,7 @@ from helpers.virtual_ranks import both_ways
 from torch.utils.checkpoint import checkpoint
 
 from comet_ds import MoE
-from comet_ds.fused.peer.exchange import (
-    exchange_of,
-)
+from comet_ds.fused.peer.connect import exchange_of
 from comet_ds.tuning.online import FINAL_SAMPLES, SAMPLES, WARM_UP
 from comet_ds.tuning.table import read
 
@@ -48,10 +46,10 @@ def check_two_ranks(rank: int, size: int, num_tokens: list[int], shape: tuple[in
     assert layer.deepspeed_moe.path == "fused"
     exchange = exchange_of(layer.deepspeed_moe.ep_group)
     for cta_split in (None, *both_ways(layer.deepspeed_moe.fused.cta_split)):
-        exchange.cta_split = cta_split
+        exchange.policy.pinned = cta_split
         again = run(layer, xs[rank], grads[rank])
         assert all(torch.equal(again[what], value) for what, value in got.items()), f"{cta_split}"
-    exchange.cta_split = None
+    exchange.policy.pinned = None
     truth = oracle(layer, xs[rank], grads[rank], all_experts(shape, "swiglu", BF16))
     if num_tokens[rank] > 0:
         theirs = run_deepspeed(xs[rank], grads[rank], options)
@@ -92,7 +90,7 @@ def check_many_calls(rank: int, size: int) -> None:
                 torch.cuda.set_sync_debug_mode("error")
             result = run(layer, x, grad)
             exchange = exchange_of(layer.deepspeed_moe.ep_group)
-            exchange.cta_split = both_ways(layer.deepspeed_moe.fused.cta_split)[step % 3 % 2]
+            exchange.policy.pinned = both_ways(layer.deepspeed_moe.fused.cta_split)[step % 3 % 2]
             torch.cuda.set_sync_debug_mode("default")
             first = results.setdefault((step % 5, i), result)
             assert all(torch.equal(first[what], value) for what, value in result.items())
@@ -167,7 +165,7 @@ def check_graph(rank: int, size: int, way: int) -> None:
     with torch.cuda.stream(stream):
         step()
         exchange = exchange_of(layer.deepspeed_moe.ep_group)
-        exchange.cta_split = both_ways(layer.deepspeed_moe.fused.cta_split)[way]
+        exchange.policy.pinned = both_ways(layer.deepspeed_moe.fused.cta_split)[way]
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(stream)
@@ -207,7 +205,7 @@ def check_refining(rank: int, size: int, folder: str) -> None:
         again = run(layer, xs[rank], grads[rank])
         assert all(torch.equal(first[what], value) for what, value in again.items())
         cta_splits.add(fused.cta_split)
-    (tuner,) = exchange_of(layer.deepspeed_moe.ep_group).tuner._tuners.values()
+    (tuner,) = exchange_of(layer.deepspeed_moe.ep_group).policy._tuner._tuners.values()
     assert len(cta_splits) > 5 and fused.cta_split == tuner.best
     found: list = [None] * size
     points = [tuple(choice[:2]) for choice in fused.cta_split]

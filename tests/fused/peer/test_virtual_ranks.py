@@ -24,9 +24,7 @@ from helpers.tolerance import assert_as_accurate, assert_close, relative_error
 from helpers.virtual_ranks import NUM_SMS, VirtualGroup, both_ways
 
 from comet_ds import MoE
-from comet_ds.fused.peer.exchange import (
-    ExposureMeter,
-)
+from comet_ds.fused.peer.exposure import ExposureMeter
 from comet_ds.tuning.cost_model import choose_split
 from comet_ds.tuning.table import candidates
 
@@ -45,7 +43,7 @@ def check_against_fp64(
     again = [group.run(xs, grads)]
     for cta_split in both_ways(group.layers[0].deepspeed_moe.fused.cta_split):
         for exchange in group.exchanges:
-            exchange.cta_split = cta_split
+            exchange.policy.pinned = cta_split
         again.append(group.run(xs, grads))
     theirs, truths = [], []
     where = f"{form} {shape} {num_tokens} {dtype}"
@@ -215,7 +213,7 @@ def test_every_cta_split_computes_the_same(num_ranks: int) -> None:
     assert len(cta_splits) >= 16
     for cta_split in cta_splits:
         for exchange in group.exchanges:
-            exchange.cta_split = cta_split
+            exchange.policy.pinned = cta_split
         got = group.run(xs, grads)
         used = [layer.deepspeed_moe.fused.cta_split for layer in group.layers]
         assert used == [cta_split] * num_ranks
