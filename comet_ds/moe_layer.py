@@ -7,7 +7,7 @@ import copy
 import functools
 import itertools
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -29,10 +29,11 @@ from comet_ds.fused.refusal import Refusal
 from comet_ds.fused.weights import ExpertWeights
 from comet_ds.gate.routing import Routing
 from comet_ds.gate.topk_gate import TopKGate
-from comet_ds.interop.kept import Kept
+from comet_ds.interop.kept import KeepsLastForward, Kept
 from comet_ds.interop.overrides import Overrides, call_gate, find_overrides
 from comet_ds.interop.traced import STRICT_EXPORT, is_traced, run_traced
 from comet_ds.interop.wrappers import WrapperCheck
+from comet_ds.observe.breakdown import publish_times, running_timer
 from comet_ds.path import PathChoice, TakeOther
 from comet_ds.pipelined import row_ops
 from comet_ds.pipelined.chunks import ChunkChoice
@@ -56,7 +57,7 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
-class MOELayer(sharded_moe.MOELayer):
+class MOELayer(KeepsLastForward, sharded_moe.MOELayer):
     """Gate, dispatch, experts, combine.
 
     Attributes beyond DeepSpeed's:
@@ -74,26 +75,6 @@ class MOELayer(sharded_moe.MOELayer):
     num_local_experts: int
     wall_clock_breakdown: bool
     __dict__: dict[str, Any]
-
-    @property
-    def l_aux(self) -> Any:
-        """The last forward's loss, see ``Kept``; None before the first."""
-        kept = self.__dict__.get("_kept")
-        return None if kept is None else kept.l_aux
-
-    @l_aux.setter
-    def l_aux(self, value: Any) -> None:
-        self.__dict__["_kept"] = Kept(value, self.exp_counts)
-
-    @property
-    def exp_counts(self) -> Any:
-        """The last forward's [E] int64, see ``Routing``; None before the first."""
-        kept = self.__dict__.get("_kept")
-        return None if kept is None else kept.exp_counts
-
-    @exp_counts.setter
-    def exp_counts(self, value: Any) -> None:
-        self.__dict__["_kept"] = Kept(self.l_aux, value)
 
     def configure(self, config: CometConfig) -> None:
         """Set the options."""
@@ -217,7 +198,7 @@ class MOELayer(sharded_moe.MOELayer):
             if shares > 1:
                 output = gather_shares(output, x.shape[0])
         if self.wall_clock_breakdown:
-            self._read_timers()
+            publish_times(self, has_all_to_all=self.ep_size > 1 and self.path == "pipelined")
         output = output.reshape(hidden_states.shape)
         kept.leave_graph_to(output)
         return output
@@ -273,8 +254,7 @@ class MOELayer(sharded_moe.MOELayer):
         state = self.__dict__
         state["path"], state["_reason"], state["routing"] = "deepspeed", patched, None
         self._announce("DeepSpeed's own forward")
-        experts = self.experts
-        with experts.unbound() if isinstance(experts, StackedExperts) else nullcontext():
+        with self.experts.unbound() if isinstance(self.experts, StackedExperts) else nullcontext():
             inputs: tuple[Any, ...] = hidden_states, used_token
             output = super().forward(*inputs)
         state["_kept"].leave_graph_to(output)
@@ -291,8 +271,7 @@ class MOELayer(sharded_moe.MOELayer):
     def _run(
         self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, group: Any, rules: InputRules
     ) -> Tensor:
-        experts = self.experts
-        with experts.unbound() if isinstance(experts, StackedExperts) else _NO_CONTEXT:
+        with self.experts.unbound() if isinstance(self.experts, StackedExperts) else _NO_CONTEXT:
             if self.path == "reference":
                 return self._run_reference(x, topk_ids, topk_weights, group, rules)
             return self._run_pipelined(x, topk_ids, topk_weights, group, rules)
@@ -418,20 +397,4 @@ class MOELayer(sharded_moe.MOELayer):
         warn_once(f"comet_ds: MoE path {self.path}{why}: {how}")
 
     def _timed(self, name: str) -> AbstractContextManager[None]:
-        return self._running_timer(name) if self.wall_clock_breakdown else _NO_CONTEXT
-
-    @contextmanager
-    def _running_timer(self, name: str):
-        self.timers(name).start()
-        try:
-            yield
-        finally:
-            self.timers(name).stop()
-
-    def _read_timers(self) -> None:
-        """Publish this forward's times in ms (DeepSpeed's own layer publishes running sums)."""
-        first, second = sharded_moe.FIRST_ALLTOALL_TIMER, sharded_moe.SECOND_ALLTOALL_TIMER
-        self.time_moe = self.timers(sharded_moe.MOE_TIMER).elapsed(reset=True)
-        if self.ep_size > 1 and self.path == "pipelined":
-            self.time_falltoall = self.timers(first).elapsed(reset=True)
-            self.time_salltoall = self.timers(second).elapsed(reset=True)
+        return running_timer(self.timers, name) if self.wall_clock_breakdown else _NO_CONTEXT

@@ -40,3 +40,27 @@ class Kept:
             return
         node.metadata["comet_ds l_aux"] = l_aux
         self._l_aux, self._with_graph = l_aux.detach(), weakref.ref(l_aux)
+
+
+class KeepsLastForward:
+    """DeepSpeed's attributes ``l_aux`` and ``exp_counts`` of a layer, read from a ``Kept``."""
+
+    @property
+    def l_aux(self) -> Any:
+        """The last forward's loss, see ``Kept``; None before the first."""
+        kept = self.__dict__.get("_kept")
+        return None if kept is None else kept.l_aux
+
+    @l_aux.setter
+    def l_aux(self, value: Any) -> None:
+        self.__dict__["_kept"] = Kept(value, self.exp_counts)
+
+    @property
+    def exp_counts(self) -> Any:
+        """The last forward's [E] int64, see ``Routing``; None before the first."""
+        kept = self.__dict__.get("_kept")
+        return None if kept is None else kept.exp_counts
+
+    @exp_counts.setter
+    def exp_counts(self, value: Any) -> None:
+        self.__dict__["_kept"] = Kept(self.l_aux, value)

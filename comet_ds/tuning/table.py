@@ -24,7 +24,7 @@ from deepspeed.utils import logger
 
 from comet_ds.tuning.cost_model import CtaSplit, GemmSplit, LayerShape, forward_splits
 
-VERSION = 2
+VERSION = 3
 # An entry serves layers with up to this many times more or fewer tokens per rank.
 MAX_DISTANCE = 2.0
 # Candidates' numbers of communication CTAs, relative to the split they vary.

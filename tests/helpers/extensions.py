@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import deepspeed
@@ -14,7 +15,9 @@ import torch
 from comet_ds.op_builder.locks import TORCH_LOCK
 
 # DeepSpeed's operations as earlier runs of this environment have compiled them: it takes minutes.
-COMPILED = Path(sys.prefix) / f"comet_ds_tests/{torch.__version__}-{deepspeed.__version__}"
+# ninja builds all of it again where its log is another version's.
+VERSIONS = torch.__version__, deepspeed.__version__, version("ninja")
+COMPILED = Path(sys.prefix) / "comet_ds_tests" / "-".join(VERSIONS)
 
 
 def fill(folder: Path) -> None:

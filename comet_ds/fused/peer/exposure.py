@@ -7,14 +7,14 @@ import torch
 
 
 class ExposureMeter:
-    """What communication takes from computation in a layer's calls, measured by the kernels.
+    """Measures how much time a layer's communication takes from its computation.
 
-    Counted are CTAs that communicate beside a GEMM and do not compute, and meetings; not tiles that
-    wait for rows, publishing, the wait for sent tokens and their dispatch, the last sum, nor what
-    frozen experts push without a GEMM beside it.
+    The kernels count the time of CTAs that communicate during a GEMM instead of computing, and the
+    time in barriers between ranks. They do not count tiles that wait for rows, copies before and
+    after the GEMMs, the sum of the results, or what frozen experts push outside any GEMM.
 
     Args:
-        device: of the rank.
+        device: the rank's GPU.
     """
 
     DIRECTIONS = ("forward", "backward")
@@ -37,7 +37,7 @@ class ExposureMeter:
         """Return the mean ms of a call by direction, of those that had any; waits."""
         parts = zip(self.DIRECTIONS, self._exposures.tolist(), self._num_calls, strict=True)
         return {
-            name: (communicating / num_sms + meeting) / calls / 1e6
-            for name, (communicating, meeting), calls in parts
+            name: (communicating / num_sms + barrier) / calls / 1e6
+            for name, (communicating, barrier), calls in parts
             if calls
         }

@@ -36,11 +36,11 @@ def _aligned(num_bytes: int) -> int:
 
 
 class Layout(NamedTuple):
-    """Where parts of a block lie, one behind the other.
+    """Where the parts of a block lie, one behind the other.
 
     Attributes:
-        offsets: of every part.
-        size: of all.
+        offsets: offset of every part in bytes, by name.
+        size: bytes of all parts.
     """
 
     offsets: dict[str, int]
@@ -61,8 +61,8 @@ class Parts(NamedTuple):
 
     Attributes:
         call: what they exchange.
-        addresses: of every part, by rank.
-        place_bytes: of a place, where a part has one for each other rank.
+        addresses: address of every part in every rank's block, by name and rank.
+        place_bytes: bytes of one place, for parts that have a place for each other rank.
     """
 
     call: CallShape
@@ -84,7 +84,7 @@ class Parts(NamedTuple):
 
 
 def lay_out(call: CallShape) -> tuple[Layout, Layout, dict[str, int]]:
-    """Return the parts from a block's start, those up to its end, and sizes of their places."""
+    """Return the parts at a block's start, those at its end, and the bytes of their places."""
     num_tokens, num_ranks = max(call.num_tokens), len(call.num_tokens)
     routes = num_tokens * call.top_k
     lasting = {
