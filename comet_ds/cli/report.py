@@ -30,7 +30,7 @@ from comet_ds.op_builder.locks import (
 
 def describe_versions() -> Iterator[str]:
     """Yield one line per piece of software."""
-    yield f"comet_ds     {__version__}, {Path(__file__).parent}"
+    yield f"comet_ds     {__version__}, {Path(__file__).parent.parent}"
     yield f"DeepSpeed    {deepspeed.__version__}"
     yield f"torch        {torch.__version__}, CUDA {torch.version.cuda or 'none'}"
     if (nvcc := find_nvcc()) is None:

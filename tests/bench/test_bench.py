@@ -54,7 +54,7 @@ def test_routing_is_skewed(world, k: int) -> None:
 
 
 def test_routing_is_fixed(world) -> None:
-    """A layer goes on with its routes, whatever its input; another's gate runs and is trained."""
+    """A layer goes on with its routes, whatever its input; a copy of another's gate weighs them."""
     world(1).run(check_fixed)
 
 
@@ -68,9 +68,11 @@ def check_fixed(rank: int, size: int) -> None:
         fix_routing(few, router)
         few(other)[0].sum().backward()
         assert torch.equal(few.deepspeed_moe.routing.topk_ids, ids)
-    assert layer.deepspeed_moe.gate.wg.weight.grad is None
-    assert fixed.deepspeed_moe.gate.wg.weight.grad.shape == (8, 64)
-    assert many.deepspeed_moe.gate.wg.weight.grad is None
+        assert few.deepspeed_moe.gate.wg.weight.shape == (4, 64)  # which sizes depend on
+    weights = many.deepspeed_moe.gate.route(other).topk_weights
+    assert torch.equal(fixed.deepspeed_moe.routing.topk_weights, weights)
+    for one in (layer, fixed, many):
+        assert one.deepspeed_moe.gate.wg.weight.grad is None
 
 
 def test_gates_are_timed_and_printed(monkeypatch: pytest.MonkeyPatch) -> None:

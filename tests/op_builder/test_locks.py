@@ -147,11 +147,11 @@ def test_report_says_how_to_clear_a_lock(
     report.main([])
     text = capsys.readouterr().out
     assert "stale lock   deepspeed_shm_comm is locked by nobody" in text
-    assert f"process {process.pid} of " in text and " compiles them now" in text
+    assert f"process {process.pid} of " in text and " is compiling them now" in text
     kill(process)
     report.main([])
     text = capsys.readouterr().out
-    assert "whoever compiled them was killed: the next run does it again" in text
+    assert "their compilation was killed: the next run compiles them again" in text
     assert text.count("stale lock") == 1, text
 
 
