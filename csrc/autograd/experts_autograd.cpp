@@ -125,12 +125,12 @@ struct Call : torch::CustomClassHolder {
     PythonHandle prepared;  // PreparedCall of comet_ds/fused/call.py
     PythonHandle trial;     // Trial of comet_ds/tuning/online.py, or None
     PythonHandle meter;     // ExposureMeter of comet_ds/fused/peer/exchange.py, or None
-    PythonHandle needs;     // BackwardNeeds of comet_ds/ranks/gradients.py, where a rank runs no backward
+    PythonHandle needs;     // BackwardNeeds of comet_ds/ranks/gradients.py, if a rank runs no backward
     cudaStream_t side;
     std::optional<PendingUse> pending;
     std::vector<int64_t> versions;  // of the parameters
 
-    // The events to record around a launch beside which ranks communicate.
+    // The events to record around a launch that overlaps with communication.
     LaunchEvents events(Pass pass) {
         if (trial.is_none()) return {};
         const py::gil_scoped_acquire gil;
@@ -321,7 +321,8 @@ class FusedExperts : public torch::autograd::Function<FusedExperts> {
         const PlanTensors plan = plan_tensors(launches, x, tables, workspace);
         const Streams streams{current_stream(x), call->side};
         Exposure* exposure = call->exposure(0);
-        const int64_t num_rows = without_gil([&] { return launches.plan(plan, exposure, streams); });
+        const int64_t num_rows =
+            without_gil([&] { return launches.plan(plan, exposure, streams); });
         const Tensor rows = at::empty({num_rows, s.hidden}, x.options());
         const Tensor hidden = at::empty({num_rows, s.ffn}, x.options());
         PerMatrix pre;
@@ -332,8 +333,8 @@ class FusedExperts : public torch::autograd::Function<FusedExperts> {
         const bool is_pulling = launches.has_peers() && !launches.is_pushed();
         const LaunchEvents events[2] = {is_pulling ? call->events(Pass::kUp) : LaunchEvents{},
                                         call->events(Pass::kDown)};
-        launches.forward(forward_tensors(launches, plan, rows, hidden, pre, results, output), events,
-                         exposure, streams);
+        const auto tensors = forward_tensors(launches, plan, rows, hidden, pre, results, output);
+        launches.forward(tensors, events, exposure, streams);
         if (has_backward) {
             call->note_parameters();
             call->pending.emplace(call->launches->parameters->uses);

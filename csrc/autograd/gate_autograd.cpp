@@ -179,8 +179,8 @@ Tensor routes_backward(const Tensor& probs, const Tensor& topk_ids, const Tensor
 
 class RouteTokens : public torch::autograd::Function<RouteTokens> {
   public:
-    // Also returns x for one reader, the experts, whose backward must return a new contiguous
-    // tensor that nobody else holds: the product that makes the gate's gradient adds to it in place.
+    // Also returns x for one reader, the experts. Their backward must return a new contiguous tensor
+    // that nobody else holds: the product that makes the gate's gradient adds to it in place.
     static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
                                  const GateOptions& options, Routes* chosen) {
         const Tensor rows = x.contiguous();
@@ -235,8 +235,8 @@ GateOptions gate_options(int64_t top_k, std::optional<int64_t> capacity, const M
             or_undefined(used_token)};
 }
 
-// Returns (topk_weights, l_aux, topk_ids, slot_in_expert, kept_counts, exp_counts) and what else has a
-// gradient. The decisions have none, and are not shown to autograd: noting that takes time.
+// Returns (topk_weights, l_aux, topk_ids, slot_in_expert, kept_counts, exp_counts) and whatever else
+// has a gradient. The decisions have none, and are not shown to autograd: noting that takes time.
 std::vector<Tensor> with_decisions(const variable_list& found, const Routes& chosen) {
     std::vector<Tensor> all{found[0],     found[1],           chosen.topk_ids,
                             chosen.slot_in_expert, chosen.kept_counts, chosen.exp_counts};
@@ -249,7 +249,8 @@ std::vector<Tensor> with_decisions(const variable_list& found, const Routes& cho
 void bind_gate(py::module_& m) {
     using py::arg;
     m.def("gate_logits", static_cast<Tensor (*)(const Tensor&, const Tensor&)>(&gate_logits),
-          arg("x"), arg("weight"), "x [T, H] bf16 times weight [E, H] bf16, transposed: [T, E] fp32");
+          arg("x"), arg("weight"),
+          "x [T, H] bf16 times weight [E, H] bf16, transposed: [T, E] fp32");
     m.def(
         "gate_logits_backward",
         [](const Tensor& grad, const Tensor& x, const Tensor& weight, const MaybeTensor& add_to) {

@@ -141,7 +141,8 @@ void bind_layer_call(py::module_& m) {
     const std::array<EventPair, 2> no_event_pairs{};
     py::class_<LayerCall, std::shared_ptr<LayerCall>>(m, "LayerCall")
         .def(py::init(&make_layer_call), py::kw_only(), arg("hidden"), arg("ffn"),
-             arg("num_experts"), arg("num_all_experts"), arg("top_k"), arg("max_rows"), arg("counts_rows"),
+             arg("num_experts"), arg("num_all_experts"), arg("top_k"), arg("max_rows"),
+             arg("counts_rows"),
              arg("num_tokens"), arg("rank"), arg("num_sms"), arg("is_bfloat16"), arg("is_gated"),
              arg("activation"), arg("maps"), arg("biases"), arg("pull") = Split{},
              arg("push") = Split{}, arg("pull_grad") = Split{}, arg("push_grad") = Split{},

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Whether module trees are still what they were: ModuleStructure of comet_ds/experts.py, which every
-// forward asks about hundreds of modules.
+// Whether module trees are still what they were. ModuleStructure of comet_ds/experts/structure.py
+// asks about hundreds of modules in every forward.
 //
 // Python 3.12 tells of every change of a dictionary that is watched (PyDict_Watch): as long as none
 // of the modules' has changed, the answer is known. After a change all modules are looked at, and

@@ -5,7 +5,7 @@
 //
 //   forward        tables and tokens to the other ranks, rows, up, down, results back, sums
 //   backward_down  gradients to the other ranks, rows; back through down; down's weight gradient
-//   backward_up    back through up; the first weight gradient, beside which results travel
+//   backward_up    back through up; the first weight gradient, while results travel
 //   sum_grads      sums of the results
 //   weight_grad    the other weight gradients
 //
@@ -55,7 +55,7 @@ struct LayerWeights {
     const void* const* biases[3];  // [num_experts] each, or null
 };
 
-// How many CTAs communicate beside a GEMM, and how many experts are split for it (RowPlan).
+// How many CTAs communicate during a GEMM, and how many experts are split for it (RowPlan).
 struct CtaSplit {
     int num_comm_ctas;
     int num_split_experts;
