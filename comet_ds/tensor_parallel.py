@@ -19,6 +19,7 @@ from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import Tensor
 
 from comet_ds._compat.deepspeed import expert_tensor_parallel_size
+from comet_ds.fused.weights import ALIGNMENT_BYTES
 from comet_ds.gate.routing import Routing
 
 
@@ -44,7 +45,9 @@ def take_share(tensor: Tensor, fill: float = 0) -> Tensor:
     padding = -tensor.shape[0] % num_shares()
     # DeepSpeed's mappings take flat tensors everywhere, others not on gloo.
     flat = F.pad(tensor, (0, 0, 0, padding), value=fill).reshape(-1)
-    return drop_tokens(flat).view(-1, tensor.shape[1])
+    share = drop_tokens(flat).view(-1, tensor.shape[1])
+    # A share may begin anywhere in the tensor; kernels read 16 bytes at a time.
+    return share.clone() if share.data_ptr() % ALIGNMENT_BYTES else share
 
 
 def take_share_of_routing(routing: Routing, tokens: Tensor) -> Routing:
