@@ -34,7 +34,8 @@ class MoE(deepspeed_layer.MoE):
 
     Activation checkpointing has to preserve the RNG state where the gate draws, as it does by
     default. Without it, gradients are those of the recomputed routes; where an expert then has
-    another number of tokens, torch raises a ``CheckpointError``, but with ``use_reentrant=True``.
+    another number of tokens, torch raises a ``CheckpointError``, except with
+    ``use_reentrant=True``.
 
     Args:
         hidden_size: H, size of a token's activation.

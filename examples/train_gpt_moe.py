@@ -4,8 +4,9 @@
     deepspeed --num_gpus 2 examples/train_gpt_moe.py --deepspeed_config examples/ds_config.json
 
 ``--moe deepspeed`` runs the same script with DeepSpeed's own layer; only the class in ``build_moe``
-differs. With ``--moe autoep`` DeepSpeed's AutoEP replaces plain modules by its own layers: it needs
-a block in the configuration, drops no tokens and computes no auxiliary loss. The training text is
+differs. With ``--moe autoep`` DeepSpeed's AutoEP replaces plain modules by its own layers, which
+drop no tokens and compute no auxiliary loss; the script adds the block of the configuration that
+AutoEP needs. The training text is
 Python's standard library, or the file given with ``--data``.
 """
 
@@ -251,6 +252,8 @@ def main() -> None:
         indices = range(step * num_micro, (step + 1) * num_micro)
         drawn = (sample_batch(text, index, rank, batch, args.seq_len) for index in indices)
         loss = train_step(engine, (tokens.to(engine.device) for tokens in drawn))
+        if step == first_step and args.steps - first_step < 20:
+            losses.append(loss.item())  # a short run has hardly another to compare with
         if step % 10 == 9 or step == args.steps - 1:
             losses.append(loss.item())
             if engine.monitor.enabled:

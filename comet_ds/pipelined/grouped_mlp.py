@@ -75,7 +75,7 @@ class ExpertRunner:
         if self.reason is None:
             return f"{self._mlps[0].describe()} experts by grouped GEMM"
         how = "one by one" if self.container is None else "in one call"
-        return f"experts {how}, {self.reason}"
+        return f"experts {how} ({self.reason})"
 
     def stack(self, experts: range) -> list[Tensor | None]:
         """Return the matrices of n local experts as [n, ...] tensors for ``run``; differentiable.
