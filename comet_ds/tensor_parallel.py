@@ -11,7 +11,6 @@ without routes; the gathered output is cut back to three tokens.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from deepspeed.moe.mappings import drop_tokens, gather_tokens
 from deepspeed.utils import groups
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from comet_ds._compat.deepspeed import expert_tensor_parallel_size
 from comet_ds.fused.weights import ALIGNMENT_BYTES
-from comet_ds.gate.routing import Routing
+from comet_ds.gate.routing import Routing, count_slots
 
 
 def has_tensor_parallel_experts() -> bool:
@@ -64,28 +63,6 @@ def take_share_of_routing(routing: Routing, tokens: Tensor) -> Routing:
         return share
     slots, kept_counts = count_slots(ids, routing.exp_counts.numel())
     return share._replace(slot_in_expert=slots, kept_counts=kept_counts)
-
-
-def count_slots(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Return the position of each route among those of its expert, and how many there are.
-
-    Args:
-        topk_ids: [T, K] int64, -1 = no route.
-        num_experts: E.
-
-    Returns:
-        [T, K] int32, the position of each route among its expert's, by token, -1 for no route; and
-        [E] int32, routes per expert. [[1, 0], [1, -1]] gives [[0, 0], [1, -1]] and [1, 2].
-    """
-    flat = topk_ids.flatten()
-    order = torch.argsort(torch.where(flat < 0, num_experts, flat), stable=True)
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat.device)
-    counts.scatter_add_(0, torch.where(flat < 0, num_experts, flat), torch.ones_like(flat))
-    first = (counts.cumsum(0) - counts)[flat[order]]
-    slots = torch.empty_like(flat)
-    slots[order] = torch.arange(flat.numel(), device=flat.device) - first
-    slots = slots.view_as(topk_ids).masked_fill(topk_ids < 0, -1)
-    return slots.int(), counts[:-1].int()
 
 
 def gather_shares(output: Tensor, num_tokens: int) -> Tensor:

@@ -100,12 +100,13 @@ def fix_routing(layer: MoE, router: nn.Linear | None = None) -> None:
             says how many experts there are. None runs no gate.
     """
     moe = layer.deepspeed_moe
-    found, timed = moe.routing, copy.deepcopy(moe.gate)
+    found, timed = moe.routing, None
     if router is not None:
+        timed = copy.deepcopy(moe.gate)
         timed.wg = copy.deepcopy(router)
 
     def route(x: Tensor, used_token: Tensor | None = None) -> Routing:
-        if router is not None:
+        if timed is not None:
             timed.zero_grad(set_to_none=True)
             made = timed.route(x, used_token)
             weights, l_aux, x = made.topk_weights, made.l_aux, made.tokens

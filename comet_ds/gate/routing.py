@@ -52,12 +52,10 @@ class Routing(NamedTuple):
         """
         num_experts = self.exp_counts.numel()
         ids = self.topk_ids.t() if k == 2 else self.topk_ids
-        flat = torch.where(ids < 0, num_experts, ids).flatten()
-        counts = _count(flat, num_experts + 1)
-        slots = _position_in_expert(flat, counts).view(ids.shape).masked_fill(ids < 0, 0)
-        slots = slots if k == 2 else slots.t()
-        size = counts[:-1].max() if capacity is None else torch.tensor(capacity)
-        routes = (self.topk_ids.t().int(), slots.int(), self.topk_weights.t())
+        slots, counts = count_slots(ids, num_experts)
+        slots = slots.clamp(min=0) if k == 2 else slots.clamp(min=0).t()
+        size = counts.max().long() if capacity is None else torch.tensor(capacity)
+        routes = (self.topk_ids.t().int(), slots, self.topk_weights.t())
         return self.l_aux, size, num_experts, *map(Tensor.contiguous, routes), self.exp_counts
 
 
@@ -181,6 +179,23 @@ def topk_routing(logits: Tensor, capacity: int | None, *, k: int) -> Routing:
         l_aux=l_aux,
         exp_counts=exp_counts,
     )
+
+
+def count_slots(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Return the position of each route among those of its expert, and how many there are.
+
+    Args:
+        ids: int64 of any shape, expert of each route; -1 = no route.
+        num_experts: E.
+
+    Returns:
+        int32 of the same shape, the position in order of appearance, -1 for no route; and [E]
+        int32, routes per expert. [[1, 0], [1, -1]] gives [[0, 0], [1, -1]] and [1, 2].
+    """
+    flat = torch.where(ids < 0, num_experts, ids).flatten()
+    counts = _count(flat, num_experts + 1)
+    slots = _position_in_expert(flat, counts).view(ids.shape).masked_fill(ids < 0, -1)
+    return slots.int(), counts[:-1].int()
 
 
 def _one_hot(ids: Tensor, num_experts: int) -> Tensor:

@@ -172,8 +172,8 @@ int64_t LayerCall::plan(const PlanTensors& t, Exposure* exposure, Streams stream
 }
 
 int64_t LayerCall::wait_for_count(cudaStream_t stream) const {
-    constexpr int kPollsPerQuery = 4096;  // looking at memory is cheap, asking the driver is not
-    for (int polls = 1; row_count_[1] != num_counted_; ++polls) {
+    constexpr unsigned kPollsPerQuery = 4096;  // reading memory is cheap, asking the driver is not
+    for (unsigned polls = 1; row_count_[1] != num_counted_; ++polls) {
         if (polls % kPollsPerQuery != 0) continue;
         const cudaError_t error = cudaStreamQuery(stream);
         if (error != cudaErrorNotReady) check(error, "counting rows");

@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from deepspeed import comm as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.utils import groups
 from helpers.experts_zoo import GatedMLP
+from helpers.mpu import PairsMpu
 from helpers.parity import build, run
 from helpers.tolerance import assert_close
 
 from comet_ds import MoE
-from comet_ds.tensor_parallel import count_slots
+from comet_ds.gate.routing import count_slots
 
 HIDDEN, FFN = 128, 192
 
@@ -32,39 +30,9 @@ def test_slots_count_an_experts_routes_by_token(num_tokens: int) -> None:
     assert (slots[ids < 0] == -1).all()
 
 
-class Pair:
-    """Two ranks that are one tensor parallel group and one expert parallel group."""
-
-    def __init__(self, rank: int) -> None:
-        self.rank, self.tp_group = rank, dist.new_group([0, 1])
-        self.dp_group = [dist.new_group([r]) for r in range(2)][rank]
-
-    def get_tensor_model_parallel_rank(self) -> int:
-        return self.rank
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        return 2
-
-    def get_tensor_model_parallel_group(self) -> Any:
-        return self.tp_group
-
-    get_model_parallel_rank = get_tensor_model_parallel_rank
-    get_model_parallel_world_size = get_tensor_model_parallel_world_size
-    get_model_parallel_group = get_tensor_model_parallel_group
-
-    def get_data_parallel_world_size(self) -> int:
-        return 1
-
-    def get_data_parallel_rank(self) -> int:
-        return 0
-
-    def get_data_parallel_group(self) -> Any:
-        return self.dp_group
-
-
 def check_shares(rank: int, size: int, drop: bool, k: int, num_tokens: int) -> None:
     """The fused path runs, and gives what DeepSpeed's layer gives, to bf16's rounding."""
-    groups.mpu = Pair(rank)
+    groups.mpu = PairsMpu(rank, size)
     options = {
         "expert": GatedMLP(HIDDEN, FFN),
         "num_experts": 8,

@@ -3,47 +3,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from deepspeed import comm as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.utils import groups
+from helpers.mpu import PairsMpu
 from helpers.parity import HIDDEN, build, run, tokens
 from helpers.tolerance import assert_close
 
 from comet_ds import MoE
-
-
-class Mpu:
-    """Two tensor parallel ranks side by side in a world of four."""
-
-    def __init__(self, rank: int) -> None:
-        pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-        columns = [dist.new_group([0, 2]), dist.new_group([1, 3])]
-        self.rank, self.tp_group, self.dp_group = rank, pairs[rank // 2], columns[rank % 2]
-
-    def get_tensor_model_parallel_rank(self) -> int:
-        return self.rank % 2
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        return 2
-
-    def get_tensor_model_parallel_group(self) -> Any:
-        return self.tp_group
-
-    get_model_parallel_rank = get_tensor_model_parallel_rank
-    get_model_parallel_world_size = get_tensor_model_parallel_world_size
-    get_model_parallel_group = get_tensor_model_parallel_group
-
-    def get_data_parallel_world_size(self) -> int:
-        return 2
-
-    def get_data_parallel_rank(self) -> int:
-        return self.rank // 2
-
-    def get_data_parallel_group(self) -> Any:
-        return self.dp_group
 
 
 def check_tensor_parallel(rank: int, size: int, expert_tp: bool, drop: bool, k: int) -> None:
@@ -52,7 +20,7 @@ def check_tensor_parallel(rank: int, size: int, expert_tp: bool, drop: bool, k: 
     With whole experts DeepSpeed spreads an expert's slots over the pair and we spread the tokens:
     the expert gradients agree once they are summed over the ranks that hold the same expert.
     """
-    groups.mpu = Mpu(rank)
+    groups.mpu = PairsMpu(rank, size)
     original = dist.all_gather_into_tensor
     # DeepSpeed's mappings pass gloo a flat output for an input that is not.
     dist.all_gather_into_tensor = lambda out, rows, **kwargs: original(
